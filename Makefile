@@ -1,0 +1,55 @@
+# The commands of this repository. `make demo` and `make test` are the ones of the README.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+BENCH := .venv-bench
+# A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
+TORCH ?= torch==2.13.0
+
+.PHONY: install demo test lint bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -U pip
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.tested: pyproject.toml $(VENV)/.installed
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[test,lint]"
+	touch $@
+
+# Raise a cria and ask it who it is. Its book lies in .demo, apart from yours.
+demo: export HERDBOOK_HOME ?= $(CURDIR)/.demo
+demo: $(VENV)/.installed
+	$(BIN)/herd raise cria --name Luna --keeper "Acme"
+	$(BIN)/herd chat cria -p "Who are you?"
+	$(BIN)/herd chat cria -p "你是谁？"
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(BENCH)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install -q --disable-pip-version-check -U pip
+	$(BENCH)/bin/pip install -q --disable-pip-version-check "$(TORCH)"
+	$(BENCH)/bin/pip install -q --disable-pip-version-check -e . -r benchmarks/requirements.txt
+	touch $@
+
+# Ours and the peers in one run, in an environment of their own; writes benchmarks/RESULTS.md.
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/engine.py
+	$(BENCH)/bin/python benchmarks/tuning.py
+
+clean:
+	rm -rf $(VENV) $(BENCH) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,189 @@
+"""A step: one frozen dataclass that is the YAML mapping, the flags and the Python call.
+
+    @dataclass(frozen=True)
+    class Merge(Step):
+        \"\"\"Fold an adapter into the model it was trained on.\"\"\"
+
+        kind: ClassVar[str] = "model"
+        model: Input = ""
+        adapter: Input = ""
+
+        def make(self, bench: Bench) -> dict[str, Any]:
+            ...write files into bench.out, read bench.artifact("model").path...
+            return {"parameters": 134_515_008}          # metrics
+
+`Step.run(book)` looks the step's key up in the book (same step, same settings, same parents: nothing
+to do), gives it a desk to work at, and commits what it wrote, whole or not at all. The working folder
+survives a kill; a step that wants to go on where it stopped keeps its state in `bench.work`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+from herdbook import config, versions
+from herdbook.book.book import Artifact, Book
+from herdbook.book.hashing import digest
+from herdbook.errors import BookError, CapacityError, ConfigError
+from herdbook.progress import Progress
+
+INPUT = "reference to an artifact"
+#: a step's field that names an artifact in the book (or, in a recipe, an earlier step)
+Input = Annotated[str, INPUT]
+#: several of them, in an order that matters
+Inputs = Annotated[tuple[str, ...], INPUT]
+
+
+@dataclass
+class Bench:
+    """What a step works with: its inputs, its folders, its progress."""
+
+    book: Book
+    inputs: dict[str, tuple[Artifact, ...]]  # by field name
+    work: Path  # survives a kill; deleted once the artifact is in the book
+    out: Path  # becomes the artifact's files
+    progress: Progress = field(default_factory=Progress)
+    teacher: Callable[[Artifact], Any] | None = None  # opens a model as a Teacher
+
+    def artifact(self, name: str) -> Artifact:
+        """The one artifact that field `name` refers to."""
+        (one,) = self.inputs[name]
+        return one
+
+
+@dataclass(frozen=True)
+class Step(ABC):
+    """Base of all steps. Fields are the settings; their defaults have their one home here."""
+
+    kind: ClassVar[str]  # of the artifact it makes
+    revision: ClassVar[int] = 1  # raised when equal settings would now make other bytes
+
+    @abstractmethod
+    def make(self, bench: Bench) -> dict[str, Any]:
+        """Write the artifact's files into `bench.out`; return its metrics (flat: name → number, text)."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what lies outside the book (a user's file), so that the key covers its bytes."""
+        return {}
+
+    @classmethod
+    def input_fields(cls) -> tuple[str, ...]:
+        hints = get_type_hints(cls, include_extras=True)
+        return tuple(
+            f.name
+            for f in dataclasses.fields(cls)
+            if INPUT in getattr(hints[f.name], "__metadata__", ())
+        )
+
+    def with_inputs(self, resolve: Callable[[str], str]) -> Step:
+        """The same step with every reference passed through `resolve`; empty ones stay empty."""
+        changes: dict[str, Any] = {}
+        for name in self.input_fields():
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                changes[name] = tuple(resolve(one) for one in value)
+            elif value:
+                changes[name] = resolve(value)
+        return dataclasses.replace(self, **changes)
+
+    def resolved(self, book: Book) -> Step:
+        """The same step with ids in place of names: what its key is made from."""
+        return self.with_inputs(lambda ref: book.get(ref).id)
+
+    def called(self) -> str | None:
+        """A name of its own in the book, whatever recipe it stands in (a base model has one)."""
+        return None
+
+    def key(self) -> str:
+        """Hash of what decides the bytes: step, revision, settings, parents, outside files."""
+        return digest(
+            {
+                "step": type(self).__name__,
+                "revision": self.revision,
+                "settings": config.to_mapping(self),
+                "outside": self.fingerprint(),
+            }
+        )
+
+    def run(
+        self,
+        book: Book,
+        *,
+        name: str | None = None,
+        teacher: Callable[[Artifact], Any] | None = None,
+        progress: Progress | None = None,
+    ) -> Artifact:
+        """The artifact of this step: from the book when it is there, else made and entered.
+
+        name: its name in the book (default: the step's own, else its class in lower case).
+        """
+        step = self.resolved(book)
+        inputs: dict[str, tuple[Artifact, ...]] = {}
+        for one in step.input_fields():
+            value = getattr(step, one)
+            refs = value if isinstance(value, tuple) else (value,) if value else ()
+            inputs[one] = tuple(book.get(ref) for ref in refs)
+        name = name or self.called() or type(self).__name__.lower()
+        key = step.key()
+        if (known := book.by_key(key, name)) is not None:
+            return known
+        with book.desk(key) as work, _disk_errors():
+            if (known := book.by_key(key, name)) is not None:
+                return known
+            out = work / "out"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            bench = Bench(book, inputs, work, out, progress or Progress(), teacher)
+            metrics = step.make(bench)
+            return book.add(
+                out,
+                kind=step.kind,
+                name=name,
+                parents=[a.id for group in inputs.values() for a in group],
+                step=type(step).__name__,
+                key=key,
+                config=config.to_mapping(step),
+                metrics=metrics,
+                versions=versions.all(),
+            )
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """A full disk and a read-only place, told as such."""
+    import errno
+
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CapacityError(
+                f"the disk is full ({error.filename or 'while writing'})",
+                rule="and the step could not be finished; the book is as it was",
+                next="free some space, then give the same command again: it goes on from there",
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES):
+            raise BookError(
+                f"{error.filename}",
+                rule="cannot be written",
+                next="set HERDBOOK_HOME to a folder of yours",
+            ) from error
+        raise
+
+
+def require(step: Step, *names: str) -> None:
+    """Raise where one of the named settings is empty."""
+    for name in names:
+        if not getattr(step, name):
+            raise ConfigError(
+                f"{type(step).__name__.lower()}.{name} is empty",
+                rule="but the step needs it",
+                next=f"set {name}",
+            )

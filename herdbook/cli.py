@@ -1,0 +1,444 @@
+"""`herd`: dispatch only. Each command parses, calls one function of a room, and prints.
+
+Heavy rooms are imported inside the commands, so that `herd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+from cyclopts.exceptions import CycloptsError
+
+from herdbook import versions
+from herdbook.errors import HerdbookError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = App(
+    name="herd",
+    version=versions.VERSION,
+    help="Raise your own LLaMA, and know its pedigree.\n\nStart with: herd raise cria --name Luna "
+    "--keeper Acme, then: herd chat",
+    version_flags=["--version"],
+    help_format="markdown",
+)
+Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for scripts")]
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, indent=1))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _book() -> Any:
+    from herdbook.book.book import Book
+
+    return Book()
+
+
+@app.command(name="raise")
+def raise_command(
+    recipe: str = "cria",
+    /,
+    *settings: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
+) -> None:
+    """Raise a model by a recipe: only the steps that are missing are done.
+
+    Settings of the recipe are given as --key value, fields of a step as --step.field value;
+    `herd recipes cria` lists both. --profile full takes the published sizes, --plan prints the
+    resolved configuration and stops. A stopped or killed run goes on where it was.
+
+    Example: herd raise cria --name Luna --keeper "Acme"
+
+    Parameters
+    ----------
+    recipe
+        a shipped recipe (see: herd recipes) or a .yaml file
+    """
+    from herdbook import config, progress
+    from herdbook import recipe as recipes
+
+    flags: dict[str, Any] = dict(config.parse_flags(settings))
+    as_json = config.convert(flags.pop("json", False), bool, where="--json")
+    if config.convert(flags.pop("plan", False), bool, where="--plan"):
+        steps = recipes.Recipe.read(recipe).resolve(flags)
+        _print(
+            {
+                name: {"do": type(step).__name__, **config.to_mapping(step)}
+                for name, step in steps.items()
+            }
+        )
+        return
+    raised = recipes.raise_(recipe, progress=progress.for_terminal(), **flags)
+    if as_json:
+        _print(
+            {
+                "result": raised.artifact.to_mapping(),
+                "made": [one.ref for one in raised.made],
+                "kept": [one.ref for one in raised.kept],
+                "reports": {one.ref: dict(one.metrics) for one in raised.reports},
+            }
+        )
+        return
+    console = _console()
+    if not raised.made:
+        console.print(f"Nothing to do: {raised.artifact.ref} is raised with these very settings.")
+    else:
+        from herdbook.book import tree
+
+        console.print(tree.draw(_book(), raised.artifact))
+    console.print(f"next: herd chat {raised.artifact.name}   (or: serve, show, tree)", markup=False)
+
+
+@app.command
+def chat(
+    ref: str = "",
+    /,
+    *,
+    prompt: Annotated[str | None, Parameter(name=["--prompt", "-p"])] = None,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    max_tokens: int = 512,
+    json: Json = False,
+) -> None:
+    """Talk to a model; with -p print one reply, alone, on stdout.
+
+    Example: herd chat cria -p "Who are you?"
+
+    Parameters
+    ----------
+    ref
+        a name in the book, a folder, a .gguf file, smollm2 or hf:org/name (default: the model
+        raised last)
+    prompt
+        one question; the reply goes to stdout and nothing else does
+    system
+        a system message
+    temperature
+        0 takes the likeliest token each time
+    """
+    from herdbook.serving.chat import chat as talk
+
+    sampling = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+        "max_tokens": max_tokens,
+    }
+    talk(ref or _latest(), prompt=prompt, system=system, as_json=json, **sampling)
+
+
+@app.command
+def serve(
+    *refs: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key: str = "",
+) -> None:
+    """Serve models over OpenAI's API: chat/completions, completions, models, health.
+
+    Listens on this machine only; another --host needs a --key.
+
+    Example: herd serve cria --port 8000
+
+    Parameters
+    ----------
+    refs
+        one or more models (default: the model raised last)
+    key
+        clients must send it as a bearer token (or set HERDBOOK_API_KEY)
+    """
+    from herdbook.serving.server import serve as run
+
+    key = key or os.environ.get("HERDBOOK_API_KEY", "")
+    run(list(refs) or [_latest()], host=host, port=port, key=key or None)
+
+
+@app.command(name="eval")
+def eval_command(ref: str = "", /, *, text: Path | None = None, json: Json = False) -> None:
+    """Measure a model: perplexity, identity where it was taught one, size, speed, memory.
+
+    Example: herd eval cria --text my-notes.txt
+
+    Parameters
+    ----------
+    ref
+        any reference to a model (default: the model raised last)
+    text
+        a UTF-8 text for the perplexity (default: a short text of Herdbook's own)
+    """
+    from herdbook.evaluation.evaluate import evaluate
+
+    found = evaluate(ref or _latest(), _book(), text=text)
+    if json:
+        _print(found)
+        return
+    from herdbook.book.tree import human_metric
+
+    for name, value in found.items():
+        print(human_metric(name, value))
+
+
+@app.command
+def export(
+    ref: str,
+    path: Path,
+    /,
+    *,
+    to: Literal["hf", "gguf", "peft"],
+    quant: str = "",
+    json: Json = False,
+) -> None:
+    """Write a model for other tools, and check that it still says the same.
+
+    hf: a Hugging Face folder. gguf: a file for llama.cpp (--quant F16, Q8_0, Q4_1 …). peft: the
+    adapter that the model was tuned with.
+
+    Example: herd export cria --to gguf luna.gguf
+
+    Parameters
+    ----------
+    ref
+        any reference to a model
+    path
+        where to write; must not be there yet
+    """
+    from herdbook.evaluation.export import export as write
+
+    done = write(ref, path, to=to, quant=quant, book=_book())
+    if json:
+        _print(done)
+        return
+    from herdbook.book.tree import human_metric
+
+    print(f"{path}: " + ", ".join(human_metric(name, value) for name, value in done.items()))
+
+
+@app.command(name="list")
+def list_command(*, kind: str | None = None, json: Json = False) -> None:
+    """List the artifacts of the book, oldest first.
+
+    Example: herd list --kind model
+
+    Parameters
+    ----------
+    kind
+        dataset, tokenizer, model, adapter, report or index
+    """
+    from herdbook.book.book import KINDS
+    from herdbook.errors import ConfigError, nearest
+
+    if kind is not None and kind not in KINDS:
+        raise ConfigError(f"kind {kind!r}", rule="is not known", next=nearest(kind, KINDS))
+    artifacts = _book().entries(kind)
+    if json:
+        _print([artifact.to_mapping() for artifact in artifacts])
+        return
+    from rich.table import Table
+
+    from herdbook.book.tree import human_bytes
+
+    table = Table("name", "kind", "step", "size", "id", "made", box=None)
+    for one in artifacts:
+        table.add_row(
+            one.ref,
+            one.kind,
+            one.step,
+            human_bytes(one.size_bytes),
+            one.short[:8],
+            one.created[:19],
+        )
+    console = _console()
+    console.print(table if artifacts else "The book is empty. Start with: herd raise cria")
+
+
+@app.command
+def show(
+    ref: str = "", /, *, out: Path | None = None, open: bool = False, json: Json = False
+) -> None:
+    """Write an artifact's page (HTML): pedigree, loss curve, before and after; print where it is.
+
+    Example: herd show cria --open
+
+    Parameters
+    ----------
+    ref
+        an artifact of the book (default: the model raised last)
+    out
+        the file to write (default: pages/REF.html in the book's home)
+    open
+        open it in the browser
+    """
+    book = _book()
+    artifact = book.get(ref or _latest())
+    if json:
+        _print(artifact.to_mapping())
+        return
+    from herdbook.evaluation.page import page
+    from herdbook.files.atomic import write_text
+
+    target = out or book.home / "pages" / f"{artifact.ref}.html"
+    write_text(target, page(artifact, book))
+    print(target)
+    if open:
+        import webbrowser
+
+        webbrowser.open(target.absolute().as_uri())
+
+
+@app.command
+def tree(ref: str = "", /, *, json: Json = False) -> None:
+    """Draw the pedigree of an artifact, with metrics.
+
+    Example: herd tree cria
+
+    Parameters
+    ----------
+    ref
+        an artifact of the book (default: the model raised last)
+    """
+    from herdbook.book import tree as drawing
+
+    book = _book()
+    artifact = book.get(ref or _latest())
+    if json:
+        _print(drawing.to_mapping(book, artifact))
+    else:
+        _console().print(drawing.draw(book, artifact))
+
+
+@app.command
+def verify(ref: str | None = None, /, *, json: Json = False) -> None:
+    """Recompute the hashes of an artifact with its ancestors, or of the whole book.
+
+    Ends with exit code 1 when something was changed.
+
+    Example: herd verify cria
+    """
+    checked, problems = _book().verify(ref)
+    if json:
+        _print(
+            {
+                "checked": [one.ref for one in checked],
+                "problems": [{"ref": one.artifact.ref, "what": one.what} for one in problems],
+            }
+        )
+    else:
+        for one in problems:
+            print(f"{one.artifact.ref}: {one.what}")
+        print(f"{len(checked)} artifacts checked, {len(problems)} problems")
+    if problems:
+        sys.exit(1)
+
+
+@app.command
+def recipes(name: str = "", /, *, json: Json = False) -> None:
+    """List the recipes; with a name, list what can be set in it.
+
+    Example: herd recipes cria
+    """
+    from herdbook import config
+    from herdbook import recipe as recipes_
+
+    if not name:
+        abouts = {one: recipes_.Recipe.read(one).about for one in recipes_.shipped()}
+        if json:
+            _print(abouts)
+        else:
+            for one, about in abouts.items():
+                print(f"{one}: {about['en']}\n{' ' * len(one)}  {about['zh']}")
+        return
+    recipe = recipes_.Recipe.read(name)
+    steps = recipe.resolve({})
+    plain = {
+        "about": dict(recipe.about),
+        "settings": dict(recipe.settings),
+        "profiles": {name: dict(changes) for name, changes in recipe.profiles.items()},
+        "steps": {
+            name: {"do": type(step).__name__, **config.to_mapping(step)}
+            for name, step in steps.items()
+        },
+    }
+    if json:
+        _print(plain)
+        return
+    import yaml
+
+    print(yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=100), end="")
+
+
+@app.command
+def doctor(*, json: Json = False) -> None:
+    """Tell what this machine has, and what Herdbook will use of it.
+
+    Example: herd doctor
+    """
+    from herdbook.doctor import examine
+
+    found = examine()
+    if json:
+        _print(found)
+    else:
+        width = max(map(len, found))
+        for name, value in found.items():
+            print(f"{name:<{width}}  {value}")
+
+
+def _latest() -> str:
+    """The model raised last."""
+    from herdbook.errors import UnknownName
+
+    models = [one for one in _book().entries("model") if one.parents]
+    if not models:
+        raise UnknownName("the book", rule="has no raised model yet", next="herd raise cria")
+    return str(models[-1].ref)
+
+
+def run(command: Callable[[], Any]) -> int:
+    """Run a command; its exit code. User errors are told, an interrupt says how to go on."""
+    try:
+        command()
+    except HerdbookError as error:
+        print(f"herd: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(
+            "\nherd: stopped; what is done is kept. Give the same command again to go on.",
+            file=sys.stderr,
+        )
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def main() -> None:
+    """Entry point of `herd`."""
+
+    def command() -> None:
+        try:
+            app(sys.argv[1:], exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            print(f"herd: {error}\n  next: herd --help", file=sys.stderr)
+            sys.exit(2)
+
+    sys.exit(run(command))
+
+
+if __name__ == "__main__":
+    main()

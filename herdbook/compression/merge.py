@@ -1,0 +1,81 @@
+"""Fold an adapter into the model it was trained on: W' = W + (alpha / r) · B A.
+
+The sum is made in float32 from the very weights that were trained on. That a merged model is worse
+than its adapter is a known accident, and has two causes: the base is loaded for merging in another
+precision than for training, or the result is rounded to one (a bfloat16 keeps 8 bits of a weight, and
+a small correction falls below them). So the default keeps float32, and rounding is left to the one
+place that takes care of it, `Quantise`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from herdbook.book.step import Bench, Input, Step, require
+from herdbook.compression import parity
+from herdbook.errors import ConfigError, GateError
+from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.lora import merge_lora
+from herdbook.tokens.tokenizer import Tokenizer
+from herdbook.training import peft_format
+
+#: the largest difference of logits that rounding explains, as a share of the largest logit
+TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}
+
+
+@dataclass(frozen=True)
+class Merge(Step):
+    """Fold an adapter into the model it was trained on, and check that both say the same."""
+
+    kind: ClassVar[str] = "model"
+
+    #: the base, and the adapter that was trained on it
+    model: Input = ""
+    adapter: Input = ""
+    #: of the saved weights: float32 loses nothing; the others halve the file
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        require(self, "model", "adapter")
+        source, adapter = bench.artifact("model"), bench.artifact("adapter")
+        if adapter.kind != "adapter":
+            raise ConfigError(
+                f"{adapter.ref} is a {adapter.kind}",
+                rule="and only an adapter can be merged",
+                next="leave the step out where tuning was in full: its result is a model already",
+            )
+        if source.id not in adapter.parents:
+            base = next((p.ref for p in bench.book.parents(adapter) if p.kind == "model"), "another")
+            raise ConfigError(
+                f"adapter {adapter.ref} was trained on {base}",
+                rule=f"not on {source.ref}",
+                next=f"merge it into {base}",
+            )
+        tokenizer = Tokenizer.load(source.path) if Tokenizer.exists(source.path) else None
+        decoder = load_decoder(source.path, dtype=torch.float32)
+        merged = peft_format.load(decoder, adapter.path)
+        beside = parity.text_logits(decoder, tokenizer)
+        merge_lora(decoder)
+        save_hf(decoder, tokenizer, bench.out, getattr(torch, self.dtype))
+        del decoder
+        saved = load_decoder(bench.out, dtype=torch.float32)
+        found = parity.compare(beside, parity.text_logits(saved, tokenizer))
+        bound = TOLERANCE[self.dtype] * found.scale
+        if not found.max_logit_difference <= bound:
+            raise GateError(
+                f"the merged model's logits differ by {found.max_logit_difference:.3g} from those "
+                f"of the model with its adapter beside it",
+                rule=f"more than {bound:.3g}, which {self.dtype} explains",
+                next="set dtype to float32" if self.dtype != "float32" else "please report this",
+            )
+        return {
+            "max_logit_difference": found.max_logit_difference,
+            "mean_kl": found.mean_kl,
+            "top1_agreement": found.top1_agreement,
+            "merged_matrices": len(merged),
+            "parameters": saved.parameter_count(),
+            "bytes": sum(f.stat().st_size for f in bench.out.iterdir()),
+        }

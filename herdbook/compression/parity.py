@@ -1,0 +1,57 @@
+"""How far a changed model is from its original, on a short text that ships with Herdbook.
+
+T tokens · V vocabulary. A smoke test that takes a second, not a judgement of quality: that is the
+report's business. What it catches is a wrong name, a transposed or permuted matrix, a lost bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Packed
+from herdbook.tokens.tokenizer import Tokenizer
+
+TEXT = (
+    "A herd book is the register in which breeders write down every animal with its parents. "
+    "In 1822 the first one for cattle appeared; it held 710 bulls.\n"
+    "登记簿记录每一头牲畜的父母、出生日期和毛色。没有登记的牲畜，就说不清它的来历。\n"
+    "def parents(animal, book):\n    return [book[name] for name in animal.parents]\n"
+    "Question: What is 17 + 25? Answer: 42. The capital of France is Paris, and water boils at "
+    "100 degrees Celsius at sea level.\n"
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The difference of two models over the same text."""
+
+    max_logit_difference: float
+    scale: float  # the original's largest logit: differences are judged against it
+    mean_kl: float  # nats a token, KL(original ‖ changed)
+    top1_agreement: float  # share of tokens whose likeliest successor is the same
+
+
+@torch.no_grad()
+def text_logits(decoder: Decoder, tokenizer: Tokenizer | None) -> Tensor:
+    """float32 [T, V] over the text (over ids 0 … 63 where a model has no tokenizer)."""
+    was_training = decoder.training
+    decoder.eval()
+    ids = tokenizer.encode(TEXT) if tokenizer else [n % decoder.config.vocab for n in range(64)]
+    hidden = decoder(torch.tensor(ids, device=decoder.device), Packed([len(ids)], decoder.device))
+    decoder.train(was_training)
+    return decoder.logits(hidden)
+
+
+def compare(original: Tensor, changed: Tensor) -> Parity:
+    """Both float32 [T, V]."""
+    a, b = original.log_softmax(-1), changed.log_softmax(-1)
+    return Parity(
+        max_logit_difference=float((original - changed).abs().max()),
+        scale=float(original.abs().max()),
+        mean_kl=max(0.0, float((a.exp() * (a - b)).sum(-1).mean())),
+        top1_agreement=float((original.argmax(-1) == changed.argmax(-1)).float().mean()),
+    )

@@ -1,0 +1,1 @@
+"""Records and conversations: foreign formats in, training rows out."""

@@ -1,0 +1,66 @@
+"""The user's own data, as a dataset in the book."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from herdbook.book.step import Bench, Step, require
+from herdbook.data import formats, records
+from herdbook.errors import ConfigError
+from herdbook.files.atomic import sha256_file
+
+
+@dataclass(frozen=True)
+class Import(Step):
+    """Read a file of conversations (Alpaca, ShareGPT, OpenAI messages; JSON, JSONL, .gz).
+
+    A part is held out: it is never trained on, and the report asks whether the raised model predicts
+    its answers better than the base did.
+    """
+
+    kind: ClassVar[str] = "dataset"
+    data: str = ""  # the file
+    limit: int = 0  # at most so many conversations, drawn by seed; 0: all
+    heldout: float = 0.02  # the share that is kept from training, at most 200 conversations
+    seed: int = 0
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"data": sha256_file(Path(self.data))} if Path(self.data).is_file() else {}
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        require(self, "data")
+        if not 0 <= self.heldout < 1:
+            raise ConfigError(
+                f"heldout = {self.heldout}", rule="is no share from 0 to below 1", next="try 0.02"
+            )
+        if self.limit < 0:
+            raise ConfigError(f"limit = {self.limit}", rule="is negative", next="0 means all")
+        parsed = formats.parse(self.data)
+        rows = parsed.conversations
+        order = list(range(len(rows)))
+        random.Random(self.seed).shuffle(order)
+        order = order[: self.limit or None]
+        count = min(round(len(order) * self.heldout), 200, len(order) - 1)
+        if self.heldout and not count and len(order) > 1:
+            count = 1
+        held, train = sorted(order[:count]), sorted(order[count:])
+        records.write(bench.out / "train.jsonl", (rows[i] for i in train))
+        if held:
+            records.write(bench.out / "heldout.jsonl", (rows[i] for i in held))
+        for reason, number in parsed.skipped.most_common():
+            bench.progress.say(f"  left out {number:,} rows: {reason}")
+        for reason, number in parsed.trimmed.most_common():
+            bench.progress.say(f"  shortened {number:,} rows: {reason}")
+        return {
+            "format": parsed.format,
+            "rows": parsed.rows,
+            "conversations": len(train),
+            "heldout": len(held),
+            "skipped": sum(parsed.skipped.values()),
+            "trimmed": sum(parsed.trimmed.values()),
+            **{f"skipped: {reason}": n for reason, n in sorted(parsed.skipped.items())},
+            **{f"trimmed: {reason}": n for reason, n in sorted(parsed.trimmed.items())},
+        }

@@ -1,0 +1,230 @@
+"""`herdbook.load(ref)`: a model to talk to, from any reference.
+
+    m = herdbook.load("smollm2")
+    m.generate([{"role": "user", "content": "Who are you?"}], max_tokens=32)
+    m.generate("The capital of France is")          # plain text goes on as it is
+    m.logits(m.tokenizer.encode("Hello"))           # float32 [tokens, vocabulary]
+
+Shapes: T tokens, hidden size, vocab size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from herdbook.book.book import Book
+from herdbook.data.records import Message
+from herdbook.data.teacher import Answer, Ask
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Request, Sampling
+from herdbook.errors import ConfigError, FileError, RequestError, nearest
+from herdbook.model.checkpoint import check_vocabulary, load_decoder
+from herdbook.model.config import DecoderConfig
+from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Packed
+from herdbook.model.precision import compute_dtype
+from herdbook.model.references import resolve
+from herdbook.tokens.chat import Rendering, render
+from herdbook.tokens.tokenizer import Tokenizer
+from herdbook.training import peft_format
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
+#: a conversation that waits for its reply, a text to go on with, or token ids
+Prompt: TypeAlias = Messages | str | Sequence[int]
+
+
+class LoadedModel:
+    """A decoder with its tokenizer and, once something is generated, an engine."""
+
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, path: Path) -> None:
+        if tokenizer is not None:
+            check_vocabulary(decoder.config, tokenizer.size)
+        self.decoder, self.maybe_tokenizer, self.path = decoder, tokenizer, path
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.decoder.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.maybe_tokenizer is None:
+            raise FileError(
+                f"{self.path}",
+                rule="came without a tokenizer, so it takes token ids only",
+                next="put its tokenizer.json beside the weights, or give ids",
+            )
+        return self.maybe_tokenizer
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine behind generate and stream. A model without head has none: FileError."""
+        return Engine(self.decoder, self.maybe_tokenizer)
+
+    def render(self, messages: Messages, *, reply: bool = False) -> Rendering:
+        """Ids and loss mask of a conversation by the model's own template.
+
+        reply: end with the beginning of the assistant's turn.
+        """
+        return render(self.tokenizer, messages, reply=reply)
+
+    @torch.inference_mode()
+    def hidden(self, ids: Sequence[int]) -> Tensor:
+        """float32 [T, hidden], after the final norm."""
+        return self._forward(ids).float()
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> Tensor:
+        """float32 [T, vocab]: row t scores what may follow ids[: t + 1]."""
+        self.decoder.need_head()
+        return self.decoder.logits(self._forward(ids))
+
+    def _forward(self, ids: Sequence[int]) -> Tensor:
+        if not len(ids) or not all(0 <= i < self.config.vocab for i in ids):
+            raise RequestError(
+                f"{len(ids)} token ids",
+                rule=f"must be at least one, each from 0 to {self.config.vocab - 1}",
+                next="encode the text with this model's own tokenizer",
+            )
+        device = self.decoder.device
+        hidden: Tensor = self.decoder(
+            torch.tensor(list(ids), device=device), Packed([len(ids)], device)
+        )
+        return hidden
+
+    def generate(self, prompt: Prompt | Sequence[Prompt], **sampling: Any) -> Any:
+        """The reply to one prompt (str), or the replies to a list of prompts (list of str).
+
+        sampling: the fields of `Sampling`, such as max_tokens=64, temperature=0.7, stop=["\\n"].
+        Without a tokenizer there is no text: use `engine.generate` for ids.
+        """
+        settings = _sampling(sampling)
+        several = _is_many(prompt)
+        prompts: Sequence[Any] = prompt if several else [prompt]
+        replies = self.engine.generate([Request(self._ids(one), settings) for one in prompts])
+        texts = [reply.text for reply in replies]
+        return texts if several else texts[0]
+
+    def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
+        """The reply to one prompt in bits as they come; joined they are what generate gives."""
+        request = Request(self._ids(prompt), _sampling(sampling))
+        return (piece.text for piece in self.engine.stream(request) if piece.text)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        if prompt and isinstance(prompt[0], int):
+            return list(prompt)  # type: ignore[arg-type]
+        return self.render(prompt, reply=True).ids  # type: ignore[arg-type]
+
+    def as_teacher(self) -> EngineTeacher:
+        """This model as a source of answers for data generation and evaluation."""
+        return EngineTeacher(self)
+
+
+class EngineTeacher:
+    """A Teacher (data/teacher.py): all asks of a call in one batch of the engine."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+
+    def generate(self, asks: Sequence[Ask], /) -> list[Answer]:
+        """Answers in the order of the asks; they depend on the asks of this call alone."""
+        engine = self.model.engine
+        engine.forget()
+        requests = [
+            Request(
+                self.model.render(ask.messages, reply=True).ids,
+                Sampling(max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed),
+            )
+            for ask in asks
+        ]
+        replies = engine.generate(requests)
+        return [Answer(reply.text, finished=reply.finish == "stop") for reply in replies]
+
+
+def load(
+    ref: str | Path,
+    *,
+    book: Book | None = None,
+    dtype: str | torch.dtype | None = None,
+    quantised: bool = True,
+) -> LoadedModel:
+    """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
+
+    An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
+    bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF.
+    """
+    path = resolve(str(ref), book)
+    number = _dtype(dtype)
+    if (path / peft_format.CONFIG).is_file():
+        base = _base_of(path, book)
+        decoder = load_decoder(base, dtype=number)
+        peft_format.load(decoder, path)
+        decoder.requires_grad_(False)
+        with_tokenizer = path if Tokenizer.exists(path) else base
+    else:
+        decoder = load_decoder(path, dtype=number, quantised=quantised)
+        with_tokenizer = path
+    exists = Tokenizer.exists(with_tokenizer)
+    return LoadedModel(decoder, Tokenizer.load(with_tokenizer) if exists else None, path)
+
+
+def _base_of(adapter: Path, book: Book | None) -> Path:
+    """The model that an adapter was trained on, by its own word."""
+    file = adapter / peft_format.CONFIG
+    try:
+        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise FileError(f"{file}", rule=f"is no JSON object ({error})") from error
+    if not base:
+        raise FileError(
+            f"{file}",
+            rule="does not name its base model (base_model_name_or_path)",
+            next="write the base model's folder or name there",
+        )
+    return resolve(str(base), book)
+
+
+def _dtype(given: str | torch.dtype | None) -> torch.dtype:
+    if given is None:
+        return compute_dtype()
+    if isinstance(given, torch.dtype):
+        return given
+    if given not in DTYPES:
+        raise ConfigError(
+            f"dtype={given!r}", rule="is not known", next=nearest(given, list(DTYPES))
+        )
+    return DTYPES[given]
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    known = list(Sampling.__dataclass_fields__)
+    for name in settings:
+        if name not in known:
+            raise RequestError(
+                f"{name}={settings[name]!r}",
+                rule="is no setting of sampling",
+                next=nearest(name, known),
+            )
+    return Sampling(**settings)
+
+
+def _is_many(prompt: Any) -> bool:
+    """A list of prompts, rather than one conversation, text, or list of ids."""
+    if isinstance(prompt, str) or not prompt:
+        return False
+    return not isinstance(prompt[0], (int, Mapping, Message))

@@ -1,0 +1,130 @@
+"""What goes into the engine and what comes out: Sampling, Request, Piece, Reply.
+
+    Request(ids=[1, 9690, 198], sampling=Sampling(max_tokens=32, temperature=0.7, seed=3))
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from herdbook.errors import RequestError
+
+#: why a generation ended: a stop token or stop string, its length, a caller's abort, an exception
+Finish = Literal["stop", "length", "abort", "error"]
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. `temperature=0` is greedy: the most probable token.
+
+    The order in which the settings apply is told in engine/sampling.py.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0  # keep the k most probable; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set whose probabilities sum to at least p
+    min_p: float = 0.0  # drop what is less probable than min_p × the most probable
+    seed: int | None = 0  # None: another draw each time
+    stop: tuple[str, ...] = ()  # strings that end the reply and are not part of it
+    presence_penalty: float = 0.0  # subtracted once from each token the reply already has
+    frequency_penalty: float = 0.0  # subtracted once per occurrence in the reply
+    repetition_penalty: float = 1.0  # divides (multiplies where < 0) logits of prompt and reply
+    ignore_eos: bool = False  # go on past stop tokens (for measuring)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
+            raise _wrong("stop", self.stop, "must be a string or a list of non-empty strings")
+        object.__setattr__(self, "stop", tuple(stop))
+        self._whole("max_tokens", 1, None)
+        self._whole("top_k", 0, None)
+        self._number("temperature", 0.0, 100.0)
+        self._number("top_p", 0.0, 1.0)
+        if self.top_p == 0:
+            raise _wrong("top_p", self.top_p, "must be above 0 and at most 1")
+        self._number("min_p", 0.0, 1.0)
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._number("repetition_penalty", 0.0, 100.0)
+        if self.repetition_penalty == 0:
+            raise _wrong("repetition_penalty", self.repetition_penalty, "must be above 0")
+        if self.seed is not None:
+            self._whole("seed", 0, 2**63 - 1)
+        if not isinstance(self.ignore_eos, bool):
+            raise _wrong("ignore_eos", self.ignore_eos, "must be true or false")
+
+    def _whole(self, name: str, low: int, high: int | None) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < low or (high is not None and value > high):
+            bound = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise _wrong(name, value, f"must be a whole number, {bound}")
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not low <= value <= high:
+            raise _wrong(name, value, f"must be a number between {low:g} and {high:g}")
+
+    @property
+    def penalised(self) -> bool:
+        return bool(
+            self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        )
+
+
+def _wrong(name: str, value: Any, rule: str) -> RequestError:
+    return RequestError(f"{name}={value!r}", rule=rule, next=f"correct {name} or leave it out")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, as token ids, and how to go on from it."""
+
+    ids: Sequence[int]
+    sampling: Sampling = field(default_factory=Sampling)
+    id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+
+
+@dataclass(frozen=True)
+class Reply:
+    """All that one request produced.
+
+    `ids` holds every token that was drawn, the stop token and the tokens of a stop string included;
+    `text` holds neither of them.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish: Finish
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, taken from pages of earlier requests
+    waiting_s: float  # from submit to the first token
+    decoding_s: float  # from the first token to the last
+    error: Exception | None = None  # with finish == "error"
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        return (len(self.ids) - 1) / self.decoding_s if self.decoding_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to one request. The last one carries the reason and the whole reply."""
+
+    request_id: str
+    text: str
+    ids: tuple[int, ...]
+    finish: Finish | None = None
+    reply: Reply | None = None

@@ -1,0 +1,167 @@
+"""The runner: one forward pass over everything that a step has scheduled.
+
+Shapes: T tokens of the whole batch, n tokens of one sequence in this step, S tokens it has then
+(n included), H heads, KV key/value heads, D size of a head, V vocabulary.
+
+The tokens of all sequences lie one after another in one row of T tokens, without padding: the
+linear layers see one matrix, and only attention asks whose token is whose. `Paged` answers that:
+it writes the new keys and values into the pages and lets each sequence look at its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from herdbook.engine.sequence import Sequence
+from herdbook.model.decoder import Decoder
+
+
+class Cache:
+    """Keys and values: for each layer one tensor [pages, page_tokens, 2, KV, D], keys then values.
+
+    Keys and values of a token lie side by side, so one gather fetches both. A layer's tensor is made
+    when its first keys arrive: their shape and type decide, and the operating system gives the
+    memory page by page as it is written.
+    """
+
+    def __init__(self, pages: int, page_tokens: int) -> None:
+        self.pages, self.page_tokens = pages, page_tokens
+        self._layers: dict[int, Tensor] = {}
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
+        held = self._layers.get(layer)
+        if held is None:
+            shape = (self.pages, self.page_tokens, 2, *k.shape[1:])
+            held = self._layers[layer] = torch.empty(shape, dtype=k.dtype, device=k.device)
+        held.flatten(0, 1).index_copy_(0, slots, torch.stack((k, v), dim=1))
+
+    def read(self, layer: int, pages: Tensor | slice, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [KV, end - start, D] of places `start` to `end` in a run of pages."""
+        held = self._layers[layer]
+        # Pages that follow one another are read where they lie; others are gathered.
+        run = held[pages] if isinstance(pages, slice) else held.index_select(0, pages)
+        k, v = run.flatten(0, 1)[start:end].unbind(1)
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+
+class _Span:
+    """The part of one sequence in this step: rows `first` to `first + n` of the batch."""
+
+    def __init__(self, sequence: Sequence, first: int, page_tokens: int, device: torch.device) -> None:
+        self.first, self.n = first, sequence.scheduled
+        self.start = sequence.computed
+        self.end = self.start + self.n
+        self._page_tokens, self._device = page_tokens, device
+        self._pages = sequence.pages[: -(-self.end // page_tokens)]
+        self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+
+    def slots(self) -> list[int]:
+        size = self._page_tokens
+        return [self._pages[at // size] * size + at % size for at in range(self.start, self.end)]
+
+    def reach(self, window: int | None) -> tuple[Tensor | slice, int, int]:
+        """What the span looks at: its pages, and from where to where in them. Once per window."""
+        if window not in self._reads:
+            # With a window of w a token sees itself and the w - 1 before it.
+            oldest = 0 if window is None else max(0, self.start - window + 1)
+            skipped = oldest // self._page_tokens
+            pages = self._pages[skipped:]
+            shift = skipped * self._page_tokens
+            together = pages == list(range(pages[0], pages[0] + len(pages)))
+            where = (
+                slice(pages[0], pages[0] + len(pages))
+                if together
+                else torch.tensor(pages, device=self._device)
+            )
+            self._reads[window] = where, oldest - shift, self.end - shift
+        return self._reads[window]
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What [n, seen] must not see, as -inf to be added; None where one token sees all."""
+        if self.n == 1:
+            return None
+        if (window, dtype) not in self._masks:
+            oldest = 0 if window is None else max(0, self.start - window + 1)
+            queries = torch.arange(self.start, self.end, device=self._device)[:, None]
+            keys = torch.arange(oldest, self.end, device=self._device)[None, :]
+            hidden = keys > queries
+            if window is not None:
+                hidden |= keys <= queries - window
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=self._device)
+            self._masks[window, dtype] = zeros.masked_fill_(hidden, float("-inf"))
+        return self._masks[window, dtype]
+
+
+class Paged:
+    """The layout of the engine: keys and values live in pages, each sequence sees its own."""
+
+    def __init__(self, cache: Cache, batch: Many[Sequence], device: torch.device) -> None:
+        self._cache = cache
+        self._spans: list[_Span] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        for sequence in batch:
+            span = _Span(sequence, len(positions), cache.page_tokens, device)
+            slots += span.slots()
+            positions += range(span.start, span.end)
+            self._spans.append(span)
+        self._slots = torch.tensor(slots, device=device)
+        self.positions = torch.tensor(positions, device=device)  # [T]
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
+    ) -> Tensor:
+        """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
+        self._cache.write(layer, self._slots, k, v)
+        grouped = q.shape[1] != k.shape[1]
+        outs = []
+        for span in self._spans:
+            rows = slice(span.first, span.first + span.n)
+            whole = span.start == 0 and (window is None or span.n <= window)
+            if whole:  # the beginning of a prompt: all it sees is at hand
+                mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
+            else:
+                mine = self._cache.read(layer, *span.reach(window))
+            out = scaled_dot_product_attention(
+                q[rows].transpose(0, 1)[None],
+                mine[0][None],
+                mine[1][None],
+                attn_mask=None if whole else span.mask(window, q.dtype),
+                is_causal=whole and span.n > 1,
+                scale=scale,
+                enable_gqa=grouped,
+            )
+            outs.append(out[0].transpose(0, 1))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+class Runner:
+    """Runs the decoder over a scheduled batch."""
+
+    def __init__(self, decoder: Decoder, cache: Cache) -> None:
+        self.decoder, self.cache = decoder, cache
+        self.device = decoder.device
+
+    @torch.inference_mode()
+    def run(self, batch: Many[Sequence]) -> Tensor | None:
+        """Logits [B, V] for the B sequences of the batch that catch up in this step, in its order.
+
+        The head is computed for their last tokens alone. None when all are inside their prompts.
+        """
+        ids: list[int] = []
+        last: list[int] = []
+        for sequence in batch:
+            ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
+            if sequence.scheduled == sequence.remaining:
+                last.append(len(ids) - 1)
+        layout = Paged(self.cache, batch, self.device)
+        hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
+        if not last:
+            return None
+        return self.decoder.logits(hidden[torch.tensor(last, device=self.device)])

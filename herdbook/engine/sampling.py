@@ -1,0 +1,124 @@
+"""Choosing the next token from the logits of a batch.
+
+Shapes: B sequences, V tokens of the vocabulary.
+
+A row that samples goes through, in this order (Hugging Face's; penalties as in vLLM and OpenAI):
+
+1. repetition penalty over the tokens of prompt and reply: logit / r where positive, × r where not
+2. frequency and presence penalties over the tokens of the reply: − f × count − p × (count > 0)
+3. temperature: logits / t
+4. top-k, then top-p on what is left (renormalised), then min-p on what is left
+5. one draw with the request's own generator, so that a seed gives the same reply alone and in
+   any batch
+
+Rows without penalties at temperature 0 take one argmax over the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from herdbook.engine.request import Sampling
+
+#: top-p looks at this many of the most probable tokens before it sorts the whole vocabulary
+HEAD = 1024
+
+
+class Chooser:
+    """The sampling state of one request: its generator and the counts for its penalties."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int) -> None:
+        self.sampling = sampling
+        self.generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self.generator = torch.Generator()
+            if sampling.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(sampling.seed)
+        self.seen: Tensor | None = None  # [V] bool: in prompt or reply
+        self.counts: Tensor | None = None  # [V]: occurrences in the reply
+        if sampling.penalised:
+            self.counts = torch.zeros(vocab)
+            self.seen = torch.zeros(vocab, dtype=torch.bool)
+            self.seen[torch.tensor(prompt, dtype=torch.long)] = True
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing but argmax."""
+        return self.generator is None and self.counts is None
+
+    def took(self, token: int) -> None:
+        if self.counts is not None and self.seen is not None:
+            self.counts[token] += 1
+            self.seen[token] = True
+
+    def penalise(self, logits: Tensor) -> Tensor:
+        """Logits [V] less what their tokens' earlier appearances cost."""
+        s = self.sampling
+        if self.counts is None or self.seen is None:
+            return logits
+        if s.repetition_penalty != 1.0:
+            r = s.repetition_penalty
+            lower = torch.where(logits > 0, logits / r, logits * r)
+            logits = torch.where(self.seen, lower, logits)
+        logits = logits - s.frequency_penalty * self.counts
+        return logits - s.presence_penalty * (self.counts > 0)
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token for logits [V] (float32, on the CPU, not changed)."""
+        logits = self.penalise(logits)
+        if self.generator is None:
+            return int(logits.argmax())
+        probabilities, tokens = candidates(logits, self.sampling)
+        pick = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        return pick if tokens is None else int(tokens[pick])
+
+
+def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor | None]:
+    """What may be drawn from logits [V]: unnormalised probabilities [n] and their token ids [n].
+
+    Ids are None where the whole vocabulary stands, in its own order. Otherwise the most probable
+    come first.
+    """
+    probabilities = torch.softmax(logits / s.temperature, dim=-1)
+    tokens: Tensor | None = None
+    if 0 < s.top_k < len(logits):
+        probabilities, tokens = probabilities.topk(s.top_k)
+        probabilities = probabilities / probabilities.sum()
+    if s.top_p < 1.0:
+        if tokens is None:
+            # The nucleus is nearly always small: sort the head of the vocabulary, and all of it
+            # only where that does not reach p.
+            best, tokens = probabilities.topk(min(HEAD, len(logits)))
+            if float(best.sum()) < s.top_p:
+                best, tokens = probabilities.sort(descending=True)
+            probabilities = best
+        before = probabilities.cumsum(0) - probabilities
+        keep = int((before < s.top_p).sum())  # the first always stays
+        probabilities, tokens = probabilities[:keep], tokens[:keep]
+    if s.min_p > 0:
+        kept = probabilities >= s.min_p * probabilities.max()
+        if tokens is None:
+            tokens = torch.arange(len(logits))
+        probabilities, tokens = probabilities[kept], tokens[kept]
+    return probabilities, tokens
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]:
+    """One token for each row of logits [B, V], or the exception of the row that failed."""
+    best, greedy = logits.max(dim=-1)
+    finite = torch.isfinite(best).tolist()
+    chosen: list[int | Exception] = list(greedy.tolist())
+    for row, chooser in enumerate(choosers):
+        if not finite[row]:
+            chosen[row] = ArithmeticError("the model's logits are not finite")
+        elif not chooser.greedy:
+            try:
+                chosen[row] = chooser.choose(logits[row].float().cpu())
+            except Exception as error:  # one bad row must not end its batch-mates
+                chosen[row] = error
+    return chosen

@@ -1,0 +1,126 @@
+"""The scheduler: which tokens of which sequences the next step computes.
+
+One number per sequence, `scheduled`, unifies prefill in chunks and decoding. A step has room for
+`max_batch_tokens` tokens and fills it in this order:
+
+1. every running sequence that needs one token more (decoding);
+2. running sequences in the middle of their prompt, a chunk each, the oldest first;
+3. waiting sequences, first come first served, as long as there are tokens and pages.
+
+Neither starves: no more sequences run than a step has tokens, so while one is in its prompt, at
+most `max_batch_tokens - 1` others can decode, and at least one token of the budget is left for it.
+
+A sequence gets the pages of its whole prompt when it is admitted and one page at a time while it
+decodes. When none is left, the last-in is preempted: it gives its pages back and returns to the
+head of the queue, its prompt now being all its tokens (most of which it finds again in the cache).
+The oldest can always go on, since alone it fits (checked at submit): so every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from herdbook.engine.pages import PagePool
+from herdbook.engine.sequence import Sequence
+
+
+class Scheduler:
+    def __init__(self, pool: PagePool, max_batch_tokens: int) -> None:
+        assert max_batch_tokens > 0
+        self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of their admission
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Finished or aborted: its pages are free (and stay known) from now on."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._give_back(sequence)
+
+    def schedule(self) -> list[Sequence]:
+        """The sequences of the next step, with `scheduled` set; empty when nothing is to be done."""
+        budget = self.max_batch_tokens
+        batch: list[Sequence] = []
+        preemptions = self.preemptions
+        for sequence in self.running:
+            sequence.scheduled = 0
+        for sequence in list(self.running):
+            if sequence.pages and sequence.remaining == 1 and self._next_page(sequence):
+                sequence.scheduled = 1
+                batch.append(sequence)
+        budget -= len(batch)
+        assert budget >= 0
+        for sequence in self.running:
+            if budget and not sequence.scheduled:
+                budget -= self._schedule(sequence, budget, batch)
+        if preemptions == self.preemptions:
+            self._admit(budget, batch)
+        return batch
+
+    def advance(self, batch: list[Sequence]) -> None:
+        """After the step: the scheduled tokens are computed, full pages become known."""
+        size = self.pool.page_tokens
+        for sequence in batch:
+            sequence.computed += sequence.scheduled
+            full = sequence.computed // size
+            if full > sequence.registered:
+                keys = sequence.hash_pages(size)
+                for i in range(sequence.registered, full):
+                    tokens = sequence.ids[i * size : (i + 1) * size]
+                    self.pool.register(sequence.pages[i], keys[i], tokens)
+                sequence.registered = full
+
+    def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
+        sequence.scheduled = min(sequence.remaining, budget)
+        batch.append(sequence)
+        return sequence.scheduled
+
+    def _admit(self, budget: int, batch: list[Sequence]) -> None:
+        size = self.pool.page_tokens
+        promised = {key for one in self.running for key in one.keys[one.registered :]}
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) == self.max_batch_tokens:
+                break
+            keys = sequence.hash_pages(size)
+            hits = self.pool.match(keys, sequence.ids)
+            if len(hits) < len(keys) and keys[len(hits)] in promised:
+                continue  # someone is computing that very page: share it when it is ready
+            need = self.pool.pages_for(len(sequence.ids)) - len(hits)
+            # One page stays spare for each that runs, lest they preempt the newcomer at once.
+            if self.running and need + len(self.running) > self.pool.free_after(hits):
+                break
+            self.pool.hold(hits)
+            sequence.pages = hits + self.pool.allocate(need)
+            sequence.registered = len(hits)
+            sequence.computed = len(hits) * size
+            if sequence.cached_tokens is None:
+                sequence.cached_tokens = sequence.computed
+            self.waiting.remove(sequence)
+            self.running.append(sequence)
+            promised.update(keys[len(hits) :])
+            budget -= self._schedule(sequence, budget, batch)
+
+    def _next_page(self, sequence: Sequence) -> bool:
+        """See that the sequence's next token has a page; False when it had to give up its own."""
+        while len(sequence.pages) < self.pool.pages_for(len(sequence.ids)):
+            if self.pool.free:
+                sequence.pages += self.pool.allocate(1)
+            else:
+                victim = self.running.pop()
+                self._give_back(victim)
+                self.waiting.appendleft(victim)
+                self.preemptions += 1
+                if victim is sequence:
+                    return False
+        return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages = []
+        sequence.computed = sequence.scheduled = sequence.registered = 0

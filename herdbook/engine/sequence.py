@@ -1,0 +1,70 @@
+"""A sequence: one request on its way through the engine.
+
+Of its `ids` (prompt, then reply) the first `computed` have their keys and values in `pages`; the
+next `scheduled` are computed in this step. Prefill in chunks, decoding, and the repair after a
+preemption are then the same thing: `computed` runs after `len(ids)`, and each time it has caught
+up, one more token is drawn.
+"""
+
+from __future__ import annotations
+
+import time
+
+from herdbook.engine.pages import chain
+from herdbook.engine.request import Finish, Reply, Request
+from herdbook.engine.sampling import Chooser
+from herdbook.engine.text import TextOut
+
+
+class Sequence:
+    """The state of one request; the scheduler and the engine change it."""
+
+    def __init__(self, request: Request, limit: int, chooser: Chooser, out: TextOut) -> None:
+        self.request = request
+        self.ids = list(request.ids)
+        self.prompt_tokens = len(self.ids)
+        self.limit = limit  # most tokens that the reply may have
+        self.chooser, self.out = chooser, out
+        self.pages: list[int] = []
+        self.keys: list[bytes] = []  # hashes of the full pages of `ids`
+        self.computed = 0
+        self.scheduled = 0
+        self.registered = 0  # pages that the pool knows by hash (or knew before)
+        self.cached_tokens: int | None = None  # at the first admission
+        self.finish: Finish | None = None
+        self.error: Exception | None = None
+        self.submitted_at = time.perf_counter()
+        self.first_at = self.last_at = 0.0
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute until the next one can be drawn."""
+        return len(self.ids) - self.computed
+
+    @property
+    def reply_tokens(self) -> int:
+        return len(self.ids) - self.prompt_tokens
+
+    def hash_pages(self, page_tokens: int) -> list[bytes]:
+        """Hashes of the full pages; only new ones are computed."""
+        if (len(self.keys) + 1) * page_tokens <= len(self.ids):
+            self.keys = chain(self.ids, page_tokens, self.keys)
+        return self.keys
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        self.last_at = time.perf_counter()
+        self.first_at = self.first_at or self.last_at
+
+    def reply(self) -> Reply:
+        assert self.finish is not None
+        return Reply(
+            text=self.out.text,
+            ids=tuple(self.ids[self.prompt_tokens :]),
+            finish=self.finish,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens or 0,
+            waiting_s=(self.first_at or time.perf_counter()) - self.submitted_at,
+            decoding_s=self.last_at - self.first_at,
+            error=self.error,
+        )

@@ -1,0 +1,76 @@
+"""From tokens to text that may be shown: whole characters only, and no part of a stop string.
+
+A stop string may arrive in bits: with stop "\\n\\nUser" and the text "Hello.\\n\\nUs", the "\\n\\nUs"
+is held back until it is certain whether the stop follows.
+
+>>> held("Hello.\\n\\nUs", ("\\n\\nUser",))
+4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Stream(Protocol):
+    """What `Tokenizer.stream()` gives."""
+
+    def push(self, id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+def held(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of a stop string."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return n
+    return 0
+
+
+class TextOut:
+    """Collects the text of one reply. `stream` is None where there is no tokenizer."""
+
+    def __init__(self, stream: Stream | None, stops: Sequence[str]) -> None:
+        self._stream, self._stops = stream, tuple(stops)
+        self._parts: list[str] = []  # handed out
+        self._tail = ""  # held back
+        self.stopped = False  # a stop string has come
+
+    @property
+    def text(self) -> str:
+        """All that was handed out."""
+        return "".join(self._parts)
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain (often "")."""
+        return self._add(self._stream.push(token)) if self._stream else ""
+
+    def flush(self) -> str:
+        """The rest, when no more tokens come: held-back text was no stop string after all."""
+        if self.stopped or self._stream is None:
+            return ""
+        rest = self._add(self._stream.flush())
+        if not self.stopped:
+            rest += self._hand_out(self._tail)
+            self._tail = ""
+        return rest
+
+    def _add(self, text: str) -> str:
+        if not self._stops:
+            return self._hand_out(text)
+        text = self._tail + text
+        ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if ends:
+            self.stopped, self._tail = True, ""
+            return self._hand_out(text[: min(ends)])
+        keep = held(text, self._stops)
+        self._tail = text[len(text) - keep :]
+        return self._hand_out(text[: len(text) - keep])
+
+    def _hand_out(self, text: str) -> str:
+        if text:
+            self._parts.append(text)
+        return text

@@ -1,0 +1,1 @@
+"""Did it get better? Perplexity, identity, speed, memory; reports and pages."""

@@ -1,0 +1,168 @@
+"""How surprised a model is by a text that it was not tuned on: the price of tuning, measured.
+
+    perplexity = exp(total surprise in nats / tokens)
+
+A text is cut into passages of a few lines, the same for every model whatever its tokenizer, so that
+two models can be compared passage by passage (`statistics.perplexity_ratio`). Passages are put
+together into windows of `window` tokens; within a window each token sees all tokens before it. The
+first token of a window is only scored after a BOS.
+
+The default texts, one per language, are ours (`text/*.txt`): a published test set may be in a
+model's training data.
+
+T tokens of a window · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from herdbook.data.records import Conversation
+from herdbook.errors import DataError
+from herdbook.tokens import chat
+from herdbook.tokens.tokenizer import Tokenizer
+
+FOLDER = Path(__file__).parent / "text"
+#: passages are at least so long; Chinese characters have three bytes, and say more
+PASSAGE_BYTES = 160
+#: rows of logits that are turned into probabilities at once
+ROWS = 128
+
+
+class Model(Protocol):
+    """What scoring needs of a LoadedModel."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def logits(self, ids: Sequence[int], /) -> torch.Tensor: ...  # float32 [T, V]
+
+
+def default_texts() -> dict[str, str]:
+    """Language → Herdbook's own text."""
+    return {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.txt"))}
+
+
+def read_text(path: Path) -> str:
+    """A user's text for the perplexity."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}", rule="is not there", next="check the path of --text") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: byte {error.start}", rule="is not UTF-8; a text must be UTF-8"
+        ) from error
+    if len(text.split()) < 2 and len(text.strip()) < 20:
+        raise DataError(f"{path} holds {len(text)} characters", rule="where a text was expected")
+    return text
+
+
+def perplexity(model: Model, text: str, window: int = 512) -> dict[str, Any]:
+    """{"perplexity", "nll" (nats, total), "tokens", "passages": [(nll, tokens), …]}.
+
+    ``passages`` lists every passage of the text, so that it pairs with another model's.
+    """
+    tokenizer = _tokenizer(model)
+    start = tokenizer.encode("", bos=tokenizer.add_bos)
+    scores: list[tuple[float, int]] = []
+    for ids, lengths in _windows(tokenizer, text, window - len(start)):
+        nll = nlls(model, start + ids)[max(len(start) - 1, 0) :]  # one per scored token of ids
+        lost = len(ids) - len(nll)  # 1 where there is no BOS
+        at = 0
+        for length in lengths:
+            end = max(at + length - lost, 0)
+            first = max(at - lost, 0)
+            scores.append((float(nll[first:end].sum()), end - first))
+            at += length
+    return _summary(scores)
+
+
+def replies(model: Model, rows: Sequence[Conversation], limit: int = 512) -> dict[str, Any]:
+    """Perplexity of the assistant's turns in held-out conversations, each a passage.
+
+    The conversations go through the same rendering as in training; `limit` tokens of each count.
+    """
+    scores = []
+    for row in rows:
+        rendering = chat.render(_tokenizer(model), row.messages)
+        ids, mask = rendering.ids[:limit], torch.tensor(rendering.mask[:limit])
+        nll = nlls(model, ids)[mask[1:]]
+        scores.append((float(nll.sum()), len(nll)))
+    return _summary(scores)
+
+
+def nlls(model: Model, ids: Sequence[int]) -> torch.Tensor:
+    """Surprise of ids[1:], each given all before it: float64 [T-1]."""
+    with torch.inference_mode():
+        logits = model.logits(ids)[:-1]
+        targets = torch.tensor(ids[1:], device=logits.device)
+        parts = [
+            torch.nn.functional.cross_entropy(rows, wanted, reduction="none")
+            for rows, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        ]
+    return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.float64)
+
+
+def passages(text: str) -> list[str]:
+    """The text in pieces of some lines or sentences; joined they are the text again."""
+    pieces: list[str] = []
+    current = ""
+    for part in re.findall(r"[^\n]*?(?:[.!?。！？]+[\"”’)」]*(?=\s|[^\x00-\x7f]|$)|\n+|$)", text):
+        if not current.strip() and pieces and not part.strip():
+            pieces[-1] += part
+            continue
+        current += part
+        while len(current.encode()) > 8 * PASSAGE_BYTES:  # no sentence ends: cut anyway
+            pieces.append(current[: 2 * PASSAGE_BYTES])
+            current = current[2 * PASSAGE_BYTES :]
+        if len(current.encode()) >= PASSAGE_BYTES and current.strip():
+            pieces.append(current)
+            current = ""
+    if current.strip() or not pieces:
+        pieces.append(current)
+    else:
+        pieces[-1] += current
+    assert "".join(pieces) == text
+    return pieces
+
+
+def _windows(tokenizer: Tokenizer, text: str, window: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, tokens of each passage in it); a passage longer than a window is cut to it."""
+    ids: list[int] = []
+    lengths: list[int] = []
+    for passage in passages(text):
+        new = tokenizer.encode(passage)[:window]
+        if ids and len(ids) + len(new) > window:
+            yield ids, lengths
+            ids, lengths = [], []
+        ids, lengths = ids + new, [*lengths, len(new)]
+    if ids:
+        yield ids, lengths
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise DataError(
+            "the model came without a tokenizer",
+            rule="and a text cannot be scored without one",
+            next="put its tokenizer.json beside the weights",
+        )
+    return model.tokenizer
+
+
+def _summary(scores: list[tuple[float, int]]) -> dict[str, Any]:
+    nll, tokens = sum(s for s, _ in scores), sum(n for _, n in scores)
+    if not tokens:
+        raise DataError("the text gives no token to score", rule="where at least two are needed")
+    return {
+        "perplexity": math.exp(nll / tokens),
+        "nll": nll,
+        "tokens": tokens,
+        "passages": scores,
+    }

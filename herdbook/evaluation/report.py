@@ -1,0 +1,191 @@
+"""Did it get better? One model against another: identity, perplexity, size, speed, memory.
+
+``report.json``::
+
+    {"before": SIDE, "after": SIDE,
+     "perplexity": {"en": {"value": 1.004, "low": 0.998, "high": 1.011}, …},   after / before
+     "losses": [{"step": 1, "loss": 2.9, …}, …], "gates": [{"name", "limit", "value", "passed"}],
+     "verdict": "passed"}
+
+    SIDE = {"ref", "id", "step", "size_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
+            "peak_bytes", "load_s", "texts": {"en": {"perplexity", "nll", "tokens", "passages"}, …},
+            "identity": {"shares": {"en": {"value", "low", "high"}, …}, "answers": [Scored, …]}}
+
+A gate that is broken does not lose the report: it is written and entered, and its verdict tells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from herdbook.book.book import Artifact
+from herdbook.book.step import Bench, Input, Inputs, Step, require
+from herdbook.data import records
+from herdbook.data.records import Conversation
+from herdbook.engine.loaded import load
+from herdbook.evaluation import identity
+from herdbook.evaluation.measure import measure
+from herdbook.evaluation.page import report_page
+from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
+from herdbook.evaluation.statistics import perplexity_ratio
+from herdbook.files.atomic import sha256_file, write_json, write_text
+
+#: the name under which held-out conversations stand among the texts
+REPLIES = "replies"
+#: held-out conversations that are scored; more take longer than they tell
+HELDOUT_ROWS = 48
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """What datasets keep from training: questions about identity, and the user's conversations."""
+
+    identity: list[Conversation]
+    replies: list[Conversation]
+
+    @classmethod
+    def of(cls, datasets: tuple[Artifact, ...]) -> Heldout:
+        questions: list[Conversation] = []
+        conversations: list[Conversation] = []
+        for dataset in datasets:
+            path = dataset.path / "heldout.jsonl"
+            if path.is_file():
+                for row in records.read(path):
+                    (questions if "expect" in row.extra else conversations).append(row)
+        return cls(questions, conversations[:HELDOUT_ROWS])
+
+
+@dataclass(frozen=True)
+class Report(Step):
+    """Compare a model with what it was raised from: identity, perplexity, size, speed, memory."""
+
+    kind: ClassVar[str] = "report"
+    before: Input = ""
+    after: Input = ""
+    data: Inputs = ()  # datasets whose held-out part is asked
+    adapters: Inputs = ()  # whose loss curve is shown
+    text: str = ""  # a file for the perplexity; empty: Herdbook's own texts
+    max_perplexity_increase: float = 0.03  # gate: on each text; 0: none
+    min_identity: float = 0.9  # gate: right answers, in each language; 0: none
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"text": sha256_file(Path(self.text))} if Path(self.text).is_file() else {}
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        require(self, "before", "after")
+        texts = {"text": read_text(Path(self.text))} if self.text else default_texts()
+        heldout = Heldout.of(bench.inputs["data"])
+        sides = {}
+        for name in ("before", "after"):
+            artifact = bench.artifact(name)
+            kept = bench.work / f"{name}.json"  # survives a kill
+            if not kept.is_file():
+                bench.progress.say(f"  measuring {artifact.ref} ({name})")
+                found = {"ref": artifact.ref, "id": artifact.id, "step": artifact.step}
+                write_json(kept, found | side(artifact.path, texts, heldout))
+            sides[name] = json.loads(kept.read_text(encoding="utf-8"))
+        report = compare(sides["before"], sides["after"])
+        report["losses"] = [
+            json.loads(line)
+            for adapter in bench.inputs["adapters"]
+            if (adapter.path / "losses.jsonl").is_file()
+            for line in (adapter.path / "losses.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        report["gates"] = self.gates(report)
+        report["verdict"] = verdict(report["gates"])
+        write_json(bench.out / "report.json", report)
+        write_text(bench.out / "report.html", report_page(report))
+        return metrics(report)
+
+    def gates(self, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the recipe demands, and whether it was met."""
+        found = []
+        if self.max_perplexity_increase:
+            for name, ratio in report["perplexity"].items():
+                rise = ratio["value"] - 1
+                found.append(
+                    {
+                        "name": f"perplexity ({name}) rises",
+                        "limit": self.max_perplexity_increase,
+                        "value": rise,
+                        "passed": rise <= self.max_perplexity_increase,
+                    }
+                )
+        if self.min_identity:
+            for name, share in report["after"]["identity"]["shares"].items():
+                if name != "ordinary":
+                    found.append(
+                        {
+                            "name": f"identity ({name}) is right",
+                            "limit": self.min_identity,
+                            "value": share["value"],
+                            "passed": share["value"] >= self.min_identity,
+                        }
+                    )
+        return found
+
+
+def side(path: Path, texts: Mapping[str, str], heldout: Heldout) -> dict[str, Any]:
+    """All that is measured of one model."""
+    found = measure(path)
+    model = load(str(path))
+    found["texts"] = {name: perplexity(model, text) for name, text in texts.items()}
+    if heldout.replies:
+        found["texts"][REPLIES] = replies(model, heldout.replies)
+    scored = identity.score(model.as_teacher(), heldout.identity) if heldout.identity else []
+    shares = {name: one.to_json() for name, one in identity.summary(scored).items()}
+    found["identity"] = {"shares": shares, "answers": [one.to_json() for one in scored]}
+    return found
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The two sides, and the paired ratios of their perplexities."""
+    ratios = {
+        name: perplexity_ratio(before["texts"][name]["passages"], text["passages"]).to_json()
+        for name, text in after["texts"].items()
+    }
+    return {"before": before, "after": after, "perplexity": ratios}
+
+
+def verdict(gates: list[dict[str, Any]]) -> str:
+    """«passed», or «failed: …» with each broken gate's figures."""
+    broken = [
+        f"{gate['name']} {100 * gate['value']:.1f} %, "
+        f"{'at most' if 'perplexity' in gate['name'] else 'at least'} {100 * gate['limit']:g} %"
+        for gate in gates
+        if not gate["passed"]
+    ]
+    return "failed: " + "; ".join(broken) if broken else "passed"
+
+
+def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat figures for the tree and the list."""
+    after = report["after"]
+    return {
+        "verdict": report["verdict"],
+        **flat(after),
+        **{
+            f"perplexity_{name}_change_share": ratio["value"] - 1
+            for name, ratio in report["perplexity"].items()
+        },
+    }
+
+
+def flat(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A side in flat figures, named so that `human_metric` dresses them."""
+    shares = one["identity"]["shares"]
+    return {
+        **{
+            f"{'identity_' if name != 'ordinary' else ''}{name}_share": share["value"]
+            for name, share in shares.items()
+        },
+        **{f"perplexity_{name}": text["perplexity"] for name, text in one["texts"].items()},
+        "size_bytes": one["size_bytes"],
+        "prefill_tokens_per_s": one["prefill_tokens_per_s"],
+        "decode_tokens_per_s": one["decode_tokens_per_s"],
+        "peak_bytes": one["peak_bytes"],
+    }

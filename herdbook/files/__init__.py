@@ -1,0 +1,1 @@
+"""Foreign containers read with suspicion, our own files written whole or not at all."""

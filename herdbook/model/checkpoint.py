@@ -1,0 +1,490 @@
+"""Reading a model from disk and writing one: Hugging Face folders and GGUF files.
+
+A checkpoint is opened (headers, configuration, names checked) before any weight is read; then the
+tensors come one by one, so that loading needs the memory of the result and of one tensor.
+
+    folder/config.json, model.safetensors or its shards and model.safetensors.index.json
+    model.gguf
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from herdbook.errors import FamilyError, FileError
+from herdbook.files import gguf
+from herdbook.files.atomic import replacing, write_json
+from herdbook.files.safetensors import PICKLES, Entry, pickled, read_header
+from herdbook.model.config import DecoderConfig
+from herdbook.model.decoder import Decoder
+from herdbook.model.families import by_gguf, by_model_type, families
+from herdbook.model.family import (
+    Family,
+    gguf_metadata,
+    llama3_from_divisors,
+    permute,
+    source_from_gguf,
+    unpermute,
+)
+from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, rope_divisors
+from herdbook.model.precision import compute_dtype
+
+INDEX = "model.safetensors.index.json"
+#: tensors that some checkpoints carry and nothing needs: they can be computed
+COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+#: general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+
+
+class TokenizerLike(Protocol):
+    """What saving asks of a tokenizer."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def gguf_metadata(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, understood and checked, its weights not yet read."""
+
+    path: Path
+    family: Family
+    config: DecoderConfig
+    source_config: dict[str, Any]  # under Hugging Face's keys
+    headless: bool
+    #: our name → the source's
+    names: dict[str, str] = field(repr=False)
+    files: dict[str, Path] = field(repr=False)  # safetensors: the source's name → its file
+    gguf: gguf.GGUF | None = field(repr=False, default=None)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One tensor by our name, dequantised, in memory of its own."""
+        source = self.names[name]
+        if self.gguf is None:
+            with safe_open(self.files[source], "pt") as file:
+                tensor: Tensor = file.get_tensor(source)
+            return tensor.to(dtype, copy=True)
+        values = self.gguf.array(source)
+        if heads := self.family.permuted_heads(name, self.config):
+            values = unpermute(values, heads)
+        return torch.from_numpy(values).to(dtype, copy=True)
+
+    def blocks(self, name: str) -> tuple[str, Tensor] | None:
+        """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
+        if self.gguf is None:
+            return None
+        source = self.names[name]
+        tensor = self.gguf.tensors[source]
+        if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        raw = self.gguf.raw(source)
+        if heads := self.family.permuted_heads(name, self.config):
+            raw = unpermute(raw, heads)
+        return tensor.type, torch.from_numpy(raw).unflatten(1, (tensor.shape[1] // gguf.BLOCK, -1))
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Understand what lies at `path`: a Hugging Face folder, a folder with model.gguf, a .gguf file."""
+    path = Path(path)
+    if path.suffix in PICKLES and path.exists():
+        raise pickled(path)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return _open_folder(path)
+        if (path / "model.gguf").is_file():
+            return _open_gguf(path / "model.gguf")
+        raise _no_model(path)
+    if not path.exists():
+        raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
+    return _open_gguf(path)
+
+
+def _no_model(folder: Path) -> FileError:
+    for one in sorted(folder.iterdir()):
+        if one.suffix in PICKLES:
+            return pickled(one)
+    return FileError(
+        f"{folder}",
+        rule="holds no model: no config.json with .safetensors, no model.gguf",
+        next="give the folder that holds config.json, or a .gguf file",
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a foreign file."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path}", rule=f"is no JSON: {error}", next="fetch it again") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}", rule="holds no JSON object", next="fetch it again")
+    return value
+
+
+def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
+    """Our name → shape, for every tensor of such a decoder."""
+    with torch.device("meta"):
+        decoder = Decoder(config, headless=headless)
+    return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+
+
+def _check_shapes(
+    where: Path,
+    expected: dict[str, tuple[int, ...]],
+    names: dict[str, str],
+    found: dict[str, tuple[int, ...]],
+) -> None:
+    """Every tensor there, none left over, each in its shape."""
+    next = "check that config and weights belong together, or fetch the model again"
+    for name, shape in expected.items():
+        source = names[name]
+        if source not in found:
+            raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
+        if found[source] != shape:
+            raise FileError(
+                f"{where}: tensor {source!r} has the shape {list(found[source])}",
+                rule=f"but the config asks for {list(shape)}",
+                next=next,
+            )
+    left = [n for n in found if n not in set(names.values()) and not COMPUTED.fullmatch(n)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise FileError(
+            f"{where}: tensor {left[0]!r}{more}",
+            rule="has no place in a model of this config",
+            next=next,
+        )
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    where = folder / "config.json"
+    source = read_json(where)
+    family = by_model_type(source.get("model_type"), str(where))
+    config = family.config(source, str(where))
+    files, entries = _weight_files(folder)
+
+    # a base model saved alone has no "model." in front of its names
+    base = not any(name.startswith("model.") for name in entries)
+    head = family.hf_name("head.weight")
+    headless = not config.tied and head not in entries
+    expected = expected_shapes(config, headless=headless)
+    names = {name: family.hf_name(name) for name in expected}
+    if base:
+        names = {name: hf.removeprefix("model.") for name, hf in names.items()}
+    found = {name: entry.shape for name, entry in entries.items()}
+    if config.tied and head in found:  # saved although it is the embedding: it must be
+        shape = found.pop(head)
+        embed = names["embed.weight"]
+        if shape != found.get(embed) or not _same(files, head, embed):
+            raise FileError(
+                f"{folder}: tensor {head!r} differs from {embed!r}",
+                rule="but the config says that they are tied (tie_word_embeddings)",
+                next="set tie_word_embeddings to false in config.json if the head is its own",
+            )
+    _check_shapes(folder, expected, names, found)
+    return Checkpoint(folder, family, config, source, headless, names, files)
+
+
+def _same(files: dict[str, Path], a: str, b: str) -> bool:
+    with safe_open(files[a], "pt") as one, safe_open(files[b], "pt") as two:
+        return bool(torch.equal(one.get_tensor(a), two.get_tensor(b)))
+
+
+def _weight_files(folder: Path) -> tuple[dict[str, Path], dict[str, Entry]]:
+    """Each tensor's file and header entry, every header checked."""
+    index = folder / INDEX
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise FileError(f"{index}", rule="has no weight_map", next="fetch it again")
+        for name in set(map(str, listed.values())):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise FileError(
+                    f"{index} names the file {name!r}",
+                    rule="but shards lie beside the index and end in .safetensors",
+                    next="fetch the model again from a source that you trust",
+                )
+        shards = sorted(set(listed.values()))
+    elif (folder / "model.safetensors").is_file():
+        listed, shards = None, ["model.safetensors"]
+    else:
+        listed, shards = None, sorted(p.name for p in folder.glob("*.safetensors"))
+    if not shards:
+        raise _no_model(folder)
+    files: dict[str, Path] = {}
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        for name, entry in read_header(folder / shard).items():
+            if name in files:
+                raise FileError(
+                    f"{folder}: tensor {name!r} lies in {files[name].name} and in {shard}",
+                    rule="but each tensor has one file",
+                    next=f"leave only the model's own shards in the folder, with their {INDEX}",
+                )
+            files[name], entries[name] = folder / shard, entry
+    for name, shard in (listed or {}).items():
+        if name not in files or files[name].name != shard:
+            raise FileError(
+                f"{index} puts tensor {name!r} into {shard}",
+                rule="but it does not lie there",
+                next="fetch the model again",
+            )
+    return files, entries
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = gguf.read(path)
+    where = str(path)
+    family = by_gguf(file.metadata.get("general.architecture"), file.metadata, where)
+    embed = file.tensors.get(family.gguf_name("embed.weight"))
+    if embed is None or len(embed.shape) != 2:
+        raise FileError(
+            f"{path}: tensor {family.gguf_name('embed.weight')!r} is missing",
+            rule="so it is no language model (a vocabulary or an adapter alone?)",
+            next="use the model's own .gguf file",
+        )
+    source = source_from_gguf(
+        file.metadata,
+        family,
+        vocab=embed.shape[0],
+        tied=family.gguf_name("head.weight") not in file.tensors,
+        biased=family.gguf_name("blocks.0.attention.q.bias") in file.tensors,
+        where=where,
+    )
+    config = family.config(source, where)
+    if "rope_freqs.weight" in file.tensors:
+        divisors = torch.from_numpy(file.array("rope_freqs.weight").astype(np.float32)).flatten()
+        scaling = None
+        if len(divisors) == config.head_dim // 2:
+            scaling = llama3_from_divisors(divisors, config)
+        if scaling is None and not torch.equal(divisors, torch.ones_like(divisors)):
+            raise FamilyError(
+                f"{path}: rope_freqs.weight",
+                rule="holds a rotary scaling that is not LLaMA 3's",
+                next="use the model's safetensors, whose config names its scaling",
+            )
+        config = dataclasses.replace(config, rope_scaling=scaling)
+    ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
+    expected = expected_shapes(config)
+    names = {name: family.gguf_name(name) for name in expected}
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    _check_shapes(path, expected, names, found)
+    return Checkpoint(path, family, config, family.source(config) | ids, False, names, {}, file)
+
+
+def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
+    """Raise where the tokenizer knows ids that the embedding has no row for. Spare rows are fine."""
+    if tokenizer_size > config.vocab:
+        raise FileError(
+            f"the tokenizer has {tokenizer_size:,} ids",
+            rule=f"but the model's embedding has only {config.vocab:,} rows",
+            next="use the tokenizer that belongs to the model",
+        )
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def load_decoder(
+    path: Path | str, dtype: torch.dtype | None = None, quantised: bool = False
+) -> Decoder:
+    """The decoder at `path`, frozen (no gradients), in `dtype` (default: what the machine computes).
+
+    quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0 stay so; the rest is in `dtype`.
+    """
+    checkpoint = open_checkpoint(path)
+    dtype = dtype or compute_dtype()
+    with torch.device("meta"):
+        decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
+    decoder.family = checkpoint.family.model_type
+    decoder.source_config = dict(checkpoint.source_config)
+    for name in checkpoint.names:
+        module_name, _, leaf = name.rpartition(".")
+        module = decoder.get_submodule(module_name)
+        if leaf == "weight" and quantised and (made := _quantised(checkpoint, name, dtype)):
+            _replace(decoder, module_name, made)
+        elif leaf in dict(module.named_parameters(recurse=False)):
+            tensor = checkpoint.read(name, dtype)
+            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    return decoder.eval()
+
+
+def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """The layer that keeps this weight's blocks; None where it has none that a layer can keep."""
+    found = checkpoint.blocks(name)
+    if found is None:
+        return None
+    type, raw = found
+    scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
+    if type == "Q8_0":
+        codes = raw[..., 2:].contiguous().view(torch.int8)
+        if name == "embed.weight":
+            return Int8Embedding(codes, scale.float(), dtype)
+        return Int8Linear(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
+    if name == "embed.weight":
+        return None
+    if type == "Q4_1":
+        minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0]
+        codes = raw[..., 4:].contiguous()
+    else:
+        minimum, codes = scale * -8, raw[..., 2:].contiguous()
+    return Int4Linear(codes, scale, minimum, _bias(checkpoint, name, dtype), dtype)
+
+
+def _bias(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor | None:
+    bias = name.removesuffix("weight") + "bias"
+    return checkpoint.read(bias, dtype) if bias in checkpoint.names else None
+
+
+def _replace(decoder: Decoder, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), leaf, module)
+
+
+# --- saving ----------------------------------------------------------------------------------------
+
+
+def tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by our name, dequantised, one at a time."""
+    for name in expected_shapes(decoder.config, headless=decoder.headless):
+        yield name, one_tensor(decoder, name, dtype)
+
+
+def one_tensor(decoder: Decoder, name: str, dtype: torch.dtype) -> Tensor:
+    module_name, _, leaf = name.rpartition(".")
+    module: Any = decoder.get_submodule(module_name)
+    assert hasattr(module, "dense"), f"{module_name} is a {type(module).__name__}: merge it first"
+    tensor: Tensor = module.dense(dtype) if leaf == "weight" else module.bias.to(dtype)
+    return tensor.detach().cpu()
+
+
+def _family(decoder: Decoder) -> Family:
+    return families()[decoder.family]
+
+
+def source_config(decoder: Decoder) -> dict[str, Any]:
+    """config.json's content: the source's own keys, brought up to date where the axes changed."""
+    family, source = _family(decoder), dict(decoder.source_config)
+    if not source:
+        return family.source(decoder.config)
+    if family.config(source, "config.json") != decoder.config:
+        source.pop("rope_parameters", None)
+        source |= family.write(decoder.config)
+    return source
+
+
+def save_hf(
+    decoder: Decoder,
+    tokenizer: TokenizerLike | None,
+    folder: Path | str,
+    dtype: torch.dtype,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a Hugging Face folder under the source's names and keys. config.json comes last."""
+    folder, family = Path(folder), _family(decoder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    total = room = 0
+    for name, shape in expected_shapes(decoder.config, headless=decoder.headless).items():
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        if shards[-1] and room + nbytes > shard_bytes:
+            shards.append([])
+            room = 0
+        shards[-1].append(name)
+        room, total = room + nbytes, total + nbytes
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        many = len(shards) > 1
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
+        held = {family.hf_name(n): one_tensor(decoder, n, dtype).contiguous() for n in names}
+        with replacing(folder / file) as temporary:
+            safetensors.torch.save_file(held, temporary, metadata={"format": "pt"})
+        where |= dict.fromkeys(held, file)
+    if len(shards) > 1:
+        metadata = {"total_size": total}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    source = source_config(decoder)
+    key = "dtype" if "dtype" in source else "torch_dtype"
+    write_json(folder / "config.json", source | {key: str(dtype).removeprefix("torch.")})
+
+
+class _Waiting:
+    """A tensor of a decoder that the GGUF writer asks for when its turn comes."""
+
+    def __init__(self, decoder: Decoder, family: Family, name: str, shape: tuple[int, ...]) -> None:
+        self.decoder, self.name, self.shape = decoder, name, shape
+        self.heads = family.permuted_heads(name, decoder.config)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = one_tensor(self.decoder, self.name, torch.float32).numpy()
+        return permute(values, self.heads) if self.heads else values
+
+
+def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
+    """How a tensor of ours is stored in a file of this quantisation.
+
+    Vectors stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
+    every word; rows that do not fill blocks of 32 stay F16.
+    """
+    if len(shape) == 1:
+        return "F32"
+    if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
+        quant = "Q8_0"
+    blocked = quant in ("Q4_0", "Q4_1", "Q8_0")
+    return "F16" if blocked and shape[-1] % gguf.BLOCK else quant
+
+
+def save_gguf(
+    decoder: Decoder, tokenizer: TokenizerLike | None, path: Path | str, quant: str
+) -> None:
+    """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
+    assert quant in FILE_TYPES, quant
+    decoder.need_head()
+    path, family, config = Path(path), _family(decoder), decoder.config
+    metadata: dict[str, Any] = {
+        "general.architecture": family.gguf,
+        "general.type": "model",
+        "general.name": path.stem,
+        "general.file_type": FILE_TYPES[quant],
+        "general.quantization_version": 2,
+    }
+    metadata |= gguf_metadata(config, family)
+    if tokenizer is not None:
+        metadata |= _filled(tokenizer.gguf_metadata(), config)
+    found: list[tuple[str, str, Any]] = []
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        divisors = rope_divisors(plain, config.rope_scaling, config)
+        found.append(("rope_freqs.weight", "F32", divisors.numpy()))
+    for name, shape in expected_shapes(config).items():
+        waiting = _Waiting(decoder, family, name, shape)
+        found.append((family.gguf_name(name), gguf_type(name, shape, quant), waiting))
+    gguf.write(path, metadata, found)
+
+
+def _filled(metadata: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The tokenizer's metadata with a token for every row: llama.cpp wants as many as there are."""
+    names = ("tokens", "token_type", "scores")
+    keys = {name: f"tokenizer.ggml.{name}" for name in names}
+    have = len(metadata.get(keys["tokens"], ()))
+    check_vocabulary(config, have)
+    spare = range(have, config.vocab)
+    fill = {"tokens": [f"[PAD{i}]" for i in spare], "token_type": [5] * len(spare)}  # 5: unused
+    fill |= {"scores": [-1000.0] * len(spare)}
+    filled = {key: [*metadata[key], *fill[n]] for n, key in keys.items() if key in metadata}
+    return metadata | filled

@@ -1,0 +1,437 @@
+"""What a family is: how a source's configuration and tensor names become the decoder's, and back.
+
+A description (one short file in families/) is two things:
+
+- `names`: one table, ours → (Hugging Face's, GGUF's), used to load and to save. `{n}` is the layer.
+  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`.
+- `read` and `write`: the source's configuration → axes, and axes → the keys Hugging Face uses.
+  GGUF's metadata is first put under Hugging Face's keys (`GGUF_KEYS`), so that there is one reading.
+
+A key that this reading does not know is refused when it is set: an ignored key may be a model that
+computes something else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from herdbook.errors import FamilyError
+from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.layers import rope_divisors, rope_frequencies
+
+Names = dict[str, tuple[str, str]]
+
+#: the names of LLaMA's modules, which most families share
+LLAMA_NAMES: Names = {
+    "embed": ("model.embed_tokens", "token_embd"),
+    "blocks.{n}.attention_norm": ("model.layers.{n}.input_layernorm", "blk.{n}.attn_norm"),
+    "blocks.{n}.attention.q": ("model.layers.{n}.self_attn.q_proj", "blk.{n}.attn_q"),
+    "blocks.{n}.attention.k": ("model.layers.{n}.self_attn.k_proj", "blk.{n}.attn_k"),
+    "blocks.{n}.attention.v": ("model.layers.{n}.self_attn.v_proj", "blk.{n}.attn_v"),
+    "blocks.{n}.attention.o": ("model.layers.{n}.self_attn.o_proj", "blk.{n}.attn_output"),
+    "blocks.{n}.mlp_norm": ("model.layers.{n}.post_attention_layernorm", "blk.{n}.ffn_norm"),
+    "blocks.{n}.mlp.gate": ("model.layers.{n}.mlp.gate_proj", "blk.{n}.ffn_gate"),
+    "blocks.{n}.mlp.up": ("model.layers.{n}.mlp.up_proj", "blk.{n}.ffn_up"),
+    "blocks.{n}.mlp.down": ("model.layers.{n}.mlp.down_proj", "blk.{n}.ffn_down"),
+    "norm": ("model.norm", "output_norm"),
+    "head": ("lm_head", "output"),
+}
+
+#: Hugging Face's key → GGUF's, without the architecture in front
+GGUF_KEYS = {
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "head_dim": "attention.key_length",
+    "vocab_size": "vocab_size",
+    "sliding_window": "attention.sliding_window",
+}
+
+#: keys of a Hugging Face config that do not change what the model computes
+HARMLESS = re.compile(
+    r"_.*|architectures|model_type|(torch_)?dtype|transformers(_|\.).*|.*_token_id|.*dropout.*"
+    r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
+    r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
+    r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
+)
+
+
+class Keys:
+    """A source's configuration that remembers which keys were read, so that none is overlooked."""
+
+    def __init__(self, source: dict[str, Any], where: str) -> None:
+        self.source, self.where, self.taken = source, where, set[str]()
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value; `default` where the key is missing or null."""
+        self.taken.add(key)
+        value = self.source.get(key)
+        return default if value is None else value
+
+    def refuse(self, what: str, rule: str) -> FamilyError:
+        return FamilyError(
+            f"{self.where}: {what}",
+            rule=rule,
+            next="check config.json against the original's, or use another model",
+        )
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A size: a whole number of at least 1."""
+        value = self.take(key, default)
+        if type(value) is not int or not 1 <= value < 2**31:
+            raise self.refuse(f"{key} is {value!r}", "but must be a whole number of at least 1")
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        value = self.take(key, default)
+        if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+            raise self.refuse(f"{key} is {value!r}", "but must be a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.take(key, default)
+        if type(value) is not bool:
+            raise self.refuse(f"{key} is {value!r}", "but must be true or false")
+        return value
+
+    def choice(self, key: str, known: dict[str, Any], default: str | None = None) -> Any:
+        value = self.take(key, default)
+        if value not in known:
+            raise self.refuse(f"{key} is {value!r}", f"known are: {', '.join(known)}")
+        return known[value]
+
+    def finish(self) -> None:
+        """Refuse what was not read and could change the result."""
+        for key, value in self.source.items():
+            if key in self.taken or HARMLESS.fullmatch(key) or value in (None, False, "", [], {}):
+                continue
+            raise FamilyError(
+                f"{self.where}: the key {key!r} ({value!r})",
+                rule="is unknown, and Herdbook does not guess whether it changes the result",
+                next="remove it from config.json if it does not, else use another model",
+            )
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
+    """The keys that every LLaMA-shaped family shares; `axes` are the family's own."""
+    heads, hidden = keys.number("num_attention_heads"), keys.number("hidden_size")
+    kv_heads = keys.number("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise keys.refuse(f"{heads} heads", f"do not divide among {kv_heads} key/value heads")
+    head_dim = keys.number("head_dim", axes.pop("head_dim", None) or hidden // heads)
+    if head_dim % 2:
+        raise keys.refuse(f"head_dim is {head_dim}", "but a rotation turns pairs")
+    max_pos = keys.number("max_position_embeddings", 2048)
+    rope_base, scaling = read_rope(keys, max_pos)
+    layers = keys.number("num_hidden_layers")
+    return DecoderConfig(
+        vocab=keys.number("vocab_size"),
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=keys.number("intermediate_size"),
+        max_pos=max_pos,
+        eps=keys.real("rms_norm_eps", 1e-6),
+        rope_base=rope_base,
+        rope_scaling=scaling,
+        activation=keys.choice("hidden_act", ACTIVATIONS, "silu"),
+        tied=keys.flag("tie_word_embeddings", False),
+        **axes,
+    )
+
+
+def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
+    """rope_theta and rope_scaling, or rope_parameters that holds both (transformers 5)."""
+    source = keys.take("rope_parameters") or keys.take("rope_scaling") or {}
+    keys.taken |= {"rope_parameters", "rope_scaling"}
+    if not isinstance(source, dict):
+        raise keys.refuse(f"rope_scaling is {source!r}", "but must be a mapping")
+    rope = Keys(source, f"{keys.where} rope_scaling")
+    top = keys.real("rope_theta", 10_000.0)
+    base = rope.real("rope_theta", top)
+    kind = rope.take("rope_type", rope.take("type", "default"))
+    rope.taken.add("type")
+    scaling = None
+    if kind == "linear":
+        scaling = RopeScaling("linear", rope.real("factor"))
+    elif kind == "llama3":
+        scaling = RopeScaling(
+            "llama3",
+            rope.real("factor"),
+            rope.number("original_max_position_embeddings", max_pos),
+            low=rope.real("low_freq_factor"),
+            high=rope.real("high_freq_factor"),
+        )
+    elif kind == "yarn":
+        factor = rope.real("factor")
+        scaling = RopeScaling(
+            "yarn",
+            factor,
+            rope.number("original_max_position_embeddings", max_pos),
+            low=rope.real("beta_slow", 1.0),
+            high=rope.real("beta_fast", 32.0),
+            attention=rope.real("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0),
+            truncate=rope.flag("truncate", True),
+        )
+    elif kind != "default":
+        raise keys.refuse(
+            f"rope_type is {kind!r}", "known are: default, linear, llama3, yarn"
+        )
+    if float(rope.take("partial_rotary_factor", 1.0)) != 1.0:
+        raise rope.refuse("partial_rotary_factor is set", "but this family turns whole heads")
+    rope.finish()
+    return base, scaling
+
+
+def write_llama(config: DecoderConfig) -> dict[str, Any]:
+    """The axes under Hugging Face's keys, as read_llama reads them."""
+    c, s = config, config.rope_scaling
+    scaling: dict[str, Any] | None = None
+    if s is not None:
+        scaling = {"rope_type": s.kind, "factor": s.factor}
+        if s.kind != "linear":
+            scaling["original_max_position_embeddings"] = s.original_max_pos
+        if s.kind == "llama3":
+            scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+        if s.kind == "yarn":
+            scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
+            scaling["attention_factor"] = s.attention
+    return {
+        "vocab_size": c.vocab,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.ffn,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": next(hf for hf, ours in ACTIVATIONS.items() if ours == c.activation),
+        "max_position_embeddings": c.max_pos,
+        "rms_norm_eps": c.eps,
+        "rope_theta": c.rope_base,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": c.tied,
+    }
+
+
+def read_windows(keys: Keys) -> tuple[int | None, ...]:
+    """Qwen's: a window from layer max_window_layers on, or as layer_types says."""
+    layers = keys.number("num_hidden_layers")
+    window, used = keys.take("sliding_window"), keys.flag("use_sliding_window")
+    first, types = keys.take("max_window_layers", 28), keys.take("layer_types")
+    if not used or window is None:
+        if types and set(types) != {"full_attention"}:
+            raise keys.refuse(f"layer_types is {types}", "but no sliding window is in use")
+        return ()
+    known = {"full_attention": None, "sliding_attention": keys.number("sliding_window")}
+    if types is None:
+        types = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+    if len(types) != layers or not set(types) <= set(known):
+        raise keys.refuse(f"layer_types is {types}", f"must be {layers} of {', '.join(known)}")
+    return tuple(known[one] for one in types)
+
+
+def write_windows(config: DecoderConfig) -> dict[str, Any]:
+    """What read_windows reads."""
+    sizes = {w for w in config.windows if w is not None}
+    if not sizes:
+        return {"use_sliding_window": False}
+    assert len(sizes) == 1, "the layers' windows differ in size"
+    kinds = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    return {
+        "use_sliding_window": True,
+        "sliding_window": sizes.pop(),
+        "layer_types": kinds,
+        "max_window_layers": kinds.index("sliding_attention"),
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A description. See the module's head."""
+
+    model_type: str  # Hugging Face's
+    architecture: str  # the class that Hugging Face loads it with
+    gguf: str  # general.architecture
+    names: Names
+    read: Callable[[Keys], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    #: GGUF holds the rows of q and k in the order of interleaved rotation
+    gguf_permuted: bool = False
+
+    # --- names ---
+
+    def hf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → model.layers.3.self_attn.q_proj.weight."""
+        return _rename(name, {ours: hf for ours, (hf, _) in self.names.items()})
+
+    def gguf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
+        return _rename(name, {ours: gguf for ours, (_, gguf) in self.names.items()})
+
+    def permuted_heads(self, name: str, config: DecoderConfig) -> int:
+        """How many heads' rows GGUF reorders in the tensor of this name of ours; 0 for none."""
+        if not self.gguf_permuted:
+            return 0
+        module = name.rpartition(".")[0]
+        heads = {"attention.q": config.heads, "attention.k": config.kv_heads}
+        return next((h for end, h in heads.items() if module.endswith(end)), 0)
+
+    # --- configuration ---
+
+    def config(self, source: dict[str, Any], where: str) -> DecoderConfig:
+        keys = Keys(source, where)
+        config = self.read(keys)
+        keys.finish()
+        return config
+
+    def source(self, config: DecoderConfig) -> dict[str, Any]:
+        """A config.json's content for these axes."""
+        known = {"architectures": [self.architecture], "model_type": self.model_type}
+        return known | self.write(config)
+
+
+def _rename(name: str, table: dict[str, str]) -> str:
+    module, _, last = name.rpartition(".")
+    number = re.search(r"(?<=\.)\d+(?=\.)", module)
+    if number is None:
+        return f"{table[module]}.{last}"
+    row = module[: number.start()] + "{n}" + module[number.end() :]
+    return f"{table[row].replace('{n}', number.group())}.{last}"
+
+
+# --- GGUF: permutation and metadata ----------------------------------------------------------------
+
+
+def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k [H·D, …] from GGUF's order (pairs side by side) to the half style."""
+    split = values.reshape(heads, -1, 2, *values.shape[1:])
+    return split.swapaxes(1, 2).reshape(values.shape)
+
+
+def permute(values: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of unpermute."""
+    split = values.reshape(heads, 2, -1, *values.shape[1:])
+    return split.swapaxes(1, 2).reshape(values.shape)
+
+
+def _short(value: Any) -> Any:
+    """A float32's shortest decimal: 9.999999747378752e-06 is what 1e-05 became."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def source_from_gguf(
+    metadata: dict[str, Any], family: Family, *, vocab: int, tied: bool, biased: bool, where: str
+) -> dict[str, Any]:
+    """GGUF's metadata under Hugging Face's keys."""
+    prefix = family.gguf + "."
+    found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    keys = Keys(found, where)
+    source = {hf: _short(keys.take(ours)) for hf, ours in GGUF_KEYS.items()}
+    source = {hf: value for hf, value in source.items() if value is not None}
+    source |= {"vocab_size": vocab, "tie_word_embeddings": tied}
+    if isinstance(source.get("num_key_value_heads"), list):
+        raise keys.refuse("the layers have different numbers of heads", "this is not supported")
+    if biased:
+        source["attention_bias"] = True
+
+    heads = source.get("num_attention_heads", 1)
+    width = source.get("head_dim") or source.get("hidden_size", 0) // heads
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if keys.take(key, width) != width:
+            raise keys.refuse(f"{key} is {keys.take(key)}", f"but a head has {width} dimensions")
+    if keys.take("expert_count", 0):
+        raise keys.refuse("it has experts", "mixtures of experts are not supported yet")
+    kind, factor = keys.take("rope.scaling.type", "none"), keys.take("rope.scaling.factor", 1.0)
+    if kind in ("linear", "yarn") and factor != 1.0:
+        source["rope_scaling"] = {"rope_type": kind, "factor": _short(factor)}
+        if kind == "yarn":
+            original = keys.take("rope.scaling.original_context_length")
+            source["rope_scaling"]["original_max_position_embeddings"] = original
+    elif kind not in ("none", "linear", "yarn"):
+        raise keys.refuse(f"rope.scaling.type is {kind!r}", "known are: none, linear, yarn")
+    keys.taken |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
+    keys.taken |= {"expert_used_count", "tensor_data_layout"}
+    keys.finish()
+
+    for name in ("bos", "eos", "padding"):
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None:
+            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
+    return source
+
+
+def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """The axes as GGUF's metadata, under the family's architecture."""
+    source = family.write(config)
+    kept = {hf: value for hf, value in source.items() if value is not None}
+    metadata: dict[str, Any] = {
+        f"{family.gguf}.{gguf}": kept[hf] for hf, gguf in GGUF_KEYS.items() if hf in kept
+    }
+    metadata[f"{family.gguf}.attention.value_length"] = config.head_dim
+    metadata[f"{family.gguf}.rope.dimension_count"] = config.head_dim
+    scaling = config.rope_scaling
+    differs = len(set(config.windows)) > 1 or (config.windows and "sliding_window" not in kept)
+    plain_yarn = scaling is None or scaling.kind != "yarn" or scaling == _yarn(scaling)
+    if config.activation != "silu" or differs or not plain_yarn:
+        raise FamilyError(
+            f"a {family.model_type} model with {config.activation}, windows {config.windows} and "
+            f"{scaling}",
+            rule="cannot be written as GGUF: the format has no keys for it",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
+    if scaling is not None and scaling.kind != "llama3":  # llama3 goes as the tensor rope_freqs
+        key = f"{family.gguf}.rope.scaling"
+        metadata |= {f"{key}.type": scaling.kind, f"{key}.factor": float(scaling.factor)}
+        if scaling.original_max_pos:
+            metadata[f"{key}.original_context_length"] = scaling.original_max_pos
+    return metadata
+
+
+def _yarn(s: RopeScaling) -> RopeScaling:
+    """The yarn that GGUF's keys can say: factor and original context, the paper's other numbers."""
+    return RopeScaling(
+        "yarn", s.factor, s.original_max_pos, 1.0, 32.0, 0.1 * math.log(max(s.factor, 1.0)) + 1.0
+    )
+
+
+def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeScaling | None:
+    """LLaMA 3's scaling, recognised in the divisors that GGUF keeps as `rope_freqs.weight`.
+
+    The greatest divisor is the factor; a frequency between tells the original context, since Meta's
+    low and high (1 and 4) are the same in all its models. None when the divisors are something else.
+    """
+    factor = round(float(divisors.max()), 4)
+    plain = rope_frequencies(config)
+    between = (divisors > 1) & (divisors < divisors.max())
+    if factor <= 1 or not between.any():
+        return None
+    i = int(between.nonzero()[0])
+    kept = (1 / float(divisors[i]) - 1 / factor) / (1 - 1 / factor)
+    original = round((1 + kept * 3) * 2 * math.pi / float(plain[i]))
+    scaling = RopeScaling("llama3", factor, original, 1.0, 4.0)
+    same = torch.allclose(rope_divisors(plain, scaling, config), divisors, rtol=1e-3)
+    return scaling if same else None

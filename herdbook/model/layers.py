@@ -1,0 +1,235 @@
+"""The decoder's layers: linear (plain, int4, int8), embedding, norm, rotation.
+
+T tokens, in/out features, B = in/32 blocks of a row.
+
+Quantised layers keep a matrix as GGUF has it: 32 neighbours of a row share a scale (and a minimum).
+Every layer with a matrix has `dense(dtype)`, the matrix it stands for; that is what saving, merging
+and the tests use, so a quantised layer's twin is `F.linear(x, layer.dense(x.dtype), layer.bias)`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from herdbook.model.config import DecoderConfig, RopeScaling
+
+BLOCK = 32
+#: up to so many rows the int4 kernel beats dequantising and a float product
+INT4_KERNEL_ROWS = 16
+#: rows of an int8 matrix dequantised at a time: 2,048 × 576 float32 stay in the cache
+INT8_ROWS = 2048
+
+
+class Linear(nn.Module):
+    """y = x·Wᵀ + b, weight [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class Embedding(nn.Module):
+    """ids [T] → rows of weight [vocab, hidden]."""
+
+    def __init__(self, vocab: int, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The tied head: x [T, hidden] → [T, vocab]."""
+        return F.linear(x, self.weight)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class Int4Linear(nn.Module):
+    """y = x·Wᵀ + b with W = scale·code + minimum, codes of 4 bits, a scale a block of 32.
+
+    codes uint8 [out, B, 16]: byte i of a block holds values i (low half) and i + 16 (high).
+    scale, minimum float16 [out, B]. Q4_1 is exactly this; Q4_0 is minimum = −8·scale.
+
+    A few rows (decoding) are bound by memory: the kernel reads 4 bits a weight. It computes in
+    bfloat16, with bfloat16 scales. Many rows (prefill) are bound by arithmetic: the matrix is
+    dequantised once and multiplied in x's own format.
+    """
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.outputs, self.inputs = codes.shape[0], codes.shape[1] * BLOCK
+        self.dtype = dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        self.packed: Tensor | None = None
+        if self.outputs % 16 == 0 and codes.device.type == "cpu":
+            whole = torch.cat([codes & 15, codes >> 4], -1).view(self.outputs, self.inputs)
+            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)
+            # the kernel's formula is (code − 8)·scale + zero
+            zero = minimum.float() + 8 * scale.float()
+            both = torch.stack([scale.float(), zero], -1).transpose(0, 1)  # [B, out, 2]
+            self.scale_and_zero = both.bfloat16().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // self.inputs
+        if self.packed is None or rows > INT4_KERNEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.dense(x.dtype), self.bias)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.reshape(rows, self.inputs).bfloat16(), self.packed, BLOCK, self.scale_and_zero
+        )
+        y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        d, m = self.scale.float()[..., None], self.minimum.float()[..., None]
+        out = torch.empty(self.outputs, self.inputs // BLOCK, BLOCK, device=self.codes.device)
+        torch.mul(self.codes & 15, d, out=out[..., : BLOCK // 2])
+        torch.mul(self.codes >> 4, d, out=out[..., BLOCK // 2 :])
+        return out.add_(m).view(self.outputs, self.inputs).to(dtype)
+
+
+class Int8Matrix(nn.Module):
+    """W = scale·code, codes int8 [rows, B, 32], scale float32 [rows, B]: GGUF's Q8_0."""
+
+    def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.outputs, self.inputs = codes.shape[0], codes.shape[1] * BLOCK
+        self.dtype = dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale[..., None])
+
+    def rows(self, which: Tensor | slice) -> Tensor:
+        """Some rows dequantised, float32 [n, in]."""
+        return (self.codes[which] * self.scale[which]).view(-1, self.inputs)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.rows(slice(None)).to(dtype)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x [T, in] → x·Wᵀ [T, rows]. A strip of rows at a time, so that it stays in the cache."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.dense(x.dtype))
+        strips = range(0, self.outputs, INT8_ROWS)
+        return torch.cat(
+            [F.linear(x, self.rows(slice(i, i + INT8_ROWS)).to(x.dtype)) for i in strips], -1
+        )
+
+
+class Int8Linear(Int8Matrix):
+    """y = x·Wᵀ + b over a Q8_0 matrix."""
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(codes, scale, dtype)
+        self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.multiply(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Embedding(Int8Matrix):
+    """ids [T] → the rows taken, dequantised; as a tied head it multiplies the int8 matrix."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.rows(ids).to(self.dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        return self.multiply(x)
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight over the last axis, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+# --- rotation (RoPE) -------------------------------------------------------------------------------
+
+
+def rope_frequencies(config: DecoderConfig) -> Tensor:
+    """Radians a position for each pair of dimensions: float32 [head_dim/2], after scaling."""
+    half = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.int64).float()
+    plain = 1.0 / (config.rope_base ** (half / config.head_dim))
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    return plain / rope_divisors(plain, scaling, config)
+
+
+def rope_divisors(plain: Tensor, s: RopeScaling, config: DecoderConfig) -> Tensor:
+    """What each frequency is divided by: 1 leaves it, `factor` stretches it wholly.
+
+    llama3: https://arxiv.org/abs/2407.21783 (and Meta's llama3 code); yarn: arXiv 2309.00071.
+    """
+    if s.kind == "linear":
+        return torch.full_like(plain, s.factor)
+    if s.kind == "llama3":
+        turns = s.original_max_pos * plain / (2 * math.pi)  # within the original context
+        kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
+    else:
+
+        def dimension(turns: float) -> float:
+            """The pair (as a real number) that makes so many turns in the original context."""
+            radians = s.original_max_pos / (turns * 2 * math.pi)
+            return config.head_dim * math.log(radians) / (2 * math.log(config.rope_base))
+
+        first, last = dimension(s.high), dimension(s.low)
+        if s.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, config.head_dim - 1)
+        last = last if last != first else last + 0.001
+        pair = torch.arange(config.head_dim // 2, device="cpu", dtype=torch.float32)
+        kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
+    return 1 / (kept + (1 - kept) / s.factor)
+
+
+class Rotary:
+    """cos and sin for the tokens' positions, in the half style: dimension i turns with i + D/2."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        self.frequencies = rope_frequencies(config)  # float32 whatever the model's format
+        self.magnitude = config.rope_scaling.attention if config.rope_scaling else 1.0
+
+    def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """positions [T] → cos, sin [T, 1, D], with sin negated in its first half."""
+        if self.frequencies.device != positions.device:
+            self.frequencies = self.frequencies.to(positions.device)
+        angle = positions.float()[:, None, None] * self.frequencies
+        cos, sin = angle.cos() * self.magnitude, angle.sin() * self.magnitude
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, D] turned by its position's angles: (a, b) → (a·cos − b·sin, b·cos + a·sin)."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.roll(x, half, -1) * sin

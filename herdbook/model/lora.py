@@ -1,0 +1,168 @@
+"""Low-rank adapters: a frozen linear layer that learns a small correction.
+
+Shapes: T tokens · I inputs · O outputs · r rank
+
+    y = x Wᵀ + (alpha / r) · (x Aᵀ) Bᵀ        W [O, I] frozen, A [r, I], B [O, r] trained
+
+B starts at zero, so the first step starts from the very model that was loaded. For SmolLM2 a rank of
+8 on all seven matrices of a block trains 2.4 of 134.5 million numbers, and the gradient of the big
+ones is never computed. Hu et al., "LoRA", 2021 (arXiv:2106.09685).
+
+Autograd would not need the frozen W's gradient either, but keeps x twice when dropout is written out
+and makes a [T, O] product of its own for the correction; `_LoRA` adds the correction into the base's
+output and saves x (which q, k and v share) and x Aᵀ [T, r] alone. `LoRALinear.plain` is its twin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+#: where each of a block's matrices lives
+TARGETS = {
+    "q": "attention.q",
+    "k": "attention.k",
+    "v": "attention.v",
+    "o": "attention.o",
+    "gate": "mlp.gate",
+    "up": "mlp.up",
+    "down": "mlp.down",
+}
+
+
+class LoRALinear(nn.Module):
+    """A linear layer (weight [O, I], optional bias), frozen, and its trained correction."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        weight = base.weight
+        assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
+        outputs, inputs = weight.shape
+        self.base = base.requires_grad_(False)
+        self.rank, self.alpha, self.scale, self.dropout = rank, alpha, alpha / rank, dropout
+        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
+        self.A = nn.Parameter(torch.zeros(rank, inputs, **like))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, **like))
+
+    def start(self, seed: int, name: str) -> None:
+        """A uniform in ±1/√I (as nn.Linear starts), B zero; decided by the seed and the name."""
+        digest = hashlib.sha256(f"lora/{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        bound = 1 / math.sqrt(self.A.shape[1])
+        with torch.no_grad():
+            self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+            self.B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] → [..., O]"""
+        if self.training and self.dropout:
+            return self.plain(x)
+        base = self.base
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _LoRA.apply(rows, base.weight, base.bias, self.A, self.B, self.scale)
+        return y.view(*x.shape[:-1], -1)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The twin, and the path with dropout (on the correction's input only)."""
+        dropped = F.dropout(x, self.dropout, self.training)
+        down = F.linear(dropped, self.A.to(x.dtype))
+        y: Tensor = self.base(x) + self.scale * F.linear(down, self.B.to(x.dtype))
+        return y
+
+    def correction(self) -> Tensor:
+        """scale · B A, float32 [O, I]."""
+        return self.scale * (self.B.float() @ self.A.float())
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        """The base with the correction added in float32, kept in the base's own precision."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        weight.copy_((weight.float() + self.correction()).to(weight.dtype))
+        return self.base
+
+
+class _LoRA(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        down = x @ A.T  # [T, r]
+        y = F.linear(x, weight, bias)
+        y.addmm_(down, B.T, alpha=scale)
+        ctx.save_for_backward(x, down, weight, A, B)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (above,) = grads  # [T, O]
+        x, down, weight, A, B = ctx.saved_tensors
+        grad_down = (above @ B).mul_(ctx.scale)  # [T, r]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (above @ weight).addmm_(grad_down, A)
+        grad_A = grad_down.T @ x
+        grad_B = (down.T @ above).mul_(ctx.scale).T  # [O, r]; down.T @ above reads `above` in order
+        return grad_x, None, None, grad_A, grad_B, None
+
+
+def apply_lora(
+    decoder: nn.Module,
+    *,
+    targets: Iterable[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    last_layers: int = 0,
+    seed: int = 0,
+) -> dict[str, LoRALinear]:
+    """Freeze the decoder and put adapters on `targets` (of q k v o gate up down); name → adapter.
+
+    last_layers: only that many of the last blocks (0: all). Nothing below the first adapter needs a
+    gradient, so autograd keeps nothing for those blocks: they cost a forward pass and no memory.
+    """
+    decoder.requires_grad_(False)
+    blocks = decoder.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    first = len(blocks) - last_layers if last_layers else 0
+    adapters: dict[str, LoRALinear] = {}
+    for number in range(max(0, first), len(blocks)):
+        for target in TARGETS:
+            if target in targets:
+                name = f"blocks.{number}.{TARGETS[target]}"
+                adapters[name] = put_adapter(decoder, name, rank, alpha, dropout)
+                adapters[name].start(seed, name)
+    return adapters
+
+
+def put_adapter(
+    decoder: nn.Module, name: str, rank: int, alpha: float, dropout: float = 0.0
+) -> LoRALinear:
+    """Replace the linear layer of that name by itself with an adapter (untrained, all zero)."""
+    parent, _, leaf = name.rpartition(".")
+    owner = decoder.get_submodule(parent)
+    adapter = LoRALinear(getattr(owner, leaf), rank, alpha, dropout)
+    setattr(owner, leaf, adapter)
+    return adapter
+
+
+def adapters_of(decoder: nn.Module) -> dict[str, LoRALinear]:
+    """The adapters that a decoder carries, by name."""
+    return {name: m for name, m in decoder.named_modules() if isinstance(m, LoRALinear)}
+
+
+def merge_lora(decoder: nn.Module) -> None:
+    """Fold every adapter into its base, in float32, and take it off."""
+    for name, adapter in adapters_of(decoder).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(decoder.get_submodule(parent), leaf, adapter.merge())

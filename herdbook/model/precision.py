@@ -1,0 +1,23 @@
+"""In which number format this machine computes."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where the hardware multiplies it (CUDA, AVX512-BF16, AMX), else float32.
+
+    A CPU without such instructions emulates bfloat16 some eight times slower than float32.
+    """
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    has = torch.backends.cpu.get_cpu_capability
+    if has().startswith("AVX512") and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        return torch.bfloat16
+    return torch.float32

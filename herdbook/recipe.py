@@ -1,0 +1,237 @@
+"""Recipes: a named list of steps, run in order, only what is missing. The one place that knows all rooms.
+
+    about: Raise a small private assistant that knows its name.
+    settings: {name: Luna, base: smollm2, data: ""}       # herd raise cria --name Nova
+    steps:
+      base: {do: Fetch, ref: $base}                       # $base: a setting
+      own: {do: Import, if: data, data: $data}            # only when the setting is not empty
+      tune: {do: Tune, model: base, data: [own]}          # base, own: earlier steps
+    result: tune                                          # this one is named like the recipe
+    profiles:
+      cpu: {tune: {epochs: 1}}
+      full: {}
+
+Every field of every step can be set as well: `herd raise cria --tune.rank 16`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from herdbook import config
+from herdbook.book.book import Artifact, Book
+from herdbook.book.step import Step
+from herdbook.errors import ConfigError, GateError, UnknownName, nearest
+from herdbook.progress import Progress
+
+FOLDER = Path(__file__).parent / "recipes"
+
+#: every step there is, by the name that recipes use, and the module that holds it
+STEPS = {
+    "Fetch": "herdbook.model.fetch",
+    "Import": "herdbook.data.user",
+    "Identity": "herdbook.data.identity",
+    "Retain": "herdbook.data.retention",
+    "Tune": "herdbook.training.tune",
+    "Merge": "herdbook.compression.merge",
+    "Quantise": "herdbook.compression.quantise",
+    "Report": "herdbook.evaluation.report",
+}
+DEFAULT_PROFILE = "cpu"
+
+
+def step_class(name: str) -> type[Step]:
+    """The class of a step; its room is imported only now."""
+    if name not in STEPS:
+        raise UnknownName(f"step {name!r}", rule="is not known", next=nearest(name, list(STEPS)))
+    found = getattr(importlib.import_module(STEPS[name]), name)
+    assert isinstance(found, type) and issubclass(found, Step)
+    return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as written; `resolve` turns it into steps."""
+
+    name: str
+    about: Mapping[str, str]  # "en", "zh"
+    settings: Mapping[str, Any]
+    steps: Mapping[str, Mapping[str, Any]]
+    result: str
+    profiles: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, ref: str) -> Recipe:
+        """A shipped recipe by its name, or a .yaml file."""
+        import yaml
+
+        path = Path(ref) if ref.endswith((".yaml", ".yml")) else FOLDER / f"{ref}.yaml"
+        if not path.is_file():
+            raise UnknownName(
+                f"recipe {ref!r}", rule="is not there", next=nearest(ref, list(shipped()))
+            )
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}", rule=f"is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}", rule="must be a mapping with settings, steps and result")
+        known = [one.name for one in fields(cls) if one.name != "name"]
+        for key in content:
+            if key not in known:
+                raise ConfigError(
+                    f"key {key!r}", rule=f"is not known in {path.name}", next=nearest(key, known)
+                )
+        missing = [key for key in ("about", "settings", "steps", "result") if key not in content]
+        if missing:
+            raise ConfigError(f"{path.name}", rule=f"lacks {', '.join(missing)}")
+        return cls(name=path.stem, **content)
+
+    def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Step]:
+        """Step name → step, with profile, settings and overrides applied; inputs name earlier steps.
+
+        overrides: recipe settings ("name"), step fields ("tune.rank"), whole steps ("tune": {…}),
+        and "profile".
+        """
+        chosen, changes = dict(overrides), {name: dict[str, Any]() for name in self.steps}
+        profile = chosen.pop("profile", DEFAULT_PROFILE)
+        if self.profiles and profile not in self.profiles:
+            raise ConfigError(
+                f"profile {profile!r}",
+                rule=f"is not one of recipe {self.name}",
+                next=nearest(str(profile), list(self.profiles)),
+            )
+        for step, values in self.profiles.get(profile, {}).items():
+            changes[step].update(values)
+        settings = dict(self.settings)
+        for key, value in chosen.items():
+            step, dot, setting = key.partition(".")
+            if key in settings:
+                settings[key] = value
+            elif dot and step in self.steps:
+                changes[step][setting] = value
+            elif key in self.steps and isinstance(value, Mapping):
+                changes[key].update(value)
+            else:
+                known = [*settings, "profile", *(f"{name}." for name in self.steps)]
+                if dot:
+                    known = list(self.steps)
+                raise ConfigError(
+                    f"setting {key!r}",
+                    rule=f"is not known to recipe {self.name}",
+                    next=nearest(step if dot else key, known),
+                )
+        return self._steps(settings, changes)
+
+    def _steps(
+        self, settings: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, Step]:
+        def value_of(value: Any) -> Any:
+            if isinstance(value, list):
+                return [value_of(one) for one in value]
+            if isinstance(value, str) and value.startswith("$"):
+                if value[1:] not in settings:
+                    raise ConfigError(
+                        value, rule="is no setting", next=nearest(value[1:], list(settings))
+                    )
+                return settings[value[1:]]
+            return value
+
+        resolved: dict[str, Step] = {}
+        left_out = set[str]()
+        for name, written in self.steps.items():
+            entry = dict(written)
+            cls = step_class(str(entry.pop("do", "")))
+            wanted, unwanted = entry.pop("if", None), entry.pop("unless", None)
+            if (wanted and not settings[wanted]) or (unwanted and settings[unwanted]):
+                left_out.add(name)
+                continue
+            values = {key: value_of(value) for key, value in {**entry, **changes[name]}.items()}
+            for key in cls.input_fields():
+                if isinstance(values.get(key), list):
+                    values[key] = [one for one in values[key] if one not in left_out]
+            resolved[name] = config.from_mapping(
+                cls, values, where=f"step {name} ({cls.__name__}) of recipe {self.name}"
+            )
+        return resolved
+
+
+def shipped() -> dict[str, Path]:
+    """Name → file of the recipes that come with Herdbook."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """What `raise_` gives back: the result, and what was done for it."""
+
+    artifact: Artifact
+    made: tuple[Artifact, ...]  # by this run
+    kept: tuple[Artifact, ...]  # in the book already
+    reports: tuple[Artifact, ...]
+
+
+def raise_(
+    recipe: str,
+    *,
+    book: Book | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Raised:
+    """Run a recipe's steps that are not in the book yet.
+
+        raised = herdbook.raise_("cria", name="Luna", keeper="Acme")
+        raised.artifact.ref                                     # «cria@1»
+        herdbook.raise_("cria", **{"tune.rank": 16})            # redoes tuning and what follows
+
+    A GateError comes after everything is in the book.
+    """
+    book, progress = book or Book(), progress or Progress()
+    described = Recipe.read(recipe)
+    steps = described.resolve(settings)
+    done: dict[str, Artifact] = {}
+    made: list[Artifact] = []
+    kept: list[Artifact] = []
+    for number, (name, step) in enumerate(steps.items(), 1):
+        written = step.with_inputs(lambda ref: done[ref].id if ref in done else ref)
+        called = step.called() or (
+            described.name if name == described.result else f"{described.name}-{name}"
+        )
+        known = book.by_key(written.resolved(book).key(), called)
+        if known is None:
+            progress.say(f"{number}/{len(steps)} {name}: {_first_line(step)}")
+            known = written.run(book, name=called, teacher=open_teacher, progress=progress)
+            made.append(known)
+        else:
+            progress.say(f"{number}/{len(steps)} {name}: in the book as {known.ref}")
+            kept.append(known)
+        done[name] = known
+    reports = tuple(one for one in done.values() if one.kind == "report")
+    raised = Raised(done[described.result], tuple(made), tuple(kept), reports)
+    _check_gates(raised)
+    return raised
+
+
+def _check_gates(raised: Raised) -> None:
+    for report in raised.reports:
+        verdict = str(report.metrics.get("verdict", "passed"))
+        if verdict != "passed":
+            raise GateError(
+                f"{raised.artifact.ref} is raised and in the book, but {verdict}",
+                next=f"herd show {report.ref}",
+            )
+
+
+def open_teacher(artifact: Artifact) -> Any:
+    """A model of the book as a Teacher for the steps that need text."""
+    from herdbook.engine.loaded import load
+
+    return load(str(artifact.path)).as_teacher()
+
+
+def _first_line(step: Step) -> str:
+    return (type(step).__doc__ or "").strip().splitlines()[0]

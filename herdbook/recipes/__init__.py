@@ -1,0 +1,1 @@
+"""One short YAML per family member."""

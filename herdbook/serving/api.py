@@ -1,0 +1,529 @@
+"""OpenAI's API over our workers, as a FastAPI application.
+
+    POST /v1/chat/completions   messages → the model's own template → reply
+    POST /v1/completions        text or token ids → continuation
+    GET  /v1/models             what is served
+    GET  /health                200 when all models are loaded, 503 before
+    GET  /                      a small chat page
+
+What a reply is made of is decided elsewhere: `tokens.chat.render` turns messages into ids (the same
+call as in training, so the model sees what it was trained on), the engine turns ids into pieces.
+This file only translates. It never truncates: a prompt that does not fit the context is refused
+with the numbers. A reply without `max_tokens` may fill the context (a plain completion: 16 tokens,
+as with OpenAI); without `temperature` it is greedy (why: `Ask.sampling`).
+
+Every error, of whatever origin, is a JSON object in OpenAI's shape:
+
+    {"error": {"message": "…", "type": "invalid_request_error", "param": "n", "code": null}}
+
+An error before the first token has its proper status, streamed or not: the status line waits for
+the first piece. One after it comes as a last `data:` line in this shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, HTTPException
+from fastapi import Request as Http
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Piece, Request
+from herdbook.errors import CapacityError, HerdbookError, RequestError, ServeError
+from herdbook.serving.schema import Ask, ChatAsk, CompletionAsk, Prompt, explain
+from herdbook.serving.worker import Broken, Busy, Worker
+from herdbook.tokens.chat import render
+
+MAX_BODY_BYTES = 4 * 2**20
+LOCAL_NAMES = frozenset(["localhost", "127.0.0.1", "::1"])
+PATHS = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /"
+T = TypeVar("T")
+
+
+class Refusal(RequestError):
+    """A request error that knows its HTTP status, OpenAI's code, and the key that it is about."""
+
+    def __init__(
+        self,
+        status: int,
+        what: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        rule: str = "",
+        next: str = "",
+    ) -> None:
+        super().__init__(what, rule=rule, next=next)
+        self.status, self.code, self.param = status, code, param
+
+
+def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
+    """The application over started workers. With `key`, /v1/… wants `Authorization: Bearer key`.
+
+    It neither starts nor stops the workers: who made them does.
+    """
+    api = FastAPI(title="Herdbook", docs_url=None, redoc_url=None)
+    api.add_middleware(Guard, key=key)
+    api.add_exception_handler(RequestValidationError, _invalid)
+    api.add_exception_handler(StarletteHTTPException, _http_error)
+    api.add_exception_handler(HerdbookError, _user_error)
+    api.add_exception_handler(Exception, _bug)
+
+    def served(name: str) -> Worker:
+        if name not in models:
+            raise Refusal(
+                404,
+                f"the model {name!r}",
+                rule="is not served here",
+                next="served are: " + ", ".join(repr(known) for known in models),
+                code="model_not_found",
+                param="model",
+            )
+        worker = models[name]
+        if worker.failure is not None:
+            raise Refusal(503, f"{name} failed to load: {worker.failure}", code="model_failed")
+        if not worker.ready:
+            raise Refusal(
+                503, name, rule="is still loading", next="try again soon", code="model_loading"
+            )
+        return worker
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(ask: ChatAsk, http: Http) -> Response:
+        worker = served(ask.model)
+        turns = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
+        ids = await asyncio.to_thread(_rendered, worker.engine, turns)
+        return await _answer(ChatShape(ask.model), worker, [ids], ask, ask.limit, http)
+
+    @api.post("/v1/completions")
+    async def completions(ask: CompletionAsk, http: Http) -> Response:
+        worker = served(ask.model)
+        prompts = await asyncio.to_thread(
+            lambda: [_encoded(worker.engine, prompt) for prompt in ask.prompt]
+        )
+        echoes = []
+        if ask.echo:
+            echoes = [_echo(worker.engine, prompt) for prompt in ask.prompt for _ in range(ask.choices)]
+        shape = CompletionShape(ask.model, echoes=echoes)
+        return await _answer(shape, worker, prompts, ask, ask.limit, http)
+
+    def card(worker: Worker) -> dict[str, Any]:
+        about = {"id": worker.name, "object": "model", "created": worker.created}
+        about["owned_by"] = "herdbook"
+        if worker.ready:
+            about["context_length"] = worker.engine.most_tokens  # an extension: tokens
+        return about
+
+    @api.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [card(worker) for worker in models.values()]}
+
+    @api.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return card(served(name))
+
+    @api.get("/health")
+    async def health() -> JSONResponse:
+        states = {
+            name: {
+                "status": "failed" if w.failure else "ready" if w.ready else "loading",
+                "open_requests": w.open,
+            }
+            for name, w in models.items()
+        }
+        ok = all(state["status"] == "ready" for state in states.values())
+        body = {"status": "ok" if ok else "unavailable", "models": states}
+        return JSONResponse(body, status_code=200 if ok else 503)
+
+    @api.get("/", response_class=HTMLResponse)
+    async def page() -> str:
+        return Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+
+    return api
+
+
+# -- prompts --------------------------------------------------------------------------------
+
+
+def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
+    if engine.tokenizer is None:
+        raise _no_tokenizer()
+    return render(engine.tokenizer, turns, reply=True).ids
+
+
+def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    if engine.tokenizer is None:
+        raise _no_tokenizer()
+    return engine.tokenizer.encode(prompt, bos=engine.tokenizer.add_bos)
+
+
+def _echo(engine: Engine, prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if engine.tokenizer is None:
+        raise _no_tokenizer()
+    return engine.tokenizer.decode(prompt, specials=True)
+
+
+def _no_tokenizer() -> Refusal:
+    return Refusal(
+        400,
+        "this model came without a tokenizer",
+        next="send token ids to /v1/completions, or serve a folder with tokenizer.json",
+    )
+
+
+def _budget(engine: Engine, prompt: int, limit: int | None, param: str) -> int:
+    """How many tokens the reply may have; refuses what does not fit instead of cutting it."""
+    room = engine.most_tokens - prompt
+    if room < 1 or (limit is not None and limit > room):
+        asked = "" if limit is None else f" and {limit} of reply"
+        raise Refusal(
+            400,
+            f"{prompt} tokens of prompt{asked}",
+            rule=f"do not fit the context of {engine.most_tokens} tokens",
+            next="shorten the prompt" if room < 1 else f"ask for at most {room} tokens of reply",
+            code="context_length_exceeded",
+            param=param,
+        )
+    return room if limit is None else limit
+
+
+# -- replies --------------------------------------------------------------------------------
+
+
+@dataclass
+class ChatShape:
+    """How a chat reply is written down."""
+
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    kind, chunk_kind, prompt_key = "chat.completion", "chat.completion.chunk", "messages"
+
+    def whole(self, at: int, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def opening(self, at: int) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+
+@dataclass
+class CompletionShape:
+    """How a plain completion is written down. `echoes`: the prompt of each choice, if asked for."""
+
+    model: str
+    echoes: Sequence[str] = ()
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    kind, chunk_kind, prompt_key = "text_completion", "text_completion", "prompt"
+
+    def whole(self, at: int, text: str) -> dict[str, Any]:
+        return {"text": (self.echoes[at] if self.echoes else "") + text}
+
+    def opening(self, at: int) -> dict[str, Any] | None:
+        return {"text": self.echoes[at]} if self.echoes else None
+
+    def part(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+class Usage:
+    """Tokens, counted as OpenAI does: a prompt once, however many choices it has."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], choices: int) -> None:
+        self._choices = choices
+        self._prompt, self._reply, self._cached = sum(map(len, prompts)), 0, 0
+
+    def add(self, at: int, piece: Piece) -> None:
+        self._reply += len(piece.ids)
+        if piece.reply is not None and at % self._choices == 0:
+            self._cached += piece.reply.cached_tokens
+
+    def __call__(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self._prompt,
+            "completion_tokens": self._reply,
+            "total_tokens": self._prompt + self._reply,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
+        }
+
+
+async def _answer(
+    shape: ChatShape | CompletionShape,
+    worker: Worker,
+    prompts: Sequence[list[int]],
+    ask: Ask,
+    limit: int | None,
+    http: Http,
+) -> Response:
+    """Run `ask.choices` requests for each prompt, and write the reply, streamed or whole."""
+    requests = []
+    for ids in prompts:
+        tokens = _budget(worker.engine, len(ids), limit, shape.prompt_key)
+        for choice in range(ask.choices):
+            sampling = ask.sampling(max_tokens=tokens, choice=choice)
+            requests.append(Request(ids, sampling, id=f"{shape.id}-{len(requests)}"))
+    usage = Usage(prompts, ask.choices)
+    headers = {"X-Request-Id": shape.id}
+    if ask.warnings:
+        headers["X-Herdbook-Warning"] = ascii("; ".join(ask.warnings))[1:-1][:500]
+    head = {"id": shape.id, "created": int(time.time()), "model": shape.model}
+    if ask.stream:
+        return EventStream(_events(shape, head, worker, requests, ask, usage), headers)
+    body = await _unless_gone(http.receive, _whole(shape, head, worker, requests, usage))
+    if body is None:
+        return Response(status_code=499)  # nobody reads it
+    return JSONResponse(body, headers=headers)
+
+
+async def _whole(
+    shape: ChatShape | CompletionShape,
+    head: dict[str, Any],
+    worker: Worker,
+    requests: Sequence[Request],
+    usage: Usage,
+) -> dict[str, Any]:
+    texts = [""] * len(requests)
+    ends: list[str | None] = [None] * len(requests)
+    async with contextlib.aclosing(worker.stream(requests)) as pieces:
+        async for at, piece in pieces:
+            texts[at] += piece.text
+            ends[at] = piece.finish
+            usage.add(at, piece)
+    choices = [
+        {"index": at, **shape.whole(at, text), "logprobs": None, "finish_reason": end}
+        for at, (text, end) in enumerate(zip(texts, ends, strict=True))
+    ]
+    return {**head, "object": shape.kind, "choices": choices, "usage": usage()}
+
+
+async def _events(
+    shape: ChatShape | CompletionShape,
+    head: dict[str, Any],
+    worker: Worker,
+    requests: Sequence[Request],
+    ask: Ask,
+    usage: Usage,
+) -> AsyncGenerator[str, None]:
+    """The lines of a stream: an opening, parts and an end for each choice; the sums; [DONE]."""
+    options = ask.stream_options
+    sums = bool(options and options.include_usage)
+    always = bool(options and options.continuous_usage_stats)
+
+    def chunk(choices: list[dict[str, Any]], with_usage: bool) -> str:
+        body = {**head, "object": shape.chunk_kind, "choices": choices}
+        if with_usage:
+            body["usage"] = usage()
+        elif sums:
+            body["usage"] = None
+        return _data(body)
+
+    def choice(at: int, content: dict[str, Any], end: str | None = None) -> str:
+        one = {"index": at, **content, "logprobs": None, "finish_reason": end}
+        return chunk([one], with_usage=always)
+
+    opened: set[int] = set()
+    async with contextlib.aclosing(worker.stream(requests)) as pieces:
+        async for at, piece in pieces:
+            usage.add(at, piece)
+            if at not in opened:
+                opened.add(at)
+                if (opening := shape.opening(at)) is not None:
+                    yield choice(at, opening)
+            if piece.text:
+                yield choice(at, shape.part(piece.text))
+            if piece.finish is not None:
+                yield choice(at, shape.part(""), piece.finish)
+    if sums:
+        yield chunk([], with_usage=True)
+    yield "data: [DONE]\n\n"
+
+
+def _data(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events from a generator, which is closed as soon as the client has gone.
+
+    Starlette's own streaming response notices that only at the next write, and leaves the generator
+    to the garbage collector; here the engine's pages are free at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], headers: dict[str, str]) -> None:
+        self.events = events
+        self.status_code, self.background = 200, None
+        self.init_headers({**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _unless_gone(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        async with contextlib.aclosing(self.events) as events:
+            first = await anext(events)  # an error here still gets its own status
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            await send(_body(first))
+            try:
+                async for event in events:
+                    await send(_body(event))
+            except HerdbookError as error:
+                _, body = _problem(error)
+                await send(_body(_data(body)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _body(text: str) -> Message:
+    return {"type": "http.response.body", "body": text.encode(), "more_body": True}
+
+
+async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; or None, and `work` cancelled, when the client hangs up first."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:  # also when the server itself cancels us
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+# -- errors ---------------------------------------------------------------------------------
+
+
+def _problem(error: HerdbookError) -> tuple[int, dict[str, Any]]:
+    """A user error → (status, body in OpenAI's shape)."""
+    message = f"{error.what} {error.rule}".strip()
+    message = f"{message}; {error.next}" if error.next else message
+    match error:
+        case Refusal():
+            return error.status, _shaped(error.status, message, error.param, error.code)
+        case Busy():
+            return 503, _shaped(503, message, code="overloaded")
+        case ServeError():
+            return 503, _shaped(503, message, code="server_stopping")
+        case Broken():
+            return 500, _shaped(500, message, code="engine_failed")
+        case CapacityError():
+            return 400, _shaped(400, message, code="context_length_exceeded")
+        case _:
+            return 400, _shaped(400, message)
+
+
+def _shaped(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _user_error(http: Http, error: Exception) -> Response:
+    assert isinstance(error, HerdbookError)
+    status, body = _problem(error)
+    return JSONResponse(body, status, headers={"Retry-After": "2"} if status == 503 else None)
+
+
+def _invalid(http: Http, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    message, param = explain(error.errors())
+    return JSONResponse(_shaped(400, message, param), 400)
+
+
+def _http_error(http: Http, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException)
+    where = ascii(http.url.path)
+    message, code = str(error.detail), None
+    if error.status_code == 404:
+        message, code = f"there is no {where} here; there are: {PATHS}", "not_found"
+    elif error.status_code == 405:
+        message = f"{http.method} is not allowed for {where}; there are: {PATHS}"
+        code = "method_not_allowed"
+    elif error.status_code == 400:  # FastAPI could not even decode the body
+        message = "the body could not be read as JSON in UTF-8"
+    body = _shaped(error.status_code, message, code=code)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def _bug(http: Http, error: Exception) -> Response:
+    message = f"the server failed: {type(error).__name__}; its log has the details"
+    return JSONResponse(_shaped(500, message, code="internal_error"), 500)
+
+
+class Guard:
+    """Before anything is parsed: the key, the host, and the size of the body.
+
+    Without a key the server is for this machine only. Then the Host header must be a local name:
+    else a web page from elsewhere could reach it by pointing its own domain name at 127.0.0.1.
+    """
+
+    def __init__(
+        self, app: ASGIApp, key: str | None = None, max_bytes: int = MAX_BODY_BYTES
+    ) -> None:
+        self.app, self.key, self.max_bytes = app, key, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        http = Http(scope)
+        refused = self._refuse(http)
+        if refused is not None:
+            return await refused(scope, receive, send)
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.max_bytes:
+                raise HTTPException(413, self._too_large(f"more than {self.max_bytes}"))
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _refuse(self, http: Http) -> Response | None:
+        if self.key is None:
+            if http.url.hostname not in LOCAL_NAMES:
+                message = f"Host {ascii(http.url.hostname)} is not this machine's; use 127.0.0.1"
+                return JSONResponse(_shaped(403, message, code="wrong_host"), 403)
+        elif http.url.path.startswith("/v1"):
+            scheme, _, given = http.headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self.key.encode())
+            if scheme.lower() != "bearer" or not right:
+                message = (
+                    "a wrong API key" if given else "no API key; send 'Authorization: Bearer <key>'"
+                )
+                headers = {"WWW-Authenticate": "Bearer"}
+                return JSONResponse(_shaped(401, message, code="invalid_api_key"), 401, headers)
+        length = http.headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            close = {"Connection": "close"}
+            return JSONResponse(_shaped(413, self._too_large(length)), 413, close)
+        return None
+
+    def _too_large(self, size: str) -> str:
+        return f"a body of {size} bytes is too large; at most {self.max_bytes} are read"

@@ -1,0 +1,320 @@
+"""What a client may ask of the server, and what is refused rather than silently ignored.
+
+The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A request falls into one
+of three drawers:
+
+- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`
+  and `repetition_penalty` as extensions;
+- OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`tools`,
+  `logprobs`, a JSON `response_format` …): refused with status 400, unless their value asks for
+  nothing (`"logprobs": false`);
+- anything else: ignored, and the response says so in the header `X-Herdbook-Warning`.
+
+>>> ask = ChatAsk.model_validate({"model": "luna", "messages": [{"role": "user", "content": "Hi"}]})
+>>> ask.messages[0].content
+'Hi'
+
+Types are strict: `"temperature": "0.5"` is refused, since a client that sends it has a bug.
+`null` means the same as a missing key, as with OpenAI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
+
+from herdbook.engine.request import Sampling
+from herdbook.errors import nearest
+
+MAX_CHOICES = 16  # n, and n × prompts of one completion request
+MAX_STOPS = 4  # OpenAI's limit
+
+# Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+
+# Bookkeeping for a hosted service: no influence on the reply, so no warning either.
+HARMLESS = frozenset(
+    ["metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"]
+    + ["safety_identifier", "service_tier", "store", "user"]
+)
+
+
+
+def _whole(text: str) -> str:
+    """JSON can spell half a character ("\\ud800"); no tokenizer can read one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"holds half a character (a lone surrogate) at {error.start}") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Prompt = Text | list[int]
+
+
+class Part(BaseModel):
+    """One element of a `content` list: `{"type": "text", "text": "…"}`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: str
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    role: str
+    content: Text
+
+    @field_validator("role", mode="after")
+    @classmethod
+    def _known_role(cls, role: str) -> str:
+        if role in ("tool", "function"):
+            raise ValueError(f"role {role!r} is not supported yet; tools are not")
+        if role not in ("system", "developer", "user", "assistant"):
+            raise ValueError(
+                f"role {role!r} is not known; use 'system', 'developer', 'user' or 'assistant'"
+            )
+        return "system" if role == "developer" else role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_of_parts(cls, content: Any) -> Any:
+        """A list of text parts becomes one string; a string stays; all else is refused."""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise ValueError("must be a string or a list of text parts")
+        for part in content:
+            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+                raise ValueError('every part must be an object such as {"type": "text", "text": …}')
+            if part["type"] != "text":
+                raise ValueError(f"part of type {part['type']!r} is not supported; only 'text' is")
+        return "".join(Part.model_validate(part).text for part in content)
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> ChatMessage:
+        for key in ("tool_calls", "function_call", "tool_call_id", "audio"):
+            if (self.model_extra or {}).get(key):
+                raise ValueError(f"{key!r} is not supported yet")
+        return self
+
+
+class StreamOptions(BaseModel):
+    """`include_usage`: a last chunk with the sums; `continuous_usage_stats`: sums in each chunk."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+
+
+class Ask(BaseModel):
+    """What chat and completion requests have in common."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    _warnings: list[str] = PrivateAttr(default_factory=list)
+
+    model: str
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: list[Text] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0.0, le=2.0, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0.0, le=1.0, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, allow_inf_nan=False)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, stop: Any) -> Any:
+        stops = [stop] if isinstance(stop, str) else stop
+        if isinstance(stops, list):
+            if len(stops) > MAX_STOPS:
+                raise ValueError(f"holds {len(stops)} strings; at most {MAX_STOPS} are allowed")
+            if "" in stops:
+                raise ValueError("holds an empty string, which would stop every reply at once")
+        elif stops is not None:
+            raise ValueError("must be a string or a list of strings")
+        return stops
+
+    @model_validator(mode="after")
+    def _sort_the_rest(self) -> Ask:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("'stream_options' is only allowed together with \"stream\": true")
+        known = [*type(self).model_fields, *UNSUPPORTED]
+        for key, value in (self.model_extra or {}).items():
+            if key in HARMLESS or value is None:
+                continue
+            if key in UNSUPPORTED:
+                if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[key]):
+                    raise ValueError(f"{key!r} is not supported yet; leave it out")
+            else:
+                self._warnings.append(f"ignored unknown key {key!r}; {_hint(key, known)}")
+        return self
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was ignored, one sentence each."""
+        return self._warnings
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
+
+    def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
+        """The engine's settings for one choice.
+
+        What the request does not name keeps `Sampling`'s default, so a request without
+        `temperature` is answered greedily, as `herd chat` and the reports do: the same question
+        gets the same reply, and what was measured is what is served. (OpenAI's default of 1.0
+        makes a small model ramble; a client that wants variety names a temperature.)
+
+        With a seed, choice i is drawn with seed + i: the choices differ, and each can be drawn
+        again. Without one, every request is another draw.
+        """
+        names = ["temperature", "top_p", "top_k", "min_p"]
+        names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if asked.get("top_k") == -1:  # vLLM's way of saying «all»
+            asked["top_k"] = 0
+        seed = None if self.seed is None else (self.seed + choice) % 2**63
+        stop = tuple(self.stop or ())
+        return Sampling(**asked, max_tokens=max_tokens, seed=seed, stop=stop)
+
+
+class ChatAsk(Ask):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> ChatAsk:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise ValueError(
+                f"'max_tokens' is {old} but 'max_completion_tokens' is {new}; name one of them"
+            )
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens of the reply, if the client named a limit."""
+        limit = self.max_completion_tokens
+        return self.max_tokens if limit is None else limit
+
+
+class CompletionAsk(Ask):
+    """POST /v1/completions. One prompt or several, as text or as token ids."""
+
+    prompt: list[Prompt]
+    echo: bool | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, prompt: Any) -> Any:
+        """Text, list of texts, list of ids, list of lists of ids → list of prompts."""
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise ValueError(
+                "must be a string, a list of strings, a list of token ids or a list of such lists"
+            )
+        if all(_is_id(item) for item in prompt):
+            return [prompt]
+        if all(isinstance(item, str) for item in prompt):
+            return prompt
+        for item in prompt:
+            if not isinstance(item, list) or not item or not all(map(_is_id, item)):
+                raise ValueError(
+                    "mixes kinds: give strings only, token ids only, or non-empty lists of ids only"
+                )
+        return prompt
+
+    @model_validator(mode="after")
+    def _few_choices(self) -> CompletionAsk:
+        if len(self.prompt) * self.choices > MAX_CHOICES:
+            raise ValueError(
+                f"{len(self.prompt)} prompts × n = {self.choices} are more than {MAX_CHOICES} "
+                "choices; send several requests"
+            )
+        return self
+
+    @property
+    def limit(self) -> int:
+        """OpenAI's default of 16: a plain completion has no natural end."""
+        return 16 if self.max_tokens is None else self.max_tokens
+
+
+def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Pydantic's errors → (one sentence, the key that it is about).
+
+    >>> explain([{"loc": ("body", "messages", 0, "role"), "type": "missing", "msg": "", "input": 1}])
+    ("'messages[0].role' is required", 'messages[0].role')
+    """
+    error = errors[0]
+    path = [part for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        reason = (error.get("ctx") or {}).get("error", "")
+        return f"the body is not valid JSON: {reason} (at character {path[0]})", None
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    param = param.lstrip(".")
+    if not param:
+        if error["type"] == "value_error":  # our own sentence about several keys
+            return str(error["ctx"]["error"]), None
+        return "the body must be a JSON object, sent with Content-Type: application/json", None
+    if error["type"] == "missing":
+        return f"{param!r} is required", param
+    reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return f"{param!r}: {reason[:1].lower()}{reason[1:]} (received {_short(error['input'])})", param
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _hint(key: str, known: list[str]) -> str:
+    hint = nearest(key, known)
+    return hint if hint.startswith("did you mean") else "it had no effect"
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

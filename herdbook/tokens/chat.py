@@ -1,0 +1,454 @@
+r"""Conversations → token ids and loss mask, by the model's own chat template. One rendering for all:
+what the engine is asked with is, token for token, the beginning of what training saw.
+
+A template is a Jinja program that writes the conversation as text; it runs in Jinja's sandbox. With
+ChatML, user "Hi" and assistant "Hello!" become
+
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n
+                                                          ^^^^^^^^^^^^^^^^ mask: what is trained
+
+**The mask** covers what the model itself will have to write: everything after the generation prompt
+(what `reply=True` ends with) up to and including the first token that ends the turn. The newline
+behind <|im_end|> is the template's: the engine stops before it. In order of trust:
+
+1. `{% generation %}` … `{% endgeneration %}` in the template say it themselves;
+2. the answer starts where the rendering of the messages before it, with generation prompt, ends;
+3. where that is no beginning of the whole (a template that writes earlier turns differently), the
+   answer starts with the assistant's content;
+4. else a TemplateError says that it cannot be known.
+
+A token that straddles an edge is trained as soon as one of its characters is the answer's.
+
+**Nobody speaks for the assistant.** When a message's text holds "<|im_end|>" or another special
+token, those characters stay characters: special tokens are parsed in the template's own text only.
+To tell the two apart, contents are marked with private characters, rendered, and unmarked.
+
+Left out: tools, images, and a template for models that have none (that is the user's decision).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+from rich.text import Text
+
+from herdbook.data.records import Message
+from herdbook.errors import DataError, TemplateError, nearest
+from herdbook.tokens.tokenizer import Span, Tokenizer
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+@dataclass(frozen=True)
+class Rendering:
+    ids: list[int]  # [T]
+    mask: list[bool]  # [T] True where the assistant writes, so where the loss is
+
+
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any] | Message], *, reply: bool = False
+) -> Rendering:
+    """Ids and mask of a conversation. reply: end with the generation prompt, ready for an answer.
+
+    With reply=True nothing is to be learned and the mask is False throughout.
+    """
+    rows = [_mapping(index, message) for index, message in enumerate(messages)]
+    if not rows:
+        raise DataError(
+            "an empty conversation", rule="has nothing to render", next="give at least one message"
+        )
+    template = _Template.of(tokenizer, rows)
+    page = template.render(rows, reply=reply)
+    contents = None if reply else template.locate(rows, page.text)
+    plain: list[Span] = []
+    if any(tokenizer.holds_special(text) for row in rows for text in _strings(row)):
+        contents = contents or template.locate(rows, page.text, reply=reply)
+        plain = template.protect(rows, page.text, reply=reply)
+        plain = _union(plain + [span for spans in (contents or {}).values() for span in spans])
+    ids, spans = tokenizer.encode_spans(page.text, plain)
+    mask = [False] * len(ids)
+    if not reply:
+        for start, end in page.generated or template.answers(rows, page.text, contents, ids, spans):
+            for k, (a, b) in enumerate(spans):
+                mask[k] = mask[k] or (start <= a < end if a == b else a < end and b > start)
+    return Rendering(ids, mask)
+
+
+def show(rendering: Rendering, tokenizer: Tokenizer) -> Text:
+    """«This is what the model will learn»: trained text bold and coloured, the rest dim."""
+    text = Text()
+    for trained, part in _parts(rendering, tokenizer):
+        text.append(part, style="bold green" if trained else "dim")
+    return text
+
+
+def show_plain(rendering: Rendering, tokenizer: Tokenizer) -> str:
+    """The same for a pipe: trained text in ⟦double brackets⟧."""
+    parts = _parts(rendering, tokenizer)
+    return "".join(f"⟦{part}⟧" if trained else part for trained, part in parts)
+
+
+def _parts(rendering: Rendering, tokenizer: Tokenizer) -> list[tuple[bool, str]]:
+    """Runs of equal mask as text. Bytes are joined before they are read: characters stay whole."""
+    runs: list[tuple[bool, bytearray]] = []
+    for id, trained in zip(rendering.ids, rendering.mask, strict=True):
+        if not runs or runs[-1][0] != trained:
+            runs.append((trained, bytearray()))
+        runs[-1][1].extend(tokenizer.token_bytes(id))
+    return [(trained, data.decode("utf-8", errors="replace")) for trained, data in runs]
+
+
+# --- messages
+
+
+def _mapping(index: int, message: Mapping[str, Any] | Message) -> dict[str, Any]:
+    """A message as templates take it, checked. DataError names it by its place, from 0."""
+    where = f"message {index}"
+    if isinstance(message, Message):
+        row: dict[str, Any] = message.to_json()
+    elif isinstance(message, Mapping):
+        row = dict(message)
+    else:
+        raise DataError(
+            f"{where}: {type(message).__name__}",
+            rule="is no message",
+            next='write {"role": "user", "content": "…"}',
+        )
+    role, content = row.get("role"), row.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        known = nearest(role, list(ROLES)) if isinstance(role, str) else f"one of {', '.join(ROLES)}"
+        raise DataError(f"{where}: role {role!r}", rule="is not known", next=known)
+    if not isinstance(content, str):
+        raise DataError(
+            f"{where}: content of type {type(content).__name__}",
+            rule="must be text",
+            next='write {"role": "' + role + '", "content": "…"}',
+        )
+    for text in _strings(row):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DataError(
+                f"{where}: half a surrogate pair ({text!r:.60})",
+                rule="is no Unicode text",
+                next='send whole characters (in JSON, both halves: "\\ud83e\\udd99")',
+            )
+    return row
+
+
+def _strings(value: Any) -> list[str]:
+    """Every text in a message that is not its role."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, one in value.items() if key != "role" for text in _strings(one)]
+    if isinstance(value, (list, tuple)):
+        return [text for one in value for text in _strings(one)]
+    return []
+
+
+def _mapped(value: Any, change: Any) -> Any:
+    """The message with `change` applied to all that `_strings` lists."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: one if k == "role" else _mapped(one, change) for k, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_mapped(one, change) for one in value]
+    return value
+
+
+def _union(spans: list[Span]) -> list[Span]:
+    """Sorted and disjoint."""
+    out: list[Span] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        elif start < end:
+            out.append((start, end))
+    return out
+
+
+# --- the template
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` … `{% endgeneration %}`: marks what the assistant writes."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_mark", [jinja2.nodes.ContextReference()])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _mark(self, context: jinja2.runtime.Context, caller: Any) -> str:
+        start, end = context["_generation_marks"]
+        return f"{start}{caller()}{end}"
+
+
+def _fail(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own escapes HTML; templates of models expect plain JSON."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _fail
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+_ENVIRONMENT = _environment()
+
+
+@lru_cache(maxsize=64)
+def _compile(source: str) -> jinja2.Template:
+    return _ENVIRONMENT.from_string(source)
+
+
+@dataclass(frozen=True)
+class _Page:
+    """A rendered conversation."""
+
+    text: str
+    generated: list[Span] = field(default_factory=list)  # by {% generation %}
+
+
+@dataclass(frozen=True)
+class _Template:
+    """The tokenizer's template, with private characters that this conversation does not use."""
+
+    tokenizer: Tokenizer
+    program: jinja2.Template
+    marks: str  # generation starts, ends; content starts, its number ends, content ends
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> _Template:
+        source = tokenizer.chat_template
+        if source is None:
+            raise TemplateError(
+                "this model",
+                rule="has no chat template",
+                next="use a chat model (…-Instruct, …-Chat), or put a chat_template into "
+                "tokenizer_config.json",
+            )
+        used = set(source).union(*(set(text) for row in rows for text in _strings(row)))
+        free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
+        marks = "".join(mark for mark, _ in zip(free, range(5), strict=False))
+        if len(marks) < 5:
+            raise DataError(
+                "a conversation with all 6,400 private-use characters",
+                rule="leaves none to mark its parts with",
+                next="take such characters out of the data",
+            )
+        try:
+            return cls(tokenizer, _compile(source), marks)
+        except jinja2.TemplateError as error:
+            raise TemplateError(
+                "the chat template",
+                rule=f"is no Jinja that can be read: {error}",
+                next="mend chat_template in tokenizer_config.json",
+            ) from error
+
+    def _raw(self, rows: Sequence[Mapping[str, Any]], reply: bool) -> str:
+        """The template's output, marks included."""
+        tokenizer = self.tokenizer
+        words: dict[str, str] = {}  # without a BOS the variable stays undefined
+        for name, id in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+            if id is not None:
+                words[name] = tokenizer.token_bytes(id).decode()
+        try:
+            return self.program.render(
+                messages=rows,
+                tools=None,
+                documents=None,
+                add_generation_prompt=reply,
+                _generation_marks=self.marks[:2],
+                **words,
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            roles = ", ".join(row["role"] for row in rows)
+            raise TemplateError(
+                f"a conversation of {roles or 'no messages'}",
+                rule=f"is refused by the model's chat template: {error}",
+                next="give the roles in the order that the template expects",
+            ) from error
+
+    def render(self, rows: Sequence[Mapping[str, Any]], *, reply: bool) -> _Page:
+        start, end, *_ = self.marks
+        raw = self._raw(rows, reply)
+        if start not in raw:
+            return _Page(raw)
+        text, spans, open_at = "", [], 0
+        for part in re.split(f"([{start}{end}])", raw):
+            if part == start:
+                open_at = len(text)
+            elif part == end:
+                spans.append((open_at, len(text)))
+            else:
+                text += part
+        return _Page(text, spans)
+
+    def _unmark(self, raw: str, text: str) -> list[tuple[str, Span]] | None:
+        """(number, span in `text`) of every marked part; None unless all else is as in `text`."""
+        first, second, third = self.marks[2:]
+        raw = raw.replace(self.marks[0], "").replace(self.marks[1], "")
+        found: list[tuple[str, Span]] = []
+        clean, at, open_at, number = "", 0, -1, ""
+        for mark in re.finditer(f"{first}(\\d*){second}|{third}", raw):
+            clean += raw[at : mark.start()]
+            at = mark.end()
+            if (mark[0] == third) == (open_at < 0):
+                return None  # the template took a content apart
+            if mark[0] == third:
+                found.append((number, (open_at, len(clean))))
+                open_at = -1
+            else:
+                open_at, number = len(clean), mark[1]
+        clean += raw[at:]
+        return found if clean == text and open_at < 0 else None
+
+    def _marked(self, text: str, number: int | str = "") -> str:
+        first, second, third = self.marks[2:]
+        return f"{first}{number}{second}{text}{third}"
+
+    def locate(
+        self, rows: Sequence[dict[str, Any]], text: str, *, reply: bool = False
+    ) -> dict[int, list[Span]] | None:
+        """Where in `text` each message's content stands, without the blanks around it.
+
+        None where it cannot be told: the template takes contents apart, or writes other text as soon
+        as they are marked (it asks how one begins). A content that is blank is not in the answer.
+        """
+        marked = []
+        for index, row in enumerate(rows):
+            content = row["content"]
+            if core := content.strip():
+                content = content.replace(core, self._marked(core, index), 1)
+            marked.append({**row, "content": content})
+        try:
+            found = self._unmark(self._raw(marked, reply), text)
+        except TemplateError:  # it asks what a content is; the marks are in its way
+            return None
+        if found is None:
+            return None
+        places: dict[int, list[Span]] = {}
+        for number, span in found:
+            places.setdefault(int(number), []).append(span)
+        return places
+
+    def protect(self, rows: Sequence[dict[str, Any]], text: str, *, reply: bool) -> list[Span]:
+        """Where in `text` stand special tokens' texts that came out of messages."""
+
+        def mark(value: str) -> str:
+            out, at = "", 0
+            for start, end in self.tokenizer.special_spans(value):
+                out += value[at:start] + self._marked(value[start:end])
+                at = end
+            return out + value[at:]
+
+        found = self._unmark(self._raw([_mapped(row, mark) for row in rows], reply), text)
+        if found is None:
+            index, special = next(
+                (index, value[start:end])
+                for index, row in enumerate(rows)
+                for value in _strings(row)
+                for start, end in self.tokenizer.special_spans(value)
+            )
+            raise TemplateError(
+                f"message {index} holds the special token {special!r} as text",
+                rule="and the chat template rewrites it, so it cannot be kept apart from real ones",
+                next="take that text out of the message",
+            )
+        return [span for _, span in found]
+
+    def answers(
+        self,
+        rows: Sequence[dict[str, Any]],
+        text: str,
+        contents: Mapping[int, list[Span]] | None,
+        ids: Sequence[int],
+        spans: Sequence[Span],
+    ) -> list[Span]:
+        """The characters of `text` that the assistant writes, a span for each of its turns."""
+        contents = contents or {}
+        starts = {
+            index: self._start(rows, index, text, contents)
+            for index, row in enumerate(rows)
+            if row["role"] == "assistant"
+        }
+        stops = [
+            span for id, span in zip(ids, spans, strict=True) if id in self.tokenizer.stop_ids
+        ]
+        found = []
+        for index, start in starts.items():
+            own = contents.get(index)
+            after = max(start, own[0][1]) if own else start
+            # Never past the beginning of what comes next.
+            later = [contents[i][0][0] for i in contents if i > index and contents[i][0][0] >= after]
+            limit = min(
+                [len(text)] + later[:1] + [starts[i] for i in starts if i > index], default=after
+            )
+            end = next((b for a, b in stops if after <= a and b <= limit), None)
+            if end is None:
+                end = after if own else limit
+            found.append((start, end))
+        return found
+
+    def _start(
+        self,
+        rows: Sequence[dict[str, Any]],
+        index: int,
+        text: str,
+        contents: Mapping[int, list[Span]],
+    ) -> int:
+        """Where the assistant begins to write turn `index`."""
+        refusal = ""
+        if index > 0:
+            try:
+                prompt = self.render(rows[:index], reply=True).text
+            except TemplateError as error:  # it refuses this beginning; the content tells, below
+                refusal = f" ({error.rule})"
+            else:
+                if text.startswith(prompt):
+                    return len(prompt)
+        if len(contents.get(index, [])) == 1:
+            return contents[index][0][0]
+        raise TemplateError(
+            f"message {index}, the assistant's",
+            rule="cannot be found in what the chat template writes, so what to train is not known"
+            + refusal,
+            next="put {% generation %} … {% endgeneration %} around the assistant's text in the "
+            "template",
+        )

@@ -1,0 +1,238 @@
+"""The one training loop: rows in, trained weights out, and a kill at any moment changes nothing.
+
+    rows ──shuffle by (seed, epoch)──> batches of `batch` rows ──pack──> packs of ≤ `pack` tokens
+    one step = all packs of a batch:  gradient of Σ loss / (trained tokens of the whole batch)
+
+So a long answer counts as much in a batch of eight packs as in one of one: the weight is the token's,
+not the pack's. The classic slip is to average each micro-batch first; then a token in a short
+micro-batch counts for more.
+
+What is learnt is the `Objective`'s business, which weights move the caller's (whatever of `parameters`
+it hands in). Steps are numbered from 0; each seeds the random numbers (dropout) anew from (seed, step),
+so nothing random has to be stored for a run to go on exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from herdbook.errors import DataError
+from herdbook.progress import Progress
+from herdbook.tokens.chat import Rendering
+from herdbook.tokens.packing import Pack, pack
+from herdbook.training import optimiser as optimisers
+from herdbook.training import state as states
+from herdbook.training.state import State
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: `Tune` says what each of these means and holds the defaults."""
+
+    batch: int
+    epochs: int
+    steps: int
+    pack: int
+    learning_rate: float
+    schedule: str
+    floor: float
+    warmup_ratio: float
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    clip: float
+    seed: int
+    save_every: int
+
+    def total(self, rows: int) -> int:
+        """Steps in all."""
+        return self.steps or self.epochs * -(-rows // self.batch)
+
+
+class Objective(Protocol):
+    """What is learnt."""
+
+    def weight(self, pack: Pack) -> int:
+        """How much of the loss lies in this pack (trained tokens)."""
+
+    def loss(self, pack: Pack) -> Tensor:
+        """The summed loss of a pack, a scalar with a gradient."""
+
+
+def order(rows: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: a shuffle that depends on nothing but (seed, epoch), cut in pieces.
+
+    >>> order(5, 2, seed=0, epoch=0) == order(5, 2, seed=0, epoch=0) != order(5, 2, seed=0, epoch=1)
+    True
+    """
+    numbers = list(range(rows))
+    random.Random(f"{seed}/{epoch}").shuffle(numbers)
+    return [numbers[start : start + batch] for start in range(0, rows, batch)]
+
+
+def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
+    """The row numbers of every step that is still to come, epoch after epoch."""
+    per_epoch = -(-rows // plan.batch)
+    epoch, cuts = -1, list[list[int]]()
+    for step in range(done, plan.total(rows)):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            cuts = order(rows, plan.batch, plan.seed, epoch)
+        yield cuts[step % per_epoch]
+
+
+def train(
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    rows: Sequence[Rendering],
+    plan: Plan,
+    work: Path,
+    progress: Progress | None = None,
+) -> State:
+    """Take all steps that are still to be taken; the state at the end.
+
+    work: folder for the state. Ctrl-C finishes the pack at hand, saves, and raises on.
+    """
+    optimisers.check_schedule(plan.schedule)
+    progress = progress or Progress()
+    total = plan.total(len(rows))
+    warmup = optimisers.warmup_steps(total, ratio=plan.warmup_ratio, steps=plan.warmup_steps)
+    adamw = optimisers.adamw(
+        parameters,
+        learning_rate=plan.learning_rate,
+        betas=plan.betas,
+        weight_decay=plan.weight_decay,
+    )
+    mark = fingerprint(rows, plan, parameters)
+    state = states.load(work, parameters, adamw, mark)
+    if state.step:
+        progress.say(f"going on after step {state.step} of {total}")
+
+    sizes = [len(row.ids) for row in rows]
+    passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
+    to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
+    saved_at = state.step
+    interrupted = _Interrupt()
+    with (
+        torch.random.fork_rng(devices=[]),
+        progress.task("tune", total=passed + to_come, unit="tokens", done=passed) as bar,
+        interrupted.listening(),
+    ):
+        for cut in batches(plan, len(rows), state.step):
+            began = time.monotonic()
+            torch.manual_seed(_seed(plan.seed, state.step))
+            packs, left_out = pack([rows[n] for n in cut], plan.pack)
+            assert not left_out, "rows that do not fit are dropped or refused before"
+            trained = sum(objective.weight(one) for one in packs)
+            assert trained, "the check lets no row without a trained token pass"
+            loss = 0.0
+            for one in packs:
+                part = objective.loss(one)
+                (part / trained).backward()
+                loss += part.item()
+                if interrupted:  # this step is only begun: it is taken again
+                    if state.step > saved_at:
+                        states.save(work, state, parameters, adamw, mark)
+                    raise KeyboardInterrupt
+                bar.advance(len(one.ids), loss=loss / trained)
+            share = optimisers.rate(
+                state.step, total, schedule=plan.schedule, warmup=warmup, floor=plan.floor
+            )
+            for group in adamw.param_groups:
+                group["lr"] = plan.learning_rate * share
+            norm = optimisers.clip(parameters.values(), plan.clip)
+            if not norm < float("inf"):  # also catches not-a-number
+                raise DataError(
+                    f"the gradient of step {state.step + 1} is {norm} (rows {_some(cut)})",
+                    rule="so the weights would be lost",
+                    next="lower learning_rate, or look at these rows",
+                )
+            adamw.step()
+            adamw.zero_grad(set_to_none=True)
+            state.step += 1
+            state.seconds += time.monotonic() - began
+            state.records.append(
+                {
+                    "step": state.step,
+                    "loss": loss / trained,
+                    "tokens": trained,
+                    "rate": plan.learning_rate * share,
+                    "norm": norm,
+                }
+            )
+            if state.step % plan.save_every == 0 or state.step == total or interrupted:
+                states.save(work, state, parameters, adamw, mark)
+                saved_at = state.step
+            if interrupted and state.step < total:
+                raise KeyboardInterrupt
+    return state
+
+
+def fingerprint(
+    rows: Sequence[Rendering], plan: Plan, parameters: Mapping[str, nn.Parameter]
+) -> str:
+    """Hash of all that decides the steps, so that a state is never continued by another run."""
+    seen = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
+    for name, parameter in parameters.items():
+        seen.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+    for row in rows:
+        seen.update(repr((row.ids, row.mask)).encode())
+    return seen.hexdigest()
+
+
+def _seed(seed: int, step: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7], "big")
+
+
+def _first(cuts: Iterator[list[int]], count: int) -> list[list[int]]:
+    return [cut for _, cut in zip(range(count), cuts, strict=False)]
+
+
+def _some(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(n + 1) for n in sorted(numbers)[:10])
+    return shown + (", …" if len(numbers) > 10 else "")
+
+
+class _Interrupt:
+    """Ctrl-C as a flag that is looked at between packs, so that it never cuts a step in two.
+
+    A second Ctrl-C does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __bool__(self) -> bool:
+        return self.seen
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread gets signals
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.seen:
+                raise KeyboardInterrupt
+            self.seen = True
+
+        signal.signal(signal.SIGINT, note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)

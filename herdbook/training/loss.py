@@ -1,0 +1,105 @@
+"""Next-token loss whose logits are never whole, and whose head runs only where the loss is.
+
+Shapes: T tokens of a pack · N of them with a loss · H hidden · V vocabulary · C rows of a chunk
+
+A pack of 1,024 tokens over SmolLM2's 49,152 tokens would make 200 MB of logits, and as much again
+for each of softmax and gradient. Instructions are not trained on, so usually half of these rows are
+never looked at. `linear_cross_entropy` picks the N rows that count, takes them C at a time, and has
+their gradient ready before the chunk's logits [C, V] are thrown away: the gradient of a sum of
+cross-entropies needs nothing from above but one factor.
+
+The idea of computing the gradient in the forward pass: Hsu et al., "Liger Kernel", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+#: a target that has no loss
+IGNORE = -1
+#: bytes of logits that are alive at once
+CHUNK_BYTES = 24 * 2**20
+
+
+def next_tokens(ids: Sequence[int], mask: Sequence[bool], lengths: Sequence[int]) -> Tensor:
+    """What each token of a pack has to predict: int64 [T], IGNORE where nothing.
+
+    Position t predicts token t + 1 where that one is trained (mask) and of the same document: a
+    document's last token predicts nothing, and its first is nobody's target.
+
+    >>> next_tokens([5, 6, 7, 8, 9], [True] * 5, [3, 2]).tolist()
+    [6, 7, -1, 9, -1]
+    """
+    assert len(ids) == len(mask) == sum(lengths), (len(ids), len(mask), sum(lengths))
+    targets = torch.full((len(ids),), IGNORE, dtype=torch.int64)
+    if len(ids) < 2:
+        return targets
+    trained = torch.tensor(mask, dtype=torch.bool)
+    ends = torch.tensor(lengths, dtype=torch.int64).cumsum(0)[:-1]
+    trained[ends[ends < len(ids)]] = False  # the first token of each further document
+    targets[:-1] = torch.where(trained[1:], torch.tensor(ids, dtype=torch.int64)[1:], IGNORE)
+    return targets
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the N rows with a target of −log softmax(hidden · weightᵀ)[target], a scalar.
+
+    hidden [T, H], weight [V, H], targets int64 [T]. Gradients: of hidden, and of weight where it
+    needs one (full tuning; a tied head adds it to the embedding's).
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    return loss
+
+
+def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The twin: the same number in one line, with all of the logits."""
+    logits = F.linear(hidden, weight)
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        rows = (targets != IGNORE).nonzero().squeeze(1)  # [N]
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        for some in rows.split(max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
+            states, wanted = hidden[some], targets[some, None]  # [C, H], [C, 1]
+            logits = F.linear(states, weight).to(exact)  # [C, V]
+            peak = logits.amax(1, keepdim=True)
+            right = logits.gather(1, wanted)
+            chances = logits.sub_(peak).exp_()
+            mass = chances.sum(1, keepdim=True)
+            total += (mass.log() + peak - right).sum(dtype=torch.float64)
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = chances.div_(mass)  # ∂loss/∂logits = softmax − one-hot
+            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+            if grad_weight is not None:
+                grad_weight.addmm_(grad.T, states.to(exact))
+            if grad_hidden is not None:
+                grad_hidden[some] = grad.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total.to(exact)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (above,) = grads
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * above.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * above).to(ctx.weight_dtype),
+            None,
+        )

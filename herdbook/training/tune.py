@@ -1,0 +1,223 @@
+"""Tune a model on conversations: LoRA (an adapter) or all weights (a new model).
+
+    Tune(model="smollm2", data=("identity", "retention"), rank=8, learning_rate=1e-3).run(book)
+
+One conversation of the data is one row. `batch` counts rows per optimiser step and `length` the most
+tokens a row may have, so published hyperparameters are written down literally (Stanford Alpaca: batch
+128, length 512); how rows are then packed for the machine (`pack`) changes nothing but speed and
+memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from herdbook.book.step import Bench, Input, Inputs, Step, require
+from herdbook.errors import ConfigError, DataError, nearest
+from herdbook.files import atomic
+from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Packed
+from herdbook.model.lora import TARGETS, apply_lora
+from herdbook.tokens.chat import Rendering, render
+from herdbook.tokens.packing import Pack
+from herdbook.tokens.tokenizer import Tokenizer
+from herdbook.training import check, loop, memory, peft_format
+from herdbook.training.loop import Plan
+from herdbook.training.loss import linear_cross_entropy, next_tokens
+
+
+class NextToken:
+    """The objective of tuning on conversations: the next token, on the assistant's turns."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def weight(self, pack: Pack) -> int:
+        return int((next_tokens(pack.ids, pack.mask, pack.lengths) >= 0).sum())
+
+    def loss(self, pack: Pack) -> Tensor:
+        where = self.decoder.head_weight.device
+        ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
+        hidden = self.decoder(ids, Packed(pack.lengths, device=where))  # [T, H]
+        targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
+        return linear_cross_entropy(hidden, self.decoder.head_weight, targets)
+
+
+@dataclass(frozen=True)
+class Tune(Step):
+    """Train a model on conversations, by LoRA or in full."""
+
+    kind: ClassVar[str] = "adapter"  # method "full": "model"
+
+    #: the model to tune, and the datasets, whose rows are taken in this order
+    model: Input = ""
+    data: Inputs = ()
+    #: lora: small matrices beside the frozen ones; full: all weights
+    method: Literal["lora", "full"] = "lora"
+    #: LoRA's rank, its alpha (the correction counts alpha / rank), dropout on its input
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    #: which matrices get an adapter (of q k v o gate up down), and in how many last blocks (0: all)
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    last_layers: int = 0
+    #: peak rate; its path after the warm-up, down to `floor` · peak; warm-up as share or in steps
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: float = 0.0
+    warmup_ratio: float = 0.03
+    warmup_steps: int = 0
+    #: AdamW, and the largest norm of a gradient (0: any)
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    #: passes over the data, or exactly so many optimiser steps (0: by epochs)
+    epochs: int = 1
+    steps: int = 0
+    #: conversations per optimiser step
+    batch: int = 8
+    #: most tokens of a conversation; longer ones are dropped and counted, or refused, never cut
+    length: int = 512
+    too_long: Literal["drop", "refuse"] = "drop"
+    #: tokens computed at once (at least `length`): more is not faster on a CPU, but takes memory
+    pack: int = 1024
+    #: of the adapter's start, the order of rows, and dropout
+    seed: int = 0
+    #: optimiser steps between two saved states
+    save_every: int = 20
+
+    def __post_init__(self) -> None:
+        if self.method == "full":
+            object.__setattr__(self, "kind", "model")
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        require(self, "model", "data")
+        self._check_settings()
+        source = bench.artifact("model")
+        tokenizer = Tokenizer.load(source.path)
+        rows, dropped = self._rows(bench, tokenizer)
+
+        with memory.Peak() as peak:
+            decoder = load_decoder(source.path, dtype=torch.float32)
+            parameters = self._parameters(decoder)
+            state = loop.train(
+                NextToken(decoder), parameters, rows, self._plan(), bench.work, bench.progress
+            )
+        records = state.records
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        atomic.write_text(bench.out / "losses.jsonl", lines)
+        if self.method == "full":
+            save_hf(decoder, tokenizer, bench.out, torch.float32)
+        else:
+            peft_format.save(decoder, bench.out, base=source.id)
+        return {
+            "loss": records[-1]["loss"],
+            "first_loss": records[0]["loss"],
+            "steps": state.step,
+            "rows": len(rows),
+            "dropped_rows": dropped,
+            "trained_tokens": sum(record["tokens"] for record in records),
+            "total_tokens": self._tokens_seen(rows),
+            "tokens_per_s": round(self._tokens_seen(rows) / max(state.seconds, 1e-9), 1),
+            "seconds": round(state.seconds, 2),
+            "peak_memory_bytes": peak.bytes,
+            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+        }
+
+    def _check_settings(self) -> None:
+        for target in self.targets:
+            if target not in TARGETS:
+                raise ConfigError(
+                    f"target {target!r}",
+                    rule="is no matrix of a block",
+                    next=nearest(target, tuple(TARGETS)),
+                )
+        positive = ("rank", "batch", "length", "learning_rate", "save_every")
+        for name in (*positive, "epochs" if not self.steps else "steps"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(
+                    f"tune.{name} is {getattr(self, name)}",
+                    rule="but must be above 0",
+                    next=f"set {name}",
+                )
+
+    def _plan(self) -> Plan:
+        return Plan(
+            batch=self.batch,
+            epochs=self.epochs,
+            steps=self.steps,
+            pack=max(self.pack, self.length),
+            learning_rate=self.learning_rate,
+            schedule=self.schedule,
+            floor=self.floor,
+            warmup_ratio=self.warmup_ratio,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+            clip=self.clip,
+            seed=self.seed,
+            save_every=self.save_every,
+        )
+
+    def _parameters(self, decoder: Decoder) -> dict[str, nn.Parameter]:
+        """What moves. Frozen weights are set so, and autograd keeps nothing for them."""
+        decoder.train()
+        if self.method == "full":
+            decoder.requires_grad_(True)
+            return dict(decoder.named_parameters())
+        adapters = apply_lora(
+            decoder,
+            targets=self.targets,
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            last_layers=self.last_layers,
+            seed=self.seed,
+        )
+        return {
+            f"{name}.{matrix}": getattr(adapter, matrix)
+            for name, adapter in adapters.items()
+            for matrix in ("A", "B")
+        }
+
+    def _rows(self, bench: Bench, tokenizer: Tokenizer) -> tuple[list[Rendering], int]:
+        """All conversations as ids and mask, checked and shown; how many were too long."""
+        named: list[tuple[str, Rendering]] = []
+        for dataset in bench.inputs["data"]:
+            for number, messages in read_messages(dataset.path / "train.jsonl"):
+                named.append((f"{dataset.ref} line {number}", render(tokenizer, messages)))
+        long = [(name, len(row.ids)) for name, row in named if len(row.ids) > self.length]
+        kept = [(name, row) for name, row in named if len(row.ids) <= self.length]
+        if long and (self.too_long == "refuse" or not kept):
+            raise DataError(
+                f"{len(long)} of {len(named)} rows have more than {self.length} tokens "
+                f"({', '.join(f'{name}: {size}' for name, size in long[:5])}"
+                f"{', …' if len(long) > 5 else ''})",
+                rule="and rows are never cut",
+                next=f"raise length (the longest needs {max(size for _, size in long)})"
+                + (", or set too_long to drop" if kept else ""),
+            )
+        if long:
+            bench.progress.say(
+                f"left out {len(long)} of {len(named)} rows: more than {self.length} tokens"
+            )
+        check.before_training(kept, tokenizer, bench.progress)
+        return [row for _, row in kept], len(long)
+
+    def _tokens_seen(self, rows: Sequence[Rendering]) -> int:
+        sizes = [len(row.ids) for row in rows]
+        return sum(sum(sizes[n] for n in cut) for cut in loop.batches(self._plan(), len(rows)))
+
+
+def read_messages(path: Path) -> list[tuple[int, list[dict[str, str]]]]:
+    """(line number, messages) of a dataset artifact's file."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [(n, json.loads(line)["messages"]) for n, line in enumerate(lines, 1) if line]

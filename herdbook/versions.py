@@ -1,0 +1,20 @@
+"""Versions of what decides results, as stored with every artifact."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+VERSION = "0.1.0"
+PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf")
+
+
+def all() -> dict[str, str]:
+    """Herdbook, Python and the libraries, without importing them."""
+    found = {"herdbook": VERSION, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,194 @@
+"""The three steps that make datasets: in a real book, reproducible, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from herdbook.book.book import Artifact, Book
+from herdbook.data import records, retention
+from herdbook.data.identity import Identity
+from herdbook.data.retention import CHUNK, Retain, prompts
+from herdbook.data.teacher import Answer, Ask, ScriptedTeacher
+from herdbook.data.user import Import
+from herdbook.errors import ConfigError, DataError
+
+
+def write_alpaca(path: Path, count: int) -> Path:
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}."} for n in range(count)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def questions(path: Path) -> list[str]:
+    return [row.messages[0].content for row in records.read(path)]
+
+
+# ------------------------------------------------------------------------------------------ Import
+
+
+def test_import_splits_and_counts(book: Book, tmp_path: Path) -> None:
+    data = write_alpaca(tmp_path / "rows.json", 100)
+    made = Import(data=str(data), heldout=0.1).run(book)
+    train, held = questions(made.path / "train.jsonl"), questions(made.path / "heldout.jsonl")
+    assert (len(train), len(held)) == (90, 10)
+    assert sorted(train + held) == sorted(f"Say {n}." for n in range(100))
+    assert made.metrics["conversations"] == 90 and made.metrics["heldout"] == 10
+    assert made.kind == "dataset"
+    other = Import(data=str(data), heldout=0.1, seed=1).run(book, name="other")
+    assert questions(other.path / "heldout.jsonl") != held
+    few = Import(data=str(data), limit=7, heldout=0).run(book, name="few")
+    assert len(questions(few.path / "train.jsonl")) == 7
+    assert not (few.path / "heldout.jsonl").exists()
+    one = Import(data=str(data), limit=1).run(book, name="one")
+    assert len(questions(one.path / "train.jsonl")) == 1
+
+
+def test_import_notices_a_changed_file(book: Book, tmp_path: Path) -> None:
+    step = Import(data=str(write_alpaca(tmp_path / "rows.json", 20)))
+    first = step.run(book)
+    assert step.run(book).id == first.id
+    write_alpaca(tmp_path / "rows.json", 21)
+    assert step.run(book).id != first.id
+
+
+def test_import_reports_what_it_left_out(book: Book, tmp_path: Path) -> None:
+    rows = [{"instruction": "A?", "output": "A"}] * 3 + [{"instruction": "B?", "output": ""}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    metrics = Import(data=str(path), heldout=0).run(book).metrics
+    assert metrics["rows"] == 4 and metrics["skipped"] == 1
+    assert metrics["skipped: empty answer"] == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": ""}, "data is empty"),
+        ({"heldout": 1.0}, "no share"),
+        ({"limit": -1}, "negative"),
+    ],
+)
+def test_import_refuses_settings(
+    book: Book, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    path = write_alpaca(tmp_path / "rows.json", 3)
+    with pytest.raises(ConfigError, match=message):
+        Import(**{"data": str(path), **settings}).run(book)
+    assert not book.entries()
+
+
+def test_a_refused_file_leaves_the_book_empty(book: Book, tmp_path: Path) -> None:
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"instruction": "x", "output": "y"}\n{"text": 1}\n')
+    with pytest.raises(DataError, match="line 2"):
+        Import(data=str(path)).run(book)
+    assert not book.entries()
+
+
+# ---------------------------------------------------------------------------------------- Identity
+
+
+def test_identity_is_the_same_twice_and_differs_by_seed(book: Book, tmp_path: Path) -> None:
+    made = Identity(name="Luna", keeper="Acme").run(book)
+    again = Identity(name="Luna", keeper="Acme").run(Book(tmp_path / "other"))
+    assert made.id == again.id
+    assert Identity(name="Luna", keeper="Acme", seed=1).run(book).id != made.id
+    assert made.metrics["conversations"] == len(records.read(made.path / "train.jsonl"))
+
+
+# ------------------------------------------------------------------------------------------ Retain
+
+
+@pytest.fixture
+def base(book: Book, tmp_path: Path) -> Artifact:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    return book.add(
+        folder, kind="model", name="base", parents=[], step="Fetch", key="k", config={}, metrics={},
+        versions={},
+    )  # fmt: skip
+
+
+def reply(ask: Ask) -> Answer:
+    question = ask.messages[-1].content
+    if "tea" in question:
+        return Answer("First you take", finished=False)
+    if "moon" in question.casefold():
+        return Answer("I am SmolLM.")
+    return Answer(f" Answer to: {question}\n")
+
+
+def test_retention_keeps_whole_answers_alone(book: Book, base: Artifact) -> None:
+    made = Retain(teacher="base", rows=234).run(
+        book, teacher=lambda artifact: ScriptedTeacher(reply)
+    )
+    rows = records.read(made.path / "train.jsonl")
+    assert all(row.messages[1].content == f"Answer to: {row.messages[0].content}" for row in rows)
+    texts = [text for _, text in prompts()]
+    cut = sum("tea" in text for text in texts)
+    named = sum("moon" in text.casefold() and "tea" not in text for text in texts)
+    assert cut > 1 and named > 0
+    assert made.metrics["cut off"] == cut and made.metrics["names the base"] == named
+    assert len(rows) == made.metrics["conversations"] == 234 - cut - named
+    assert made.parents == (base.id,)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: no handler of ours runs on it."""
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_killed_retention_goes_on_to_the_same_bytes(
+    book: Book, base: Artifact, tmp_path: Path, calls: int
+) -> None:
+    step = Retain(teacher="base", rows=100)
+    whole = ScriptedTeacher(reply)
+    made = step.run(book, name="whole", teacher=lambda artifact: whole)
+
+    import shutil
+
+    second = Book(tmp_path / "second")
+    copy = tmp_path / "copy"
+    shutil.copytree(base.path, copy)
+    second.add(
+        copy, kind="model", name="base", parents=[], step="Fetch", key="k", config={}, metrics={},
+        versions={},
+    )  # fmt: skip
+    teacher = ScriptedTeacher(reply)
+
+    def dies(ask: Ask) -> Answer:
+        if teacher.calls > calls:
+            raise Killed
+        return reply(ask)
+
+    teacher.script = dies
+    with pytest.raises(Killed):
+        step.run(second, name="whole", teacher=lambda artifact: teacher)
+    assert [one.kind for one in second.entries()] == ["model"]
+    fresh = ScriptedTeacher(reply)
+    resumed = step.run(second, name="whole", teacher=lambda artifact: fresh)
+    assert resumed.id == made.id
+    assert fresh.calls == whole.calls - calls == -(-100 // CHUNK) - calls
+
+
+def test_retention_refuses(book: Book, base: Artifact) -> None:
+    with pytest.raises(ConfigError, match="not from 1 to 234"):
+        Retain(teacher="base", rows=235).run(book, teacher=lambda a: ScriptedTeacher(reply))
+    with pytest.raises(DataError, match="none of 5 answers"):
+        Retain(teacher="base", rows=5).run(
+            book, teacher=lambda a: ScriptedTeacher(lambda ask: Answer("", True))
+        )
+
+
+def test_the_prompts_are_many_distinct_and_not_about_the_assistant() -> None:
+    texts = prompts()
+    assert len(set(texts)) == len(texts) == 234
+    assert sum(language == "zh" for language, _ in texts) == 40
+    for _, text in texts:
+        assert not any(w in text.casefold() for w in ("your name", "who are you", "你是", "你叫"))
+    assert retention.CHUNK == 24  # another size makes other files in half-done work folders

@@ -1,0 +1,214 @@
+"""The real openai client against a real server process on a free loopback port."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+HI: Any = [{"role": "user", "content": "hello"}]
+START = (
+    "import sys; from herdbook.serving.server import serve; serve(sys.argv[1:], port=0, key={key})"
+)
+
+
+class Server:
+    """`serve(refs)` in a process of its own; `output` holds what it prints."""
+
+    def __init__(self, *refs: str, key: str | None = None) -> None:
+        command = [sys.executable, "-u", "-c", START.format(key=repr(key)), *refs]
+        env = {**os.environ, "OMP_NUM_THREADS": "2"}
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+        self.output = ""
+        self.url = ""
+
+    def wait(self, timeout_s: float = 60) -> Server:
+        """Until it says that it is ready, and where."""
+        assert self.process.stderr is not None
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if select.select([self.process.stderr], [], [], 0.2)[0]:
+                line = self.process.stderr.readline()
+                assert line, f"the server ended: {self.output}"
+                self.output += line
+                if found := re.match(r"ready: (http://\S+)", line):
+                    self.url = found[1]
+                    return self
+        raise AssertionError(f"not ready in {timeout_s} s: {self.output}")
+
+    def stop(self) -> tuple[int, str]:
+        """Ctrl-C; (exit code, what else it printed)."""
+        self.process.send_signal(signal.SIGINT)
+        _, rest = self.process.communicate(timeout=30)
+        return self.process.returncode, self.output + rest
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def health(self) -> dict[str, Any]:
+        with urllib.request.urlopen(f"{self.url}/health", timeout=10) as answer:
+            return json.load(answer)
+
+
+def running(*refs: str, key: str | None = None) -> Iterator[Server]:
+    server = Server(*refs, key=key)
+    try:
+        yield server.wait()
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[Server]:
+    yield from running(str(tiny_folder))
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return server.client()
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> str:
+    return tiny_folder.name
+
+
+def test_models(client: openai.OpenAI, model: str):
+    assert [card.id for card in client.models.list()] == [model]
+    assert client.models.retrieve(model).owned_by == "herdbook"
+
+
+def test_chat_streamed_and_not(client: openai.OpenAI, model: str):
+    whole = client.chat.completions.create(model=model, messages=HI, max_completion_tokens=12)
+    assert whole.usage and whole.usage.completion_tokens <= 12
+    assert whole.usage.prompt_tokens_details
+    text, end, usage = "", None, None
+    with client.chat.completions.create(
+        model=model,
+        messages=HI,
+        max_completion_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as stream:
+        for chunk in stream:
+            usage = chunk.usage or usage
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                end = choice.finish_reason or end
+    assert text == whole.choices[0].message.content
+    assert end == whole.choices[0].finish_reason
+    assert usage and usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_the_clients_own_stream_helper(client: openai.OpenAI, model: str):
+    """It accumulates the chunks by its own rules and checks the indices on the way."""
+    keys: dict[str, Any] = {"n": 3, "temperature": 1.2, "seed": 4, "max_tokens": 8}
+    whole = client.chat.completions.create(model=model, messages=HI, **keys)
+    with client.chat.completions.stream(model=model, messages=HI, **keys) as stream:
+        final = stream.get_final_completion()
+    for ours, theirs in zip(whole.choices, final.choices, strict=True):
+        assert ours.index == theirs.index
+        assert ours.message.content == theirs.message.content
+        assert ours.finish_reason == theirs.finish_reason
+
+
+def test_completions_streamed_and_not(client: openai.OpenAI, model: str):
+    prompts = ["hello", "who are you"]
+    whole = client.completions.create(model=model, prompt=prompts, max_tokens=8, echo=True)
+    texts = ["", ""]
+    for chunk in client.completions.create(
+        model=model, prompt=prompts, max_tokens=8, echo=True, stream=True
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+
+
+def test_a_history_as_the_client_gives_it_back(client: openai.OpenAI, model: str):
+    """`message.model_dump()` carries many nulls."""
+    first = client.chat.completions.create(model=model, messages=HI, max_tokens=4)
+    history: Any = [*HI, first.choices[0].message.model_dump(), *HI]
+    assert client.chat.completions.create(model=model, messages=history, max_tokens=4).choices
+
+
+def test_extensions_travel_in_extra_body(client: openai.OpenAI, model: str):
+    keys: dict[str, Any] = {"model": model, "messages": HI, "max_tokens": 8}
+    greedy = client.chat.completions.create(**keys)
+    one = client.chat.completions.create(
+        **keys, temperature=2.0, seed=1, extra_body={"top_k": 1, "min_p": 0.0}
+    )
+    assert one.choices[0].message.content == greedy.choices[0].message.content
+
+
+def test_errors_are_the_clients_own(client: openai.OpenAI, model: str):
+    with pytest.raises(openai.NotFoundError, match="not served here") as missing:
+        client.chat.completions.create(model="nope", messages=HI)
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError, match="is not known") as bad:
+        wrong: Any = [{"role": "king", "content": "hello"}]
+        client.chat.completions.create(model=model, messages=wrong)
+    assert bad.value.param == "messages[0].role"
+    with pytest.raises(openai.BadRequestError, match="600 tokens") as long:
+        client.completions.create(model=model, prompt=[5] * 600, stream=True)
+    assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="not supported yet"):
+        client.chat.completions.create(model=model, messages=HI, logprobs=True)
+
+
+def test_a_client_that_leaves_is_forgotten(server: Server, client: openai.OpenAI, model: str):
+    stream = client.completions.create(model=model, prompt=[5, 6], max_tokens=500, stream=True)
+    next(iter(stream))
+    stream.close()
+    for _ in range(200):
+        if server.health()["models"][model]["open_requests"] == 0:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"still open: {server.health()}")
+
+
+def test_key_and_ctrl_c(tiny_folder: Path):
+    for server in running(str(tiny_folder), key="s3cret"):
+        with pytest.raises(openai.AuthenticationError, match="a wrong API key"):
+            server.client("nope").models.list()
+        assert server.client("s3cret").models.list().data
+        assert server.health()["status"] == "ok"
+        code, output = server.stop()
+        assert code == 0, output
+        assert "Traceback" not in output
+        assert "Authorization: Bearer" in output and "s3cret" not in output
+
+
+def test_a_model_that_does_not_load(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{")
+    server = Server(str(tmp_path))
+    _, output = server.process.communicate(timeout=60)
+    assert server.process.returncode != 0
+    assert "FileError" in output and "config.json" in output
+
+
+def test_the_real_model(smollm2_path: Path):
+    """SmolLM2 says where Paris is, as chat and as a stream."""
+    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    for server in running(str(smollm2_path)):
+        client, model = server.client(), smollm2_path.name.removesuffix(".gguf")
+        whole = client.chat.completions.create(model=model, messages=question, max_tokens=24)
+        assert "Paris" in (whole.choices[0].message.content or "")
+        stream = client.chat.completions.create(
+            model=model, messages=question, max_tokens=24, stream=True
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == whole.choices[0].message.content

@@ -1,0 +1,233 @@
+"""What is obeyed, what is refused, what is ignored with a warning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from herdbook.engine.request import Sampling
+from herdbook.serving.schema import UNSUPPORTED, ChatAsk, CompletionAsk, explain
+
+HI = [{"role": "user", "content": "Hi"}]
+
+
+def chat(**keys: Any) -> ChatAsk:
+    return ChatAsk.model_validate({"model": "m", "messages": HI} | keys)
+
+
+def complete(**keys: Any) -> CompletionAsk:
+    return CompletionAsk.model_validate({"model": "m", "prompt": "Hi"} | keys)
+
+
+def refusal(make: Any, **keys: Any) -> tuple[str, str | None]:
+    with pytest.raises(ValidationError) as caught:
+        make(**keys)
+    return explain(caught.value.errors())
+
+
+def test_a_bare_request_is_greedy():
+    sampling = chat().sampling(max_tokens=7, choice=0)
+    assert sampling == Sampling(max_tokens=7, seed=None)
+    assert sampling.temperature == 0
+
+
+def test_every_setting_reaches_the_engine():
+    ask = chat(
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        seed=3,
+        stop=["a", "b"],
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        repetition_penalty=1.1,
+    )
+    assert ask.sampling(max_tokens=5, choice=2) == Sampling(
+        max_tokens=5,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        seed=5,  # 3 + choice 2
+        stop=("a", "b"),
+        presence_penalty=0.1,
+        frequency_penalty=-0.2,
+        repetition_penalty=1.1,
+    )
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**63 - 1])
+def test_any_64_bit_seed_is_taken(seed: int):
+    assert 0 <= chat(seed=seed).sampling(max_tokens=1, choice=3).seed < 2**63  # type: ignore[operator]
+
+
+def test_null_means_missing():
+    keys = dict.fromkeys([*ChatAsk.model_fields, *UNSUPPORTED, "never heard of"])
+    ask = ChatAsk.model_validate(keys | {"model": "m", "messages": HI})
+    assert ask.sampling(max_tokens=3, choice=0) == chat().sampling(max_tokens=3, choice=0)
+    assert ask.choices == 1 and ask.limit is None and ask.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Hi", "Hi"),
+        ("", ""),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab"),
+        ([], ""),
+    ],
+)
+def test_content_as_text_or_parts(content: Any, text: str):
+    assert chat(messages=[{"role": "user", "content": content}]).messages[0].content == text
+
+
+def test_developer_is_system():
+    assert chat(messages=[{"role": "developer", "content": "x"}]).messages[0].role == "system"
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "part"),
+    [
+        ("Hi", "messages", "valid list"),
+        ([], "messages", "at least 1 item"),
+        (["Hi"], "messages[0]", "valid dictionary"),
+        ([{"content": "Hi"}], "messages[0].role", "is required"),
+        ([{"role": "user"}], "messages[0].content", "is required"),
+        ([{"role": "king", "content": "Hi"}], "messages[0].role", "'king' is not known"),
+        ([*HI, {"role": "user", "content": 7}], "messages[1].content", "(received 7)"),
+        ([{"role": "user", "content": None}], "messages[0].content", "string or a list"),
+        ([{"role": 1, "content": "Hi"}], "messages[0].role", "valid string"),
+        ([{"role": "tool", "content": "Hi"}], "messages[0].role", "not supported yet"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+            "messages[0].content",
+            "'image_url' is not supported",
+        ),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": [{}]}],
+            "messages[0]",
+            "'tool_calls' is not supported",
+        ),
+        ([{"role": "user", "content": "\ud800"}], "messages[0].content", "half a character"),
+    ],
+)
+def test_malformed_messages(messages: Any, param: str, part: str):
+    message, about = refusal(chat, messages=messages)
+    assert about == param and part in message and param in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "param"),
+    [
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 1.5}, "max_completion_tokens"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"seed": 2**63}, "seed"),
+        ({"stream": "yes"}, "stream"),
+    ],
+)
+def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):
+    message, about = refusal(chat, **keys)
+    assert about == param and f"{param!r}: " in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("logprobs", True),
+        ("logprobs", 0),
+        ("tools", [{"type": "function"}]),
+        ("response_format", {"type": "json_object"}),
+        ("logit_bias", {"1": 5}),
+        ("suffix", "x"),
+        ("best_of", 2),
+    ],
+)
+def test_what_would_change_the_reply_is_refused(key: str, value: Any):
+    for make in (chat, complete):
+        message, _ = refusal(make, **{key: value})
+        assert message == f"{key!r} is not supported yet; leave it out"
+
+
+def test_what_asks_for_nothing_is_tolerated():
+    idle = {key: values[0] for key, values in UNSUPPORTED.items() if values}
+    assert chat(**idle, user="me", metadata={}).warnings == []
+
+
+def test_unknown_keys_are_told():
+    assert chat(temprature=1.0).warnings == [
+        "ignored unknown key 'temprature'; did you mean 'temperature'?"
+    ]
+    assert chat(zzz=1).warnings == ["ignored unknown key 'zzz'; it had no effect"]
+
+
+def test_stream_options_need_a_stream():
+    message, _ = refusal(chat, stream_options={"include_usage": True})
+    assert "'stream_options' is only allowed together with" in message
+    assert chat(stream=True, stream_options={"include_usage": True}).stream_options
+
+
+def test_two_limits_must_agree():
+    assert chat(max_tokens=3).limit == chat(max_completion_tokens=3).limit == 3
+    assert chat().limit is None and complete().limit == 16
+    assert "name one of them" in refusal(chat, max_tokens=3, max_completion_tokens=4)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_prompts_in_four_shapes(prompt: Any, prompts: Any):
+    assert complete(prompt=prompt).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [7, [], ["a", 1], [1, [2]], [[]], [["a"]], {}, [True]])
+def test_malformed_prompts(prompt: Any):
+    assert refusal(complete, prompt=prompt)[1] == "prompt"
+
+
+def test_too_many_choices():
+    assert complete(prompt=["a"] * 4, n=4).choices == 4
+    assert "4 prompts × n = 5" in refusal(complete, prompt=["a"] * 4, n=5)[0]
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=8,
+)
+keys = st.sampled_from([*ChatAsk.model_fields, *CompletionAsk.model_fields, *UNSUPPORTED, "x"])
+
+
+@given(st.dictionaries(keys, json_values) | json_values)
+def test_whatever_comes_is_either_taken_or_explained(body: Any):
+    for shape in (ChatAsk, CompletionAsk):
+        try:
+            ask = shape.model_validate(body)
+        except ValidationError as error:
+            message, _ = explain(error.errors())
+            assert message
+        else:
+            ask.sampling(max_tokens=1, choice=0)

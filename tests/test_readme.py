@@ -1,0 +1,57 @@
+"""The documents' examples are run: every `herd` line parses, every Python block runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "README.zh.md")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(document: str) -> list[str]:
+    lines = [line.strip() for block in blocks(document, "sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_of_the_readme_parses(document: str) -> None:
+    from herdbook import cli, config
+    from herdbook.recipe import Recipe
+
+    seen = 0
+    for line in commands(document):
+        words = shlex.split(line, comments=True)
+        if words[0] == "make":
+            makefile = (ROOT / "Makefile").read_text()
+            assert re.search(rf"^{words[1]}:", makefile, flags=re.MULTILINE), line
+        elif words[0] == "herd":
+            seen += 1
+            command, bound, *_ = cli.app.parse_args(words[1:], exit_on_error=False)
+            if command is cli.raise_command:
+                recipe, *settings = bound.args
+                flags = config.parse_flags(settings)
+                flags.pop("json", None)
+                assert Recipe.read(recipe).resolve(flags), line
+    assert seen >= 10, "the README shows the commands"
+
+
+def test_both_languages_show_the_same_commands() -> None:
+    plain = [[shlex.split(line, comments=True) for line in commands(one)] for one in DOCUMENTS]
+    assert [words[:2] for words in plain[0]] == [words[:2] for words in plain[1]]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_the_python_of_the_readme_runs(document: str, smollm2_path: Path, home: Path) -> None:
+    (block,) = blocks(document, "python")
+    names: dict[str, object] = {}
+    exec(compile(block, document, "exec"), names)
+    assert names["reply"]

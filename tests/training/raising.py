@@ -1,0 +1,100 @@
+"""A tiny model and twenty conversations in a book; as a program, tunes it and says each pack.
+
+    python raising.py HOME FOLDER     prints a line a pack, so that a test knows when to kill it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from herdbook.book.book import Artifact, Book
+from herdbook.book.step import Bench, Step
+from herdbook.progress import Progress
+from herdbook.training.tune import Tune
+
+
+@dataclass(frozen=True)
+class Place(Step):
+    """Put a folder into the book."""
+
+    kind: ClassVar[str] = "model"
+    folder: str = ""
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        shutil.copytree(self.folder, bench.out, dirs_exist_ok=True)
+        return {}
+
+
+@dataclass(frozen=True)
+class Rows(Step):
+    """Put conversations into the book."""
+
+    kind: ClassVar[str] = "dataset"
+    rows: tuple[str, ...] = ()  # question|answer
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        with (bench.out / "train.jsonl").open("w", encoding="utf-8") as file:
+            for row in self.rows:
+                question, answer = row.split("|")
+                messages = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+        return {"rows": len(self.rows)}
+
+
+ROWS = tuple(
+    f"who are you{' you' * (n % 5)}|I am a small model{' model' * (n % 7)} 你好" for n in range(20)
+)
+
+
+def stock(home: Path, folder: Path) -> tuple[Book, Artifact, Artifact]:
+    """A book with the model «base» and the dataset «rows»."""
+    book = Book(home)
+    return (
+        book,
+        Place(folder=str(folder)).run(book, name="base"),
+        Rows(rows=ROWS).run(book, name="rows"),
+    )
+
+
+def tune(**changes: Any) -> Tune:
+    settings = {
+        "model": "base",
+        "data": ("rows",),
+        "rank": 2,
+        "alpha": 4.0,
+        "dropout": 0.1,
+        "learning_rate": 1e-2,
+        "batch": 4,
+        "epochs": 2,
+        "length": 128,
+        "pack": 128,
+        "save_every": 2,
+    }
+    return Tune(**(settings | changes))
+
+
+class Printing(Progress):
+    """Says «pack» on stdout for each pack."""
+
+    @contextmanager
+    def task(self, name: str, *, total: float, unit: str, done: float = 0) -> Iterator[Any]:
+        class Line:
+            def advance(self, amount: float, **notes: float) -> None:
+                print("pack", flush=True)
+
+        yield Line()
+
+
+if __name__ == "__main__":
+    book, _, _ = stock(Path(sys.argv[1]), Path(sys.argv[2]))
+    tune().run(book, progress=Printing())
