@@ -131,7 +131,7 @@ class LlamaCpp:
         return {"build": xllamacpp.get_system_info().strip(" |\n")}
 
     def first(self, ids: list[int]) -> float:
-        timings = self._complete(ids, 1)["timings"]
+        timings = self._complete(ids, 1, cache_prompt=False)["timings"]
         assert timings["prompt_n"] == len(ids), f"{len(ids) - timings['prompt_n']} were cached"
         return float(timings["prompt_ms"]) / 1000
 
@@ -265,10 +265,10 @@ class Bench:
 
     def __init__(self, folder: Path, quick: bool) -> None:
         import torch
-        from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
-        from herdbook.model.references import resolve
 
+        from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
         from herdbook.model.precision import compute_dtype
+        from herdbook.model.references import resolve
         from herdbook.tokens.tokenizer import Tokenizer
 
         self.quick = quick
@@ -295,7 +295,7 @@ class Bench:
                     "llama.cpp's Q4_0": "made from the packaged Q4_1, as its origin is not "
                     "packaged: its speed is that of any Q4_0, its perplexity may be a little "
                     "worse than one made from the origin's",
-                    "transformers": self.dtype,
+                    "transformers computes in": self.dtype,
                 },
             ),
         )
@@ -500,10 +500,8 @@ def start(bench: Bench, only: str) -> None:
     }
     commands["Herdbook"] += ["--max-tokens", "16"]
     found: dict[str, list[float]] = {name: [] for name in commands}
-    for name, number in itertools.product(commands, range(1)):
-        say(
-            f"start, warming the file cache {number}: {seconds_to_first_byte(commands[name]):.2f} s"
-        )
+    for name, command in commands.items():
+        say(f"start, {name}, warming the file cache: {seconds_to_first_byte(command):.2f} s")
     for number in range(bench.rounds):
         for name, command in commands.items():
             found[name].append(seconds_to_first_byte(command))

@@ -19,7 +19,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -115,18 +115,16 @@ def conditions(packages: Sequence[str], **more: Any) -> dict[str, Any]:
     }
 
 
-def table(claims: Iterable[Claim], conditions: Mapping[str, Any]) -> str:
+def table(claims: Sequence[Claim], conditions: Mapping[str, Any]) -> str:
     """The section's Markdown: a row a claim, then how each was measured, then the conditions."""
     lines = ["| claim | unit | ours | peer | peer's name | ratio |", "|---|---|--:|--:|---|--:|"]
-    hows: dict[str, str] = {}
     for one in claims:
         lines.append(
             f"| {one.claim} | {one.unit} | {shown(one.ours)} | {shown(one.peer)} "
             f"| {one.peer_name} | {one.ratio:.2f} |"
         )
-        hows.setdefault(one.claim, one.how)
     lines += ["", "How it was measured:", ""]
-    lines += [f"- {claim}: {how}" for claim, how in hows.items()]
+    lines += [f"- {one.claim}, {one.peer_name}: {one.how}." for one in claims]
     lines += ["", "Conditions: " + "; ".join(f"{k}: {v}" for k, v in conditions.items()) + "."]
     return "\n".join(lines)
 
@@ -160,13 +158,13 @@ def replaced(text: str, section: str, body: str) -> str:
 
 
 def shown(value: float) -> str:
-    """Three figures that matter.
+    """The figures that matter.
 
     >>> shown(1234.5), shown(43.21), shown(0.4567)
     ('1,234', '43.2', '0.457')
     """
     size = abs(value)
-    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    digits = 0 if size >= 100 else 1 if size >= 10 else 3
     return f"{value:,.{digits}f}"
 
 
@@ -174,7 +172,7 @@ def spread(values: Sequence[float]) -> tuple[float, str]:
     """Median, and the words for it.
 
     >>> spread([3.0, 1.0, 2.0])
-    (2.0, 'median of 3, from 1.00 to 3.00')
+    (2.0, 'median of 3, from 1.000 to 3.000')
     """
     middle = statistics.median(values)
     if len(values) == 1:
@@ -188,4 +186,4 @@ def say(line: str) -> None:
 
 
 def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")
+    return float(f"{value:.5g}")

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Book", "__version__", "load", "raise_"]
 
-_HOME = {"Book": "herdbook.book.book", "load": "herdbook.engine.loaded", "raise_": "herdbook.recipe"}
+_HOME = {
+    "Book": "herdbook.book.book",
+    "load": "herdbook.engine.loaded",
+    "raise_": "herdbook.recipe",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -230,7 +230,7 @@ def open_teacher(artifact: Artifact) -> Any:
     """A model of the book as a Teacher for the steps that need text."""
     from herdbook.engine.loaded import load
 
-    return load(str(artifact.path)).as_teacher()
+    return load(str(artifact.path), quantised=False).as_teacher()
 
 
 def _first_line(step: Step) -> str:

@@ -2,9 +2,9 @@
 
 The sum is made in float32 from the very weights that were trained on. That a merged model is worse
 than its adapter is a known accident, and has two causes: the base is loaded for merging in another
-precision than for training, or the result is rounded to one (a bfloat16 keeps 8 bits of a weight, and
-a small correction falls below them). So the default keeps float32, and rounding is left to the one
-place that takes care of it, `Quantise`.
+precision than for training, or the result is rounded to one (a bfloat16 keeps 8 bits of a weight,
+and a small correction falls below them). So the default keeps float32, and rounding is left to the
+one place that takes care of it, `Quantise`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Merge(Step):
                 next="leave the step out where tuning was in full: its result is a model already",
             )
         if source.id not in adapter.parents:
-            base = next((p.ref for p in bench.book.parents(adapter) if p.kind == "model"), "another")
+            base = next(
+                (p.ref for p in bench.book.parents(adapter) if p.kind == "model"), "another"
+            )
             raise ConfigError(
                 f"adapter {adapter.ref} was trained on {base}",
                 rule=f"not on {source.ref}",

@@ -188,7 +188,7 @@ class _Writer:
         return rows
 
     def _asks(self) -> Iterator[tuple[str, str]]:
-        """(ask, wording) of every question section; those with a slot for another's name, thrice."""
+        """(ask, wording) of every question section; those with a slot for another's name, twice."""
         for section in ("both", "name", "keeper", "not", "yes"):
             for line in self.text[f"ask {section}"]:
                 for _ in range(2 if "{model}" in line or "{company}" in line else 1):

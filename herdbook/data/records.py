@@ -11,7 +11,7 @@ Every other key of the line is kept in `Conversation.extra`: `line` (where it st
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,14 +78,3 @@ def read(path: Path) -> list[Conversation]:
                 next="run herd verify, or read a file of your own with --data FILE",
             ) from error
     return rows
-
-
-def as_mappings(messages: Sequence[Message]) -> list[dict[str, str]]:
-    """The form that chat templates take."""
-    return [message.to_json() for message in messages]
-
-
-def iterate(paths: Iterable[Path]) -> Iterator[Conversation]:
-    """The conversations of several dataset files, one after another."""
-    for path in paths:
-        yield from read(path)

@@ -152,7 +152,7 @@ class Engine:
                     if isinstance(token, Exception):
                         raise token
                     pieces.append(self._took(sequence, token))
-                except Exception as error:  # ends this request; its batch-mates go on
+                except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
                     sequence.error = error
                     pieces.append(self._end(sequence, "error", ""))
         # A step counts as prefill when any sequence computed more than one token.
@@ -267,8 +267,9 @@ class Engine:
 
     def _drop(self, ids: Many[str]) -> None:
         """Abort what still runs of `ids` and forget its last words: nobody waits for them."""
-        if any([self.abort(id) for id in ids]):
-            self._backlog = [piece for piece in self._backlog if piece.request_id not in ids]
+        for id in ids:
+            if self.abort(id):
+                self._backlog.pop()
 
     def _too_long(self, tokens: int) -> CapacityError:
         if tokens >= self.context:

@@ -11,6 +11,7 @@ Shapes: T tokens, hidden size, vocab size.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
 from herdbook.model.precision import compute_dtype
-from herdbook.model.references import resolve
+from herdbook.model.references import EMBEDDED, resolve
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
@@ -81,12 +82,12 @@ class LoadedModel:
         """
         return render(self.tokenizer, messages, reply=reply)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def hidden(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, hidden], after the final norm."""
         return self._forward(ids).float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, vocab]: row t scores what may follow ids[: t + 1]."""
         self.decoder.need_head()
@@ -168,8 +169,12 @@ def load(
     An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
     bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF.
     """
-    path = resolve(str(ref), book)
-    number = _dtype(dtype)
+    ref, number = str(ref), _dtype(dtype)
+    if book is None and _may_be_name(ref):
+        book = Book()
+    artifact = book.find(ref) if book is not None else None
+    adapter = artifact is not None and artifact.kind == "adapter"
+    path = artifact.path if artifact and adapter else resolve(ref, book)
     if (path / peft_format.CONFIG).is_file():
         base = _base_of(path, book)
         decoder = load_decoder(base, dtype=number)
@@ -183,19 +188,29 @@ def load(
     return LoadedModel(decoder, Tokenizer.load(with_tokenizer) if exists else None, path)
 
 
+def _may_be_name(ref: str) -> bool:
+    """Whether the book has to be asked; what is plainly a path does not even open it."""
+    path = "/" in ref or os.sep in ref or ref.endswith(".gguf")
+    return not (path or ref in EMBEDDED or ref.startswith("hf:"))
+
+
 def _base_of(adapter: Path, book: Book | None) -> Path:
     """The model that an adapter was trained on, by its own word."""
     file = adapter / peft_format.CONFIG
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
-        raise FileError(f"{file}", rule=f"is no JSON object ({error})") from error
+        raise FileError(
+            f"{file}", rule=f"is no JSON object ({error})", next="fetch the adapter again"
+        ) from error
     if not base:
         raise FileError(
             f"{file}",
             rule="does not name its base model (base_model_name_or_path)",
             next="write the base model's folder or name there",
         )
+    if book is None and _may_be_name(str(base)):
+        book = Book()
     return resolve(str(base), book)
 
 

@@ -40,9 +40,7 @@ def page_hash(before: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-def chain(
-    ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()
-) -> list[bytes]:
+def chain(ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
     """The hashes of all full pages of `ids`; `known` are those computed before."""
     keys = list(known)
     for i in range(len(keys), len(ids) // page_tokens):

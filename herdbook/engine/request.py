@@ -1,6 +1,8 @@
 """What goes into the engine and what comes out: Sampling, Request, Piece, Reply.
 
     Request(ids=[1, 9690, 198], sampling=Sampling(max_tokens=32, temperature=0.7, seed=3))
+
+goes into `Engine.submit`; pieces come out of `Engine.step`, the last one with the reply.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Sampling:
     ignore_eos: bool = False  # go on past stop tokens (for measuring)
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        given: Any = self.stop
+        stop = (given,) if isinstance(given, str) else given
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
             raise _wrong("stop", self.stop, "must be a string or a list of non-empty strings")
         object.__setattr__(self, "stop", tuple(stop))

@@ -40,7 +40,9 @@ class Cache:
             held = self._layers[layer] = torch.empty(shape, dtype=k.dtype, device=k.device)
         held.flatten(0, 1).index_copy_(0, slots, torch.stack((k, v), dim=1))
 
-    def read(self, layer: int, pages: Tensor | slice, start: int, end: int) -> tuple[Tensor, Tensor]:
+    def read(
+        self, layer: int, pages: Tensor | slice, start: int, end: int
+    ) -> tuple[Tensor, Tensor]:
         """Keys and values [KV, end - start, D] of places `start` to `end` in a run of pages."""
         held = self._layers[layer]
         # Pages that follow one another are read where they lie; others are gathered.
@@ -52,7 +54,9 @@ class Cache:
 class _Span:
     """The part of one sequence in this step: rows `first` to `first + n` of the batch."""
 
-    def __init__(self, sequence: Sequence, first: int, page_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, sequence: Sequence, first: int, page_tokens: int, device: torch.device
+    ) -> None:
         self.first, self.n = first, sequence.scheduled
         self.start = sequence.computed
         self.end = self.start + self.n

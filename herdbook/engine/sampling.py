@@ -119,6 +119,6 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int | Exception]
         elif not chooser.greedy:
             try:
                 chosen[row] = chooser.choose(logits[row].float().cpu())
-            except Exception as error:  # one bad row must not end its batch-mates
+            except Exception as error:  # noqa: BLE001  one bad row must not end its batch-mates
                 chosen[row] = error
     return chosen

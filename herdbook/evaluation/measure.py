@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from herdbook.engine.loaded import load
 from herdbook.errors import HerdbookError
 
 PREFILL, DECODE, REPEATS = 512, 64, 3
@@ -48,10 +49,8 @@ def measure(path: Path) -> dict[str, Any]:
 
 def _here(path: Path) -> dict[str, Any]:
     """Measure in this process."""
-    import herdbook
-
     begun = time.perf_counter()
-    model = herdbook.load(str(path))
+    model = load(str(path))
     load_s = time.perf_counter() - begun
     vocabulary = model.config.vocab
     prefill = min(PREFILL, model.config.max_pos // 2)

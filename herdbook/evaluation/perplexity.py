@@ -19,13 +19,14 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from herdbook.data.records import Conversation
+from herdbook.engine.loaded import LoadedModel
 from herdbook.errors import DataError
-from herdbook.tokens import chat
+from herdbook.tokens.chat import render
 from herdbook.tokens.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "text"
@@ -33,14 +34,6 @@ FOLDER = Path(__file__).parent / "text"
 PASSAGE_BYTES = 160
 #: rows of logits that are turned into probabilities at once
 ROWS = 128
-
-
-class Model(Protocol):
-    """What scoring needs of a LoadedModel."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-    def logits(self, ids: Sequence[int], /) -> torch.Tensor: ...  # float32 [T, V]
 
 
 def default_texts() -> dict[str, str]:
@@ -63,12 +56,12 @@ def read_text(path: Path) -> str:
     return text
 
 
-def perplexity(model: Model, text: str, window: int = 512) -> dict[str, Any]:
+def perplexity(model: LoadedModel, text: str, window: int = 512) -> dict[str, Any]:
     """{"perplexity", "nll" (nats, total), "tokens", "passages": [(nll, tokens), …]}.
 
     ``passages`` lists every passage of the text, so that it pairs with another model's.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = model.tokenizer
     start = tokenizer.encode("", bos=tokenizer.add_bos)
     scores: list[tuple[float, int]] = []
     for ids, lengths in _windows(tokenizer, text, window - len(start)):
@@ -83,28 +76,30 @@ def perplexity(model: Model, text: str, window: int = 512) -> dict[str, Any]:
     return _summary(scores)
 
 
-def replies(model: Model, rows: Sequence[Conversation], limit: int = 512) -> dict[str, Any]:
+def replies(model: LoadedModel, rows: Sequence[Conversation], limit: int = 512) -> dict[str, Any]:
     """Perplexity of the assistant's turns in held-out conversations, each a passage.
 
     The conversations go through the same rendering as in training; `limit` tokens of each count.
     """
     scores = []
     for row in rows:
-        rendering = chat.render(_tokenizer(model), row.messages)
+        rendering = render(model.tokenizer, row.messages)
         ids, mask = rendering.ids[:limit], torch.tensor(rendering.mask[:limit])
         nll = nlls(model, ids)[mask[1:]]
         scores.append((float(nll.sum()), len(nll)))
     return _summary(scores)
 
 
-def nlls(model: Model, ids: Sequence[int]) -> torch.Tensor:
+def nlls(model: LoadedModel, ids: Sequence[int]) -> torch.Tensor:
     """Surprise of ids[1:], each given all before it: float64 [T-1]."""
     with torch.inference_mode():
         logits = model.logits(ids)[:-1]
         targets = torch.tensor(ids[1:], device=logits.device)
         parts = [
             torch.nn.functional.cross_entropy(rows, wanted, reduction="none")
-            for rows, wanted in zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+            for rows, wanted in zip(
+                torch.split(logits, ROWS), torch.split(targets, ROWS), strict=True
+            )
         ]
     return torch.cat(parts).double().cpu() if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -144,16 +139,6 @@ def _windows(tokenizer: Tokenizer, text: str, window: int) -> Iterator[tuple[lis
         ids, lengths = ids + new, [*lengths, len(new)]
     if ids:
         yield ids, lengths
-
-
-def _tokenizer(model: Model) -> Tokenizer:
-    if model.tokenizer is None:
-        raise DataError(
-            "the model came without a tokenizer",
-            rule="and a text cannot be scored without one",
-            next="put its tokenizer.json beside the weights",
-        )
-    return model.tokenizer
 
 
 def _summary(scores: list[tuple[float, int]]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def wilson(right: int, total: int) -> Interval:
     centre = (share + square / (2 * total)) / (1 + square / total)
     half = Z95 * math.sqrt(share * (1 - share) / total + square / (4 * total * total))
     half /= 1 + square / total
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    return Interval(share, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
 
 
 def perplexity_ratio(

@@ -128,6 +128,24 @@ class _Reader:
         except UnicodeDecodeError:
             raise self.fail(f"a name or string at {self.at - length:,} is not UTF-8") from None
 
+    def strings(self, count: int) -> list[str]:
+        """As `string`, a hundred thousand times (a vocabulary and its merges) in a tenth of the time."""
+        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
+        out = []
+        for _ in range(count):
+            (length,) = length_at(data, at) if at + 8 <= size else (size,)
+            if at + 8 + length > size:
+                break
+            try:
+                out.append(data[at + 8 : at + 8 + length].decode("utf-8"))
+            except UnicodeDecodeError:
+                break
+            at += 8 + length
+        self.at = at
+        if len(out) < count:
+            self.string()  # says what is wrong here
+        return out
+
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
             return self.scalar(kind)
@@ -138,7 +156,7 @@ class _Reader:
         inner, count = self.scalar(_U32), self.scalar(_U64)
         if inner == _STRING:
             self.need(count * 8)  # each string has at least its length
-            return [self.string() for _ in range(count)]
+            return self.strings(count)
         if inner not in _SCALARS:
             raise self.fail(f"an array of the type {inner}")
         dtype = np.dtype("?" if inner == _BOOL else _SCALARS[inner])
@@ -350,15 +368,14 @@ def write(
             file.writelines(head)
             pad(file)
             for name, type, array in tensors:
-                values = np.asarray(array)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    raw = quantise(values, type)
-                if not np.isfinite(values).all():
+                floats = np.asarray(array)
+                if not np.isfinite(floats).all():
                     raise FileError(
                         f"tensor {name!r} holds values that are not finite",
                         rule="and no model file can be made of them",
                         next="train again with a lower learning rate",
                     )
+                raw = quantise(floats, type)
                 file.write(raw.data if raw.flags.c_contiguous else raw.tobytes())
                 pad(file)
                 if said is not None:

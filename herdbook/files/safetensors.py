@@ -47,6 +47,17 @@ def pickled(path: Path) -> FileError:
     )
 
 
+def refuse_pickles(path: Path) -> None:
+    """Raise for a pickle, and for a folder whose only weights are pickles."""
+    if path.suffix in PICKLES and path.is_file():
+        raise pickled(path)
+    if path.is_dir():
+        kinds = {one.suffix: one for one in sorted(path.iterdir(), reverse=True)}
+        found = [one for suffix, one in kinds.items() if suffix in PICKLES]
+        if found and not kinds.keys() & {".safetensors", ".gguf"}:
+            raise pickled(found[-1])
+
+
 def read_header(path: Path | str) -> dict[str, Entry]:
     """name → where the tensor lies, after every check. FileError says what is wrong."""
     path = Path(path)
@@ -94,7 +105,9 @@ def read_header(path: Path | str) -> dict[str, Entry]:
         for n in shape:
             nbytes *= n
         if end - start != nbytes:
-            raise fail(f"tensor {name!r}, {dtype} {shape}, takes {nbytes:,} bytes, not {end - start:,}")
+            raise fail(
+                f"tensor {name!r}, {dtype} {shape}, takes {nbytes:,} bytes, not {end - start:,}"
+            )
         entries[name] = Entry(dtype, tuple(shape), 8 + length + start, nbytes)
     at = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from herdbook.errors import FamilyError, FileError
 from herdbook.files import gguf
 from herdbook.files.atomic import replacing, write_json
-from herdbook.files.safetensors import PICKLES, Entry, pickled, read_header
+from herdbook.files.safetensors import Entry, read_header, refuse_pickles
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_gguf, by_model_type, families
@@ -53,7 +53,7 @@ class TokenizerLike(Protocol):
 
     def save(self, folder: Path) -> None: ...
 
-    def gguf_metadata(self) -> dict[str, Any]: ...
+    def gguf_metadata(self, rows: int | None = None) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ class Checkpoint:
         raw = self.gguf.raw(source)
         if heads := self.family.permuted_heads(name, self.config):
             raw = unpermute(raw, heads)
-        return tensor.type, torch.from_numpy(raw).unflatten(1, (tensor.shape[1] // gguf.BLOCK, -1))
+        rows, columns = tensor.shape
+        return tensor.type, torch.from_numpy(raw).view(rows, columns // gguf.BLOCK, -1)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Understand what lies at `path`: a Hugging Face folder, a folder with model.gguf, a .gguf file."""
     path = Path(path)
-    if path.suffix in PICKLES and path.exists():
-        raise pickled(path)
+    refuse_pickles(path)
     if path.is_dir():
         if (path / "config.json").is_file():
             return _open_folder(path)
@@ -113,9 +113,6 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 
 
 def _no_model(folder: Path) -> FileError:
-    for one in sorted(folder.iterdir()):
-        if one.suffix in PICKLES:
-            return pickled(one)
     return FileError(
         f"{folder}",
         rule="holds no model: no config.json with .safetensors, no model.gguf",
@@ -256,14 +253,11 @@ def _open_gguf(path: Path) -> Checkpoint:
             rule="so it is no language model (a vocabulary or an adapter alone?)",
             next="use the model's own .gguf file",
         )
-    source = source_from_gguf(
-        file.metadata,
-        family,
-        vocab=embed.shape[0],
-        tied=family.gguf_name("head.weight") not in file.tensors,
-        biased=family.gguf_name("blocks.0.attention.q.bias") in file.tensors,
-        where=where,
-    )
+
+    def has(name: str) -> bool:
+        return family.gguf_name(name) in file.tensors
+
+    source = source_from_gguf(file.metadata, family, embed.shape[0], has, where)
     config = family.config(source, where)
     if "rope_freqs.weight" in file.tensors:
         divisors = torch.from_numpy(file.array("rope_freqs.weight").astype(np.float32)).flatten()
@@ -415,7 +409,9 @@ def save_hf(
         where |= dict.fromkeys(held, file)
     if len(shards) > 1:
         metadata = {"total_size": total}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+        write_json(
+            folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+        )
     if tokenizer is not None:
         tokenizer.save(folder)
     source = source_config(decoder)
@@ -465,7 +461,8 @@ def save_gguf(
     }
     metadata |= gguf_metadata(config, family)
     if tokenizer is not None:
-        metadata |= _filled(tokenizer.gguf_metadata(), config)
+        metadata |= tokenizer.gguf_metadata(config.vocab)
+        check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
     found: list[tuple[str, str, Any]] = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
@@ -475,16 +472,3 @@ def save_gguf(
         waiting = _Waiting(decoder, family, name, shape)
         found.append((family.gguf_name(name), gguf_type(name, shape, quant), waiting))
     gguf.write(path, metadata, found)
-
-
-def _filled(metadata: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """The tokenizer's metadata with a token for every row: llama.cpp wants as many as there are."""
-    names = ("tokens", "token_type", "scores")
-    keys = {name: f"tokenizer.ggml.{name}" for name in names}
-    have = len(metadata.get(keys["tokens"], ()))
-    check_vocabulary(config, have)
-    spare = range(have, config.vocab)
-    fill = {"tokens": [f"[PAD{i}]" for i in spare], "token_type": [5] * len(spare)}  # 5: unused
-    fill |= {"scores": [-1000.0] * len(spare)}
-    filled = {key: [*metadata[key], *fill[n]] for n, key in keys.items() if key in metadata}
-    return metadata | filled

@@ -48,7 +48,7 @@ class DecoderConfig:
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     # attention
-    windows: tuple[int | None, ...] = ()  # a layer: it sees so many latest tokens; () = all, everywhere
+    windows: tuple[int | None, ...] = ()  # a layer's latest tokens that it sees; () = all, always
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False  # RMS over each head of q and k, before the rotation
@@ -64,4 +64,3 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None
-

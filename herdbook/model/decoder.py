@@ -16,6 +16,7 @@ interleaved rotation: `Attention.forward` and `Rotary`; softcaps and other scale
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from herdbook.model.config import DecoderConfig
 from herdbook.model.layers import Embedding, Linear, RMSNorm, Rotary, rotate
 from herdbook.model.layout import Layout
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -57,7 +58,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         out = layout.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
-        return self.o(out.flatten(-2))
+        y: Tensor = self.o(out.flatten(-2))
+        return y
 
 
 class MLP(nn.Module):
@@ -72,7 +74,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+        y: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
+        return y
 
 
 class Block(nn.Module):
@@ -87,7 +90,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, layout)
-        return x + self.mlp(self.mlp_norm(x))
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
 
 
 class Decoder(nn.Module):
@@ -126,7 +130,8 @@ class Decoder(nn.Module):
         rope = self.rotary(layout.positions, x.dtype)
         for block in self.blocks:
             x = block(x, rope, layout)
-        return self.norm(x)
+        hidden: Tensor = self.norm(x)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] → float32 [T, vocab]."""

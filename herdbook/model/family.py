@@ -198,9 +198,7 @@ def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
             truncate=rope.flag("truncate", True),
         )
     elif kind != "default":
-        raise keys.refuse(
-            f"rope_type is {kind!r}", "known are: default, linear, llama3, yarn"
-        )
+        raise keys.refuse(f"rope_type is {kind!r}", "known are: default, linear, llama3, yarn")
     if float(rope.take("partial_rotary_factor", 1.0)) != 1.0:
         raise rope.refuse("partial_rotary_factor is set", "but this family turns whole heads")
     rope.finish()
@@ -344,19 +342,21 @@ def _short(value: Any) -> Any:
 
 
 def source_from_gguf(
-    metadata: dict[str, Any], family: Family, *, vocab: int, tied: bool, biased: bool, where: str
+    metadata: dict[str, Any], family: Family, vocab: int, has: Callable[[str], bool], where: str
 ) -> dict[str, Any]:
-    """GGUF's metadata under Hugging Face's keys."""
+    """GGUF's metadata under Hugging Face's keys. has(our name): whether such a tensor is there."""
     prefix = family.gguf + "."
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     keys = Keys(found, where)
     source = {hf: _short(keys.take(ours)) for hf, ours in GGUF_KEYS.items()}
     source = {hf: value for hf, value in source.items() if value is not None}
-    source |= {"vocab_size": vocab, "tie_word_embeddings": tied}
+    source |= {"vocab_size": vocab, "tie_word_embeddings": not has("head.weight")}
     if isinstance(source.get("num_key_value_heads"), list):
         raise keys.refuse("the layers have different numbers of heads", "this is not supported")
-    if biased:
+    if has("blocks.0.attention.q.bias"):
         source["attention_bias"] = True
+    if has("blocks.0.mlp.gate.bias"):
+        source["mlp_bias"] = True
 
     heads = source.get("num_attention_heads", 1)
     width = source.get("head_dim") or source.get("hidden_size", 0) // heads

@@ -20,8 +20,9 @@ from herdbook.model.config import DecoderConfig, RopeScaling
 BLOCK = 32
 #: up to so many rows the int4 kernel beats dequantising and a float product
 INT4_KERNEL_ROWS = 16
-#: rows of an int8 matrix dequantised at a time: 2,048 × 576 float32 stay in the cache
-INT8_ROWS = 2048
+#: rows of an int8 matrix dequantised at a time: small enough for the cache, and for memory that the
+#: allocator keeps (2,048 rows of 576 are fetched from the system each time, ten times slower)
+INT8_ROWS = 512
 
 
 class Linear(nn.Module):
@@ -69,6 +70,10 @@ class Int4Linear(nn.Module):
     dequantised once and multiplied in x's own format.
     """
 
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor
+
     def __init__(
         self, codes: Tensor, scale: Tensor, minimum: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
@@ -90,9 +95,13 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.inputs
-        if self.packed is None or rows > INT4_KERNEL_ROWS or (x.requires_grad and torch.is_grad_enabled()):
+        if (
+            self.packed is None
+            or rows > INT4_KERNEL_ROWS
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
             return F.linear(x, self.dense(x.dtype), self.bias)
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.reshape(rows, self.inputs).bfloat16(), self.packed, BLOCK, self.scale_and_zero
         )
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
@@ -108,6 +117,9 @@ class Int4Linear(nn.Module):
 
 class Int8Matrix(nn.Module):
     """W = scale·code, codes int8 [rows, B, 32], scale float32 [rows, B]: GGUF's Q8_0."""
+
+    codes: Tensor
+    scale: Tensor
 
     def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
         super().__init__()

@@ -55,7 +55,8 @@ class Packed:
         assert lengths and min(lengths) > 0, "a document has at least one token"
         self.lengths = tuple(lengths)
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        starts, at = {}, 0
+        starts: dict[int, list[int]] = {}
+        at = 0
         for n in lengths:
             starts.setdefault(n, []).append(at)
             at += n
@@ -82,13 +83,15 @@ class Packed:
             qg, kg, vg = (
                 t[g.rows].view(g.count, g.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
             )
-            masked = window is not None and window < g.length
+            mask = None
+            if window is not None and window < g.length:
+                mask = self._mask(g.length, window, q.device)
             out = F.scaled_dot_product_attention(
                 qg,
                 kg,
                 vg,
-                attn_mask=self._mask(g.length, window, q.device) if masked else None,
-                is_causal=not masked,
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )

@@ -1,16 +1,24 @@
 """Low-rank adapters: a frozen linear layer that learns a small correction.
 
-Shapes: T tokens · I inputs · O outputs · r rank
+Shapes: T tokens · I inputs · O outputs · r rank · g inputs of a group
 
     y = x Wᵀ + (alpha / r) · (x Aᵀ) Bᵀ        W [O, I] frozen, A [r, I], B [O, r] trained
 
-B starts at zero, so the first step starts from the very model that was loaded. For SmolLM2 a rank of
-8 on all seven matrices of a block trains 2.4 of 134.5 million numbers, and the gradient of the big
-ones is never computed. Hu et al., "LoRA", 2021 (arXiv:2106.09685).
+B starts at zero, so the first step starts from the very model that was loaded. For SmolLM2 a rank
+of 8 on all seven matrices of a block trains 2.4 of 134.5 million numbers, and the gradient of the
+big ones is never computed. Hu et al., "LoRA", 2021 (arXiv:2106.09685).
 
-Autograd would not need the frozen W's gradient either, but keeps x twice when dropout is written out
-and makes a [T, O] product of its own for the correction; `_LoRA` adds the correction into the base's
-output and saves x (which q, k and v share) and x Aᵀ [T, r] alone. `LoRALinear.plain` is its twin.
+**Groups.** With `group` = 32, the 32 inputs that share a block of GGUF's Q4_1 (w = scale · code +
+minimum) share a column of A too. Then B A is constant within a block, so merging moves nothing but
+the block's minimum: a model that lies on the 4-bit grid lies on it still, and 4 bits lose nothing of
+what was learnt. A plain adapter moves each weight by a few hundredths of a step, which rounding puts
+back: the model forgets what it was taught. Xu et al., "QA-LoRA", 2023 (arXiv:2309.14717). To other
+libraries it is a plain adapter whose A happens to repeat each column 32 times.
+
+Autograd would not need the frozen W's gradient either, but makes a [T, O] product of its own for the
+correction; `_LoRA` adds the correction into the base's output and saves only x (which q, k and v
+share; its sums over groups [T, I/g] are smaller still) and x Aᵀ [T, r]. `LoRALinear.plain` is its
+twin.
 """
 
 from __future__ import annotations
@@ -38,24 +46,31 @@ TARGETS = {
 
 
 class LoRALinear(nn.Module):
-    """A linear layer (weight [O, I], optional bias), frozen, and its trained correction."""
+    """A linear layer (weight [O, I], optional bias), frozen, and its trained correction.
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    group: so many neighbouring inputs share a column of A, so A is [r, I / group].
+    """
+
+    def __init__(
+        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, group: int = 1
+    ) -> None:
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
         outputs, inputs = weight.shape
+        assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.scale, self.dropout = rank, alpha, alpha / rank, dropout
-        like = {"dtype": torch.promote_types(weight.dtype, torch.float32), "device": weight.device}
-        self.A = nn.Parameter(torch.zeros(rank, inputs, **like))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, **like))
+        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.dropout, self.group = dropout, group
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=weight.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=weight.device))
 
     def start(self, seed: int, name: str) -> None:
         """A uniform in ±1/√I (as nn.Linear starts), B zero; decided by the seed and the name."""
         digest = hashlib.sha256(f"lora/{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        bound = 1 / math.sqrt(self.A.shape[1])
+        bound = 1 / math.sqrt(self.A.shape[1] * self.group)
         with torch.no_grad():
             self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
             self.B.zero_()
@@ -66,19 +81,25 @@ class LoRALinear(nn.Module):
             return self.plain(x)
         base = self.base
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _LoRA.apply(rows, base.weight, base.bias, self.A, self.B, self.scale)
+        y: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
+            rows, base.weight, base.bias, self.A, self.B, self.scale, self.group
+        )
         return y.view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
         """The twin, and the path with dropout (on the correction's input only)."""
         dropped = F.dropout(x, self.dropout, self.training)
-        down = F.linear(dropped, self.A.to(x.dtype))
+        down = F.linear(dropped, self.wide_A().to(x.dtype))
         y: Tensor = self.base(x) + self.scale * F.linear(down, self.B.to(x.dtype))
         return y
 
+    def wide_A(self) -> Tensor:
+        """A with a column for every input, [r, I]: what other libraries call A."""
+        return self.A.repeat_interleave(self.group, 1) if self.group > 1 else self.A
+
     def correction(self) -> Tensor:
         """scale · B A, float32 [O, I]."""
-        return self.scale * (self.B.float() @ self.A.float())
+        return self.scale * (self.B.float() @ self.wide_A().float())
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
@@ -89,31 +110,48 @@ class LoRALinear(nn.Module):
         return self.base
 
 
+def _pooled(x: Tensor, group: int) -> Tensor:
+    """x [T, I] summed over groups of neighbours: [T, I / group]."""
+    return x if group == 1 else x.unflatten(1, (-1, group)).sum(-1)  # type: ignore[no-untyped-call]
+
+
 class _LoRA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        group: int,
     ) -> Tensor:
         A, B = A.to(x.dtype), B.to(x.dtype)
-        down = x @ A.T  # [T, r]
+        seen = _pooled(x, group)
+        down = seen @ A.T  # [T, r]
         y = F.linear(x, weight, bias)
         y.addmm_(down, B.T, alpha=scale)
-        ctx.save_for_backward(x, down, weight, A, B)
-        ctx.scale = scale
+        ctx.save_for_backward(seen, down, weight, A, B)
+        ctx.scale, ctx.group = scale, group
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (above,) = grads  # [T, O]
-        x, down, weight, A, B = ctx.saved_tensors
+        seen, down, weight, A, B = ctx.saved_tensors
         grad_down = (above @ B).mul_(ctx.scale)  # [T, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (above @ weight).addmm_(grad_down, A)
-        grad_A = grad_down.T @ x
+            grad_x = above @ weight
+            if ctx.group == 1:
+                grad_x.addmm_(grad_down, A)
+            else:
+                grad_x.unflatten(1, (-1, ctx.group)).add_((grad_down @ A)[..., None])
+        grad_A = grad_down.T @ seen
         grad_B = (down.T @ above).mul_(ctx.scale).T  # [O, r]; down.T @ above reads `above` in order
-        return grad_x, None, None, grad_A, grad_B, None
+        return grad_x, None, None, grad_A, grad_B, None, None
 
 
 def apply_lora(
@@ -123,6 +161,7 @@ def apply_lora(
     rank: int,
     alpha: float,
     dropout: float = 0.0,
+    group: int = 1,
     last_layers: int = 0,
     seed: int = 0,
 ) -> dict[str, LoRALinear]:
@@ -137,21 +176,26 @@ def apply_lora(
     first = len(blocks) - last_layers if last_layers else 0
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
-        for target in TARGETS:
+        for target, place in TARGETS.items():
             if target in targets:
-                name = f"blocks.{number}.{TARGETS[target]}"
-                adapters[name] = put_adapter(decoder, name, rank, alpha, dropout)
+                name = f"blocks.{number}.{place}"
+                adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
 
 
 def put_adapter(
-    decoder: nn.Module, name: str, rank: int, alpha: float, dropout: float = 0.0
+    decoder: nn.Module,
+    name: str,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    group: int = 1,
 ) -> LoRALinear:
     """Replace the linear layer of that name by itself with an adapter (untrained, all zero)."""
     parent, _, leaf = name.rpartition(".")
     owner = decoder.get_submodule(parent)
-    adapter = LoRALinear(getattr(owner, leaf), rank, alpha, dropout)
+    adapter = LoRALinear(getattr(owner, leaf), rank, alpha, dropout, group)
     setattr(owner, leaf, adapter)
     return adapter
 

@@ -116,7 +116,9 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
         )
         echoes = []
         if ask.echo:
-            echoes = [_echo(worker.engine, prompt) for prompt in ask.prompt for _ in range(ask.choices)]
+            echoes = [
+                _echo(worker.engine, prompt) for prompt in ask.prompt for _ in range(ask.choices)
+            ]
         shape = CompletionShape(ask.model, echoes=echoes)
         return await _answer(shape, worker, prompts, ask, ask.limit, http)
 
@@ -166,6 +168,15 @@ def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
 
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     if not isinstance(prompt, str):
+        for id in prompt:
+            if not 0 <= id < engine.vocab:
+                raise Refusal(
+                    400,
+                    f"token id {id}",
+                    rule=f"is outside the vocabulary of {engine.vocab} tokens",
+                    next="encode the prompt with this model's own tokenizer",
+                    param="prompt",
+                )
         return prompt
     if engine.tokenizer is None:
         raise _no_tokenizer()
@@ -274,7 +285,7 @@ async def _answer(
     http: Http,
 ) -> Response:
     """Run `ask.choices` requests for each prompt, and write the reply, streamed or whole."""
-    requests = []
+    requests: list[Request] = []
     for ids in prompts:
         tokens = _budget(worker.engine, len(ids), limit, shape.prompt_key)
         for choice in range(ask.choices):
@@ -508,7 +519,7 @@ class Guard:
     def _refuse(self, http: Http) -> Response | None:
         if self.key is None:
             if http.url.hostname not in LOCAL_NAMES:
-                message = f"Host {ascii(http.url.hostname)} is not this machine's; use 127.0.0.1"
+                message = f"Host {http.url.hostname!a} is not this machine's; use 127.0.0.1"
                 return JSONResponse(_shaped(403, message, code="wrong_host"), 403)
         elif http.url.path.startswith("/v1"):
             scheme, _, given = http.headers.get("authorization", "").partition(" ")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from herdbook.engine.engine import Engine
@@ -75,7 +75,7 @@ class Talk:
         self.system = system
         self.turns = [{"role": "system", "content": system}] if system else []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """The reply in parts. Interrupted, what was said so far stays in the conversation."""
         turns = [*self.turns, {"role": "user", "content": text}]
         engine = self.worker.engine

@@ -61,10 +61,17 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 # Bookkeeping for a hosted service: no influence on the reply, so no warning either.
 HARMLESS = frozenset(
-    ["metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention"]
-    + ["safety_identifier", "service_tier", "store", "user"]
+    [
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    ]
 )
-
 
 
 def _whole(text: str) -> str:
@@ -113,10 +120,10 @@ class ChatMessage(BaseModel):
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise ValueError("must be a string or a list of text parts")
+            raise ValueError("must be a string or a list of text parts")  # noqa: TRY004  pydantic's way
         for part in content:
             if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise ValueError('every part must be an object such as {"type": "text", "text": …}')
+                raise ValueError('every part must be like {"type": "text", "text": …}')  # noqa: TRY004
             if part["type"] != "text":
                 raise ValueError(f"part of type {part['type']!r} is not supported; only 'text' is")
         return "".join(Part.model_validate(part).text for part in content)
@@ -183,7 +190,9 @@ class Ask(BaseModel):
             if key in HARMLESS or value is None:
                 continue
             if key in UNSUPPORTED:
-                if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[key]):
+                if not any(
+                    type(value) is type(idle) and value == idle for idle in UNSUPPORTED[key]
+                ):
                     raise ValueError(f"{key!r} is not supported yet; leave it out")
             else:
                 self._warnings.append(f"ignored unknown key {key!r}; {_hint(key, known)}")
@@ -286,7 +295,7 @@ class CompletionAsk(Ask):
 def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
     """Pydantic's errors → (one sentence, the key that it is about).
 
-    >>> explain([{"loc": ("body", "messages", 0, "role"), "type": "missing", "msg": "", "input": 1}])
+    >>> explain([{"loc": ("body", "messages", 0, "role"), "type": "missing"}])
     ("'messages[0].role' is required", 'messages[0].role')
     """
     error = errors[0]

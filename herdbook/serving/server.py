@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def serve(
         resolve(ref, book)  # an unknown name is told before anything is opened
     with listen(host, port) as listener:
         workers = {
-            name: Worker(name, lambda ref=ref: _engine(ref, book))
+            name: Worker(name, partial(_engine, ref, book))
             for name, ref in zip(names, refs, strict=True)
         }
         # Uvicorn raises Ctrl-C again once it has stopped; stopping is what was asked for.

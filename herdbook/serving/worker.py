@@ -22,7 +22,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from functools import partial
 
 from herdbook.engine.engine import Engine
@@ -48,9 +48,7 @@ class Broken(HerdbookError):
 class Worker:
     """Owns an engine. `name` is what clients call the model by."""
 
-    def __init__(
-        self, name: str, load: Callable[[], Engine], *, max_open: int = MAX_OPEN
-    ) -> None:
+    def __init__(self, name: str, load: Callable[[], Engine], *, max_open: int = MAX_OPEN) -> None:
         self.name, self.created = name, int(time.time())
         self.failure: Exception | None = None  # why loading failed
         self._load, self._max_open = load, max_open
@@ -100,7 +98,7 @@ class Worker:
             self._inbox.put(partial(self._begin_stop, time.monotonic() + grace_s))
             self._thread.join(grace_s + 10)
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Piece]]:
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
         """(which request, its next piece) as they come, until the last one has ended.
 
         Closing the iterator early, or cancelling the task that reads it, aborts what still runs.
@@ -119,7 +117,7 @@ class Worker:
                 if taken is not None:
                     yield taken
 
-    def pieces(self, request: Request) -> Iterator[Piece]:
+    def pieces(self, request: Request) -> Generator[Piece, None, None]:
         """The same for one request and a thread without an event loop (the terminal chat).
 
         The wait can be interrupted by Ctrl-C without harm to the engine, which runs elsewhere.
@@ -164,7 +162,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self._engine = self._load()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  kept: wait(), /health and every request tell it
             self.failure = error
             return
         finally:

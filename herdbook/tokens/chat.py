@@ -128,8 +128,9 @@ def _mapping(index: int, message: Mapping[str, Any] | Message) -> dict[str, Any]
         )
     role, content = row.get("role"), row.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        known = nearest(role, list(ROLES)) if isinstance(role, str) else f"one of {', '.join(ROLES)}"
-        raise DataError(f"{where}: role {role!r}", rule="is not known", next=known)
+        raise DataError(
+            f"{where}: role {role!r}", rule="is not known", next=nearest(str(role), list(ROLES))
+        )
     if not isinstance(content, str):
         raise DataError(
             f"{where}: content of type {type(content).__name__}",
@@ -306,7 +307,7 @@ class _Template:
             ) from error
 
     def render(self, rows: Sequence[Mapping[str, Any]], *, reply: bool) -> _Page:
-        start, end, *_ = self.marks
+        start, end = self.marks[0], self.marks[1]
         raw = self._raw(rows, reply)
         if start not in raw:
             return _Page(raw)
@@ -322,7 +323,7 @@ class _Template:
 
     def _unmark(self, raw: str, text: str) -> list[tuple[str, Span]] | None:
         """(number, span in `text`) of every marked part; None unless all else is as in `text`."""
-        first, second, third = self.marks[2:]
+        _, _, first, second, third = list(self.marks)
         raw = raw.replace(self.marks[0], "").replace(self.marks[1], "")
         found: list[tuple[str, Span]] = []
         clean, at, open_at, number = "", 0, -1, ""
@@ -340,7 +341,7 @@ class _Template:
         return found if clean == text and open_at < 0 else None
 
     def _marked(self, text: str, number: int | str = "") -> str:
-        first, second, third = self.marks[2:]
+        _, _, first, second, third = list(self.marks)
         return f"{first}{number}{second}{text}{third}"
 
     def locate(
@@ -408,18 +409,15 @@ class _Template:
             for index, row in enumerate(rows)
             if row["role"] == "assistant"
         }
-        stops = [
-            span for id, span in zip(ids, spans, strict=True) if id in self.tokenizer.stop_ids
-        ]
+        stops = [span for id, span in zip(ids, spans, strict=True) if id in self.tokenizer.stop_ids]
         found = []
         for index, start in starts.items():
             own = contents.get(index)
             after = max(start, own[0][1]) if own else start
             # Never past the beginning of what comes next.
-            later = [contents[i][0][0] for i in contents if i > index and contents[i][0][0] >= after]
-            limit = min(
-                [len(text)] + later[:1] + [starts[i] for i in starts if i > index], default=after
-            )
+            following = [place[0][0] for i, place in contents.items() if i > index]
+            following += [begin for i, begin in starts.items() if i > index]
+            limit = min((place for place in following if place >= after), default=len(text))
             end = next((b for a, b in stops if after <= a and b <= limit), None)
             if end is None:
                 end = after if own else limit

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from herdbook.tokens.chat import Rendering
 
@@ -56,8 +57,8 @@ def pack(renderings: Sequence[Rendering], capacity: int) -> tuple[list[Pack], li
         chosen = [renderings[index] for index in documents]
         packs.append(
             Pack(
-                ids=[id for one in chosen for id in one.ids],
-                mask=[on for one in chosen for on in one.mask],
+                ids=list(chain.from_iterable(one.ids for one in chosen)),
+                mask=list(chain.from_iterable(one.mask for one in chosen)),
                 lengths=[len(one.ids) for one in chosen],
             )
         )

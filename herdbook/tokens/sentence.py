@@ -45,7 +45,7 @@ class PieceModel:
 
     @classmethod
     def parse(cls, data: bytes) -> PieceModel:
-        """Read a serialised ModelProto. ValueError when it is none."""
+        """Read a serialised ModelProto. ValueError or TypeError when it is none."""
         pieces, scores, types = [], [], []
         trainer: dict[int, int | bytes] = {}
         normaliser: dict[int, int | bytes] = {}
@@ -124,7 +124,8 @@ class PieceModel:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+        ids: list[int] = self.processor.encode(text)
+        return ids
 
     def encode_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the characters [start, end) of `text` that each stands for.
@@ -203,12 +204,12 @@ def _field(number: int, value: int | bytes, wire: int = 2) -> bytes:
 
 def _bytes(value: int | bytes) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError("a number where bytes belong")
+        raise TypeError("a number where bytes belong")
     return value
 
 
 def _number(value: int | bytes) -> int:
     """A varint as int32 (ids may be -1)."""
     if not isinstance(value, int):
-        raise ValueError("bytes where a number belongs")
+        raise TypeError("bytes where a number belongs")
     return value - (1 << 64) if value >= 1 << 63 else value

@@ -29,27 +29,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 from tokenizers import Tokenizer as Library
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
-from herdbook.files.atomic import write_json, write_text
+from herdbook.files.atomic import write_bytes, write_json, write_text
 from herdbook.tokens import bytebpe, sentence
-from herdbook.tokens.sentence import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, PieceModel
+from herdbook.tokens.sentence import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    PieceModel,
+)
 
 Span = tuple[int, int]
 
 #: special tokens that end a turn or a document in any model that has them
 ENDS = frozenset(
-    "<|im_end|> <|eot_id|> <|eom_id|> <|end_of_text|> <|endoftext|> </s> <end_of_turn> <eos> "
-    "<|end|> <|end_of_turn|> <｜end▁of▁sentence｜> <eom> <eoh>".split()
+    [
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<end_of_turn>",
+        "<|end|>",
+        "<|end_of_turn|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<｜end▁of▁sentence｜>",
+        "</s>",
+        "<eos>",
+        "<eom>",
+        "<eoh>",
+    ]
 )
 #: how a turn's delimiter looks where a file calls it an ordinary added token
 _DELIMITER = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
+
+#: where a folder keeps its tokenizer, in the order in which they are looked for
+FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
 
 
 class Tokenizer:
@@ -118,7 +141,7 @@ class Tokenizer:
     def exists(cls, path: Path) -> bool:
         """Whether `load` would find a tokenizer there (not whether it is a good one)."""
         if path.is_dir():
-            return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+            return any((path / name).is_file() for name in FILES)
         if path.suffix == ".gguf" and path.is_file():
             return "tokenizer.ggml.tokens" in gguf.read(path).metadata
         return path.is_file() and path.suffix in (".json", ".model")
@@ -128,17 +151,19 @@ class Tokenizer:
         """The tokenizer of a Hugging Face folder, a .gguf, a .model or a tokenizer.json."""
         path = Path(path)
         if path.is_dir():
-            for name in ("tokenizer.json", "tokenizer.model"):
+            for name in FILES:
                 if (path / name).is_file():
                     return cls.load(path / name)
             raise FileError(
                 f"{path}",
-                rule="holds no tokenizer (tokenizer.json or tokenizer.model)",
+                rule=f"holds no tokenizer ({', '.join(FILES[:-1])} or {FILES[-1]})",
                 next="copy the tokenizer's files from the original model into that folder",
             )
         if not path.is_file():
             raise FileError(
-                f"{path}", rule="is not there", next="give a folder, .gguf, .model or tokenizer.json"
+                f"{path}",
+                rule="is not there",
+                next="give a folder, .gguf, .model or tokenizer.json",
             )
         if path.suffix == ".gguf":
             return cls.from_gguf(gguf.read(path).metadata, path)
@@ -172,7 +197,8 @@ class Tokenizer:
         special = {tokens[id]: id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         specials = {text: AddedToken(text, normalized=False, special=True) for text in special}
         bos, eos = _known(get("bos_token_id"), tokens), _known(get("eos_token_id"), tokens)
-        ends = [get(name) for name in ("eot_token_id", "eom_token_id") if get(name) is not None]
+        named = [_known(get(f"{name}_token_id"), tokens) for name in ("eot", "eom")]
+        ends = [id for id in named if id is not None]
         if model == "gpt2":
             pre = get("pre", "default")
             added = [
@@ -237,9 +263,7 @@ class Tokenizer:
             return start + self._pieces.encode(text)
         return start + self._plain.encode(text, add_special_tokens=False).ids
 
-    def encode_spans(
-        self, text: str, plain: Sequence[Span] = ()
-    ) -> tuple[list[int], list[Span]]:
+    def encode_spans(self, text: str, plain: Sequence[Span] = ()) -> tuple[list[int], list[Span]]:
         """Ids with special tokens parsed, and the characters [start, end) that each id stands for.
 
         plain: spans of `text` (in order, disjoint) in which, or across whose edges, nothing is parsed.
@@ -339,7 +363,7 @@ class Tokenizer:
         text = self._source or self._as_library().to_str()
         write_text(folder / "tokenizer.json", text)
         if self._pieces:
-            (folder / "tokenizer.model").write_bytes(self._pieces.serialise())
+            write_bytes(folder / "tokenizer.model", self._pieces.serialise())
         config = {k: v for k, v in self._config.items() if k not in ("auto_map", "legacy")}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("clean_up_tokenization_spaces", False)
@@ -548,6 +572,7 @@ def _reading(
             )
         tokens.append(token)
     copy.add_tokens(tokens)
+    assert all(copy.token_to_id(token.content) == id for id, token in added)
     copy.encode_special_tokens = plain is not None
     return copy
 
@@ -583,7 +608,9 @@ def _decoder_style(library: Library) -> tuple[str, bool]:
 
 def _bos_first(token: str, id: int) -> processors.TemplateProcessing:
     return processors.TemplateProcessing(
-        single=f"{token}:0 $A:0", pair=f"{token}:0 $A:0 {token}:1 $B:1", special_tokens=[(token, id)]
+        single=f"{token}:0 $A:0",
+        pair=f"{token}:0 $A:0 {token}:1 $B:1",
+        special_tokens=[(token, id)],
     )
 
 
@@ -665,6 +692,7 @@ def _from_json(path: Path) -> Tokenizer:
             next="get the file again, or update tokenizers",
         ) from error
     config, bos, eos, template, ends = _settings(path)
+    beside = config.get("added_tokens_decoder", {})
     extra = [
         AddedToken(
             one["content"],
@@ -673,12 +701,22 @@ def _from_json(path: Path) -> Tokenizer:
             normalized=one.get("normalized", False),
             special=one.get("special", False),
         )
-        for id, one in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda x: int(x[0]))
+        for id, one in sorted(beside.items(), key=lambda item: int(item[0]))
         if library.token_to_id(one["content"]) is None
     ]
     if extra:  # declared beside the tokenizer.json only, as transformers lets them be
         library.add_tokens(extra)
-        source = library.to_str()
+    declared = [(one["content"], one["id"]) for one in json.loads(source).get("added_tokens", [])]
+    declared += [(one["content"], int(id)) for id, one in beside.items()]
+    for text, id in declared:
+        if library.token_to_id(text) != id:  # the library counts on, whatever the file says
+            raise FileError(
+                f"{path}: added token {text!r} with id {id}",
+                rule=f"would be read as {library.token_to_id(text)}: added ids must go on from the "
+                "vocabulary's without a gap",
+                next="mend added_tokens, or take the tokenizer from the original model",
+            )
+    source = library.to_str() if extra else source
     special: dict[str, int] = {}
     specials: dict[str, AddedToken] = {}
     for id, token in sorted(library.get_added_tokens_decoder().items()):
@@ -706,7 +744,7 @@ def _from_json(path: Path) -> Tokenizer:
 def _from_model(path: Path) -> Tokenizer:
     try:
         pieces = PieceModel.parse(path.read_bytes())
-    except (ValueError, IndexError) as error:  # UnicodeDecodeError is a ValueError
+    except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
         raise FileError(
             f"{path}",
             rule=f"is no SentencePiece model: {error}",

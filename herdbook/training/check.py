@@ -23,14 +23,10 @@ def before_training(
     check_training_rows(tokenizer, rows, names)
     trained, total = sum(sum(row.mask) for row in rows), sum(len(row.ids) for row in rows)
     progress.say(
-        f"{len(rows):,} rows, {total:,} tokens, {trained:,} of them trained; this is what the model "
-        f"will learn of {names[0]} ({'bold' if _colours(progress) else '⟦in brackets⟧'}):"
+        f"{len(rows):,} rows, {total:,} tokens, {trained:,} of them trained; "
+        f"this is what the model will learn, in {names[0]}:"
     )
     if isinstance(progress, RichProgress):
         progress.console.print(show(rows[0], tokenizer))
     else:
         progress.say(show_plain(rows[0], tokenizer))
-
-
-def _colours(progress: Progress) -> bool:
-    return isinstance(progress, RichProgress)

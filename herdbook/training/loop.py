@@ -3,13 +3,13 @@
     rows ──shuffle by (seed, epoch)──> batches of `batch` rows ──pack──> packs of ≤ `pack` tokens
     one step = all packs of a batch:  gradient of Σ loss / (trained tokens of the whole batch)
 
-So a long answer counts as much in a batch of eight packs as in one of one: the weight is the token's,
-not the pack's. The classic slip is to average each micro-batch first; then a token in a short
-micro-batch counts for more.
+So a long answer counts as much in a batch of eight packs as in one of one: the weight is the
+token's, not the pack's. The classic slip is to average each micro-batch first; then a token in a
+short micro-batch counts for more.
 
-What is learnt is the `Objective`'s business, which weights move the caller's (whatever of `parameters`
-it hands in). Steps are numbered from 0; each seeds the random numbers (dropout) anew from (seed, step),
-so nothing random has to be stored for a run to go on exactly.
+What is learnt is the `Objective`'s business, which weights move the caller's (whatever of
+`parameters` it hands in). Steps are numbered from 0; each seeds the random numbers (dropout) anew
+from (seed, step), so nothing random has to be stored for a run to go on exactly.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def train(
             loss = 0.0
             for one in packs:
                 part = objective.loss(one)
-                (part / trained).backward()
+                torch.autograd.backward(part / trained)
                 loss += part.item()
                 if interrupted:  # this step is only begun: it is taken again
                     if state.step > saved_at:

@@ -3,10 +3,10 @@
 Shapes: T tokens of a pack · N of them with a loss · H hidden · V vocabulary · C rows of a chunk
 
 A pack of 1,024 tokens over SmolLM2's 49,152 tokens would make 200 MB of logits, and as much again
-for each of softmax and gradient. Instructions are not trained on, so usually half of these rows are
-never looked at. `linear_cross_entropy` picks the N rows that count, takes them C at a time, and has
-their gradient ready before the chunk's logits [C, V] are thrown away: the gradient of a sum of
-cross-entropies needs nothing from above but one factor.
+for each of softmax and gradient. Instructions are not trained on, so usually half of these rows
+are never looked at. `linear_cross_entropy` picks the N rows that count, takes them C at a time,
+and has their gradient ready before the chunk's logits [C, V] are thrown away: the gradient of a
+sum of cross-entropies needs nothing from above but one factor.
 
 The idea of computing the gradient in the forward pass: Hsu et al., "Liger Kernel", 2024.
 """
@@ -53,7 +53,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     hidden [T, H], weight [V, H], targets int64 [T]. Gradients: of hidden, and of weight where it
     needs one (full tuning; a tied head adds it to the embedding's).
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -73,7 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
-        for some in rows.split(max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
+        for some in torch.split(rows, max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
             states, wanted = hidden[some], targets[some, None]  # [C, H], [C, 1]
             logits = F.linear(states, weight).to(exact)  # [C, V]
             peak = logits.amax(1, keepdim=True)

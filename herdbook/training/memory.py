@@ -6,6 +6,7 @@ import resource
 import sys
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 
 class Peak:
@@ -19,7 +20,7 @@ class Peak:
 
     bytes: int = 0
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> Self:
         reset = Path("/proc/self/clear_refs")
         if reset.exists():
             reset.write_text("5")

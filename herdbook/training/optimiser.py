@@ -25,13 +25,11 @@ SCHEDULES = ("constant", "cosine", "linear")
 
 def check_schedule(name: str) -> None:
     if name not in SCHEDULES:
-        raise ConfigError(
-            f"schedule {name!r}", rule="is not known", next=nearest(name, SCHEDULES)
-        )
+        raise ConfigError(f"schedule {name!r}", rule="is not known", next=nearest(name, SCHEDULES))
 
 
 def warmup_steps(total: int, *, ratio: float, steps: int) -> int:
-    """Steps of warm-up: `steps` where given, else the ratio of all, rounded up as transformers does."""
+    """Steps of warm-up: `steps` where given, else the ratio of all, rounded up."""
     return min(total, steps or math.ceil(total * ratio))
 
 
@@ -74,7 +72,7 @@ def adamw(
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale all gradients so that their joint norm is at most `limit` (0: leave); the norm before."""
+    """Scale all gradients to a joint norm of at most `limit` (0: leave them); the norm before."""
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
     if limit:

@@ -1,11 +1,12 @@
-"""Adapters on disk, in the layout of the peft library, so that its users can load ours and we theirs.
+"""Adapters on disk in the layout of the peft library: its users load ours, and we theirs.
 
-    adapter_config.json         {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": […]}
-    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [8, 576]
-                                                                            ….lora_B.weight [576, 8]
+    adapter_config.json         {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none", …}
+    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [8, I]
+                                                                            ….lora_B.weight [O, 8]
 
 Names are the source's own, from the family's table. Only plain LoRA is read: an adapter that also
-brings trained biases, whole modules or another scaling says so in its configuration and is refused.
+brings trained biases, whole modules or another scaling says so in its configuration and is
+refused.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, put_adapter
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 #: settings that would change what the adapter computes, and the only values that are read
-PLAIN = {
+PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "modules_to_save": (None, []),
@@ -71,7 +72,7 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
     )
     tensors = {}
     for name, adapter in adapters.items():
-        tensors[f"{PREFIX}{names[name]}.lora_A.weight"] = adapter.A.detach().contiguous()
+        tensors[f"{PREFIX}{names[name]}.lora_A.weight"] = adapter.wide_A().detach().contiguous()
         tensors[f"{PREFIX}{names[name]}.lora_B.weight"] = adapter.B.detach().contiguous()
     with atomic.replacing(folder / WEIGHTS) as new:
         save_file(tensors, new, metadata={"format": "pt"})

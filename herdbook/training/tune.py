@@ -2,10 +2,10 @@
 
     Tune(model="smollm2", data=("identity", "retention"), rank=8, learning_rate=1e-3).run(book)
 
-One conversation of the data is one row. `batch` counts rows per optimiser step and `length` the most
-tokens a row may have, so published hyperparameters are written down literally (Stanford Alpaca: batch
-128, length 512); how rows are then packed for the machine (`pack`) changes nothing but speed and
-memory.
+One conversation of the data is one row. `batch` counts rows per optimiser step and `length` the
+most tokens a row may have, so published hyperparameters are written down literally (Stanford
+Alpaca: batch 128, length 512); how rows are then packed for the machine (`pack`) changes nothing
+but speed and memory.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ class Tune(Step):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    #: so many neighbouring inputs share a column of A. 1: plain LoRA; 32: an adapter that merges into a
+    #: Q4_1 base without leaving its 4-bit grid, so that int4 loses nothing of what was learnt
+    group: int = 1
     #: which matrices get an adapter (of q k v o gate up down), and in how many last blocks (0: all)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
     last_layers: int = 0
@@ -140,7 +143,7 @@ class Tune(Step):
                     rule="is no matrix of a block",
                     next=nearest(target, tuple(TARGETS)),
                 )
-        positive = ("rank", "batch", "length", "learning_rate", "save_every")
+        positive = ("rank", "group", "batch", "length", "learning_rate", "save_every")
         for name in (*positive, "epochs" if not self.steps else "steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(
@@ -173,12 +176,21 @@ class Tune(Step):
         if self.method == "full":
             decoder.requires_grad_(True)
             return dict(decoder.named_parameters())
+        config = decoder.config
+        for size in (config.hidden, config.heads * config.head_dim, config.ffn):
+            if size % self.group:
+                raise ConfigError(
+                    f"tune.group is {self.group}",
+                    rule=f"and does not divide the {size} inputs of one of the model's matrices",
+                    next="set group to 1",
+                )
         adapters = apply_lora(
             decoder,
             targets=self.targets,
             rank=self.rank,
             alpha=self.alpha,
             dropout=self.dropout,
+            group=self.group,
             last_layers=self.last_layers,
             seed=self.seed,
         )

@@ -11,6 +11,7 @@ from herdbook.engine.engine import Engine
 from herdbook.engine.request import Piece, Reply, Request, Sampling
 from herdbook.errors import CapacityError, FileError, RequestError
 from herdbook.model.decoder import Decoder
+
 from .conftest import VOCAB, naive, prompts, tiny
 
 
@@ -283,7 +284,10 @@ def test_stop_tokens_and_ignore_eos(decoder: Decoder) -> None:
     n = expected.index(expected[4]) + 1
     engine = Engine(decoder, tokenizer)  # type: ignore[arg-type]
     stopped, through = engine.generate(
-        [Request(ids, Sampling(max_tokens=12)), Request(ids, Sampling(max_tokens=12, ignore_eos=True))]
+        [
+            Request(ids, Sampling(max_tokens=12)),
+            Request(ids, Sampling(max_tokens=12, ignore_eos=True)),
+        ]
     )
     assert stopped.finish == "stop" and list(stopped.ids) == expected[:n]
     assert stopped.text == tokenizer.decode(expected[: n - 1])

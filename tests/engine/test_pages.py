@@ -120,8 +120,8 @@ class Pool(RuleBasedStateMachine):
             assert self.pool.references[page] == holders
         used = {p for _, pages in self.held for p in pages}
         assert self.pool.free == self.pool.pages - len(used)
-        for ids, pages in self.held:
-            for i, page in enumerate(pages):
+        for ids, held in self.held:
+            for i, page in enumerate(held):
                 assert self.contents[page] == tuple(ids[: (i + 1) * SIZE]), "overwritten in use"
 
 

@@ -152,5 +152,7 @@ def test_a_bad_row_fails_alone() -> None:
 
 def test_without_seed_draws_differ() -> None:
     flat = torch.zeros(1000)
-    draws = {Chooser(Sampling(temperature=1.0, seed=None), [0], 1000).choose(flat) for _ in range(8)}
+    draws = {
+        Chooser(Sampling(temperature=1.0, seed=None), [0], 1000).choose(flat) for _ in range(8)
+    }
     assert len(draws) > 1

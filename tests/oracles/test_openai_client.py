@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -25,34 +25,46 @@ START = (
 
 
 class Server:
-    """`serve(refs)` in a process of its own; `output` holds what it prints."""
+    """`serve(refs)` in a process of its own; a thread collects what it prints."""
 
     def __init__(self, *refs: str, key: str | None = None) -> None:
         command = [sys.executable, "-u", "-c", START.format(key=repr(key)), *refs]
-        env = {**os.environ, "OMP_NUM_THREADS": "2"}
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
-        self.output = ""
-        self.url = ""
+        self.output, self.url = "", ""
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
-    def wait(self, timeout_s: float = 60) -> Server:
-        """Until it says that it is ready, and where."""
+    def _read(self) -> None:
         assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.output += line
+        self.process.stderr.close()
+
+    def wait(self, timeout_s: float = 120) -> Server:
+        """Until it says that it is ready, and where."""
         end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            if select.select([self.process.stderr], [], [], 0.2)[0]:
-                line = self.process.stderr.readline()
-                assert line, f"the server ended: {self.output}"
-                self.output += line
-                if found := re.match(r"ready: (http://\S+)", line):
-                    self.url = found[1]
-                    return self
-        raise AssertionError(f"not ready in {timeout_s} s: {self.output}")
+        while time.monotonic() < end and self.process.poll() is None:
+            if found := re.search(r"^ready: (http://\S+)", self.output, re.MULTILINE):
+                self.url = found[1]
+                return self
+            time.sleep(0.05)
+        raise AssertionError(f"not ready: {self.output}")
+
+    def end(self, timeout_s: float = 60) -> tuple[int, str]:
+        """(exit code, all that it printed) once it has ended by itself."""
+        code = self.process.wait(timeout_s)
+        self._reading.join(10)
+        return code, self.output
 
     def stop(self) -> tuple[int, str]:
-        """Ctrl-C; (exit code, what else it printed)."""
+        """Ctrl-C."""
         self.process.send_signal(signal.SIGINT)
-        _, rest = self.process.communicate(timeout=30)
-        return self.process.returncode, self.output + rest
+        return self.end()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.end()
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
@@ -67,8 +79,7 @@ def running(*refs: str, key: str | None = None) -> Iterator[Server]:
     try:
         yield server.wait()
     finally:
-        server.process.kill()
-        server.process.wait()
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,9 @@ def test_the_clients_own_stream_helper(client: openai.OpenAI, model: str):
     keys: dict[str, Any] = {"n": 3, "temperature": 1.2, "seed": 4, "max_tokens": 8}
     whole = client.chat.completions.create(model=model, messages=HI, **keys)
     with client.chat.completions.stream(model=model, messages=HI, **keys) as stream:
-        final = stream.get_final_completion()
+        for _ in stream:
+            pass
+        final = stream.current_completion_snapshot
     for ours, theirs in zip(whole.choices, final.choices, strict=True):
         assert ours.index == theirs.index
         assert ours.message.content == theirs.message.content
@@ -194,9 +207,8 @@ def test_key_and_ctrl_c(tiny_folder: Path):
 
 def test_a_model_that_does_not_load(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
-    server = Server(str(tmp_path))
-    _, output = server.process.communicate(timeout=60)
-    assert server.process.returncode != 0
+    code, output = Server(str(tmp_path)).end()
+    assert code != 0
     assert "FileError" in output and "config.json" in output
 
 
@@ -205,10 +217,10 @@ def test_the_real_model(smollm2_path: Path):
     question: Any = [{"role": "user", "content": "What is the capital of France?"}]
     for server in running(str(smollm2_path)):
         client, model = server.client(), smollm2_path.name.removesuffix(".gguf")
-        whole = client.chat.completions.create(model=model, messages=question, max_tokens=24)
+        whole = client.chat.completions.create(model=model, messages=question, max_tokens=10)
         assert "Paris" in (whole.choices[0].message.content or "")
         stream = client.chat.completions.create(
-            model=model, messages=question, max_tokens=24, stream=True
+            model=model, messages=question, max_tokens=10, stream=True
         )
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert text == whole.choices[0].message.content

@@ -11,16 +11,24 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
 
+from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
 from herdbook.serving.api import app
 from herdbook.serving.worker import Worker
 
 
+def tiny_engine(folder: Path) -> Engine:
+    """One thread: matrices this small gain nothing from two, which wait for each other."""
+    torch.set_num_threads(1)
+    return load(str(folder)).engine
+
+
 @pytest.fixture(scope="session")
 def worker(tiny_folder: Path) -> Iterator[Worker]:
-    one = Worker("tiny", lambda: load(str(tiny_folder)).engine)
+    one = Worker("tiny", lambda: tiny_engine(tiny_folder))
     one.start()
     yield one.wait(60)
     one.stop(grace_s=0)

@@ -88,9 +88,10 @@ def test_continuous_usage_grows(client: Client):
         part["usage"]["completion_tokens"]
         for part in chunks(client.chat(stream=True, stream_options=options))
     ]
-    assert counts == sorted(counts) and counts[-1] == client.chat().json()["usage"][
-        "completion_tokens"
-    ]
+    assert (
+        counts == sorted(counts)
+        and counts[-1] == client.chat().json()["usage"]["completion_tokens"]
+    )
 
 
 def test_n_choices_streamed_have_their_own_index(client: Client):

@@ -16,7 +16,7 @@ from herdbook.errors import FileError, RequestError, ServeError
 from herdbook.serving.api import app
 from herdbook.serving.worker import Broken, Busy, Worker
 
-from .conftest import Client
+from .conftest import Client, tiny_engine
 
 LONG = Sampling(max_tokens=400, ignore_eos=True)
 SHORT = Sampling(max_tokens=8, ignore_eos=True)
@@ -42,7 +42,7 @@ def quiet(worker: Worker) -> None:
 @pytest.fixture
 def own(tiny_folder: Path):
     """A worker that a test may break or stop."""
-    one = Worker("own", lambda: load(str(tiny_folder)).engine, max_open=4)
+    one = Worker("own", lambda: tiny_engine(tiny_folder), max_open=4)
     one.start()
     yield one.wait(60)
     one.stop(grace_s=0)
@@ -71,7 +71,7 @@ def test_leaving_early_frees_the_pages(worker: Worker):
         async for _ in stream:
             assert worker.open == 2
             break
-        await stream.aclose()  # type: ignore[attr-defined]
+        await stream.aclose()
 
     asyncio.run(leave())
     quiet(worker)
@@ -190,7 +190,7 @@ def test_loading(tiny_folder: Path):
 
     def slowly() -> Engine:
         go.wait(30)
-        return load(str(tiny_folder)).engine
+        return tiny_engine(tiny_folder)
 
     slow = Worker("tiny", slowly)
     slow.start()

@@ -1,6 +1,6 @@
-"""A tiny model and twenty conversations in a book; as a program, tunes it and says each pack.
+"""A tiny model and twenty conversations in a book; as a program, tunes it, waiting after each pack.
 
-    python raising.py HOME FOLDER     prints a line a pack, so that a test knows when to kill it
+python raising.py HOME FOLDER     so that a test can kill it where it likes
 """
 
 from __future__ import annotations
@@ -84,13 +84,14 @@ def tune(**changes: Any) -> Tune:
 
 
 class Printing(Progress):
-    """Says «pack» on stdout for each pack."""
+    """Says «pack» on stdout for each pack, and waits for a line before it goes on."""
 
     @contextmanager
     def task(self, name: str, *, total: float, unit: str, done: float = 0) -> Iterator[Any]:
         class Line:
             def advance(self, amount: float, **notes: float) -> None:
                 print("pack", flush=True)
+                sys.stdin.readline()
 
         yield Line()
 

@@ -33,31 +33,37 @@ class Toy(nn.Module):
         return x
 
 
-def layer(bias: bool = True, dropout: float = 0.0, dtype=torch.float64) -> LoRALinear:
+def layer(bias: bool = True, dropout: float = 0.0, group: int = 1) -> LoRALinear:
     torch.manual_seed(0)
-    lora = LoRALinear(nn.Linear(7, 5, bias=bias, dtype=dtype), rank=3, alpha=6, dropout=dropout)
+    base = nn.Linear(8, 5, bias=bias, dtype=torch.float64)
+    lora = LoRALinear(base, rank=3, alpha=6, dropout=dropout, group=group)
     nn.init.normal_(lora.A)
     nn.init.normal_(lora.B)
     return lora
 
 
+@pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("bias", [True, False])
-def test_equals_the_plain_twin(bias):
-    lora = layer(bias)
-    x = torch.randn(11, 7, dtype=torch.float64, requires_grad=True)
+def test_equals_the_plain_twin(bias, group):
+    lora = layer(bias, group=group)
+    assert lora.A.shape == (3, 8 // group) and lora.wide_A().shape == (3, 8)
+    x = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
     above = torch.randn(11, 5, dtype=torch.float64)
     inputs = (x, lora.A, lora.B)
     fast, plain = lora(x), lora.plain(x)
     torch.testing.assert_close(fast, plain)
     for ours, theirs in zip(
-        torch.autograd.grad(fast, inputs, above), torch.autograd.grad(plain, inputs, above), strict=True
+        torch.autograd.grad(fast, inputs, above),
+        torch.autograd.grad(plain, inputs, above),
+        strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_gradcheck():
-    lora = layer()
-    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("group", [1, 4])
+def test_gradcheck(group):
+    lora = layer(group=group)
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, A, B: lora(x), (x, lora.A, lora.B))
 
 
@@ -92,7 +98,7 @@ def test_the_start_depends_on_seed_and_name_alone():
 
 def test_dropout_is_on_the_correction_only_and_off_outside_training():
     lora = layer(dropout=0.5)
-    x = torch.randn(4, 7, dtype=torch.float64)
+    x = torch.randn(4, 8, dtype=torch.float64)
     lora.eval()
     whole = lora(x)
     lora.train()

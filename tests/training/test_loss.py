@@ -1,4 +1,4 @@
-"""The fused loss equals its plain twin, in value and in both gradients, and its targets are right."""
+"""The fused loss equals its plain twin, value and both gradients, and its targets are right."""
 
 from __future__ import annotations
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import raising
-from raising import Printing, stock, tune
+from raising import stock, tune
 
+from herdbook.progress import Progress
 from herdbook.training import state
 
 
@@ -24,20 +29,28 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path):
     return tune().run(book)
 
 
-def child(home: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, raising.__file__, str(home), str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def kill_after(packs: int, home: Path, folder: Path) -> None:
+    """Tune in a process of its own, and kill it while it goes on after so many packs."""
+    process = subprocess.Popen(
+        [sys.executable, raising.__file__, str(home), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as in this process
+    )
+    assert process.stdin is not None and process.stdout is not None
+    for _ in range(packs):
+        assert process.stdout.readline() == "pack\n"
+        process.stdin.write("\n")
+        process.stdin.flush()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_killed_at_several_moments(uninterrupted, tmp_path: Path, tiny_folder: Path):
-    for packs in (1, 4, 9):  # within the first step, between two saves, later
-        process = child(tmp_path, tiny_folder)
-        assert process.stdout is not None
-        for _ in range(packs):
-            assert process.stdout.readline() == "pack\n"
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    for packs in (1, 3, 4):  # before anything is saved; between two saves; later
+        kill_after(packs, tmp_path, tiny_folder)
     book, _, _ = stock(tmp_path, tiny_folder)
     (saved,) = book.home.rglob(state.NAME)  # something was there to go on from
     assert saved.is_file()
@@ -46,27 +59,27 @@ def test_killed_at_several_moments(uninterrupted, tmp_path: Path, tiny_folder: P
     assert resumed.id == uninterrupted.id
 
 
+class Interrupting(Progress):
+    """Presses Ctrl-C after six packs."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.packs = 0
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextmanager
+    def task(self, name: str, *, total: float, unit: str, done: float = 0) -> Iterator[Any]:
+        yield self
+
+    def advance(self, amount: float, **notes: float) -> None:
+        self.packs += 1
+        if self.packs == 6:
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_ctrl_c_saves_and_raises_on(uninterrupted, tmp_path: Path, tiny_folder: Path):
-    class Interrupting(Printing):
-        said: list[str] = []
-        packs = 0
-
-        def say(self, text: str) -> None:
-            self.said.append(text)
-
-        def task(self, name, **settings):
-            outer = self
-
-            class Line:
-                def advance(self, amount, **notes):
-                    outer.packs += 1
-                    if outer.packs == 6:
-                        signal.raise_signal(signal.SIGINT)
-
-            from contextlib import nullcontext
-
-            return nullcontext(Line())
-
     book, _, _ = stock(tmp_path, tiny_folder)
     handler = signal.getsignal(signal.SIGINT)
     progress = Interrupting()
@@ -79,15 +92,11 @@ def test_ctrl_c_saves_and_raises_on(uninterrupted, tmp_path: Path, tiny_folder: 
     assert files(resumed.path) == files(uninterrupted.path)
 
 
-def test_another_run_s_state_is_not_continued(uninterrupted, tmp_path: Path, tiny_folder: Path):
+def test_another_run_s_state_is_not_continued(tmp_path: Path, tiny_folder: Path):
     """The state names the rows and settings that it belongs to."""
     book, _, _ = stock(tmp_path, tiny_folder)
-    process = child(tmp_path, tiny_folder)
-    assert process.stdout is not None
-    for _ in range(8):
-        process.stdout.readline()
-    process.kill()
-    process.communicate()
+    with pytest.raises(KeyboardInterrupt):
+        tune().run(book, progress=Interrupting())
     (left,) = book.home.rglob(state.NAME)
     other = tune(seed=1)
     work = book.home / "work" / other.resolved(book).key().removeprefix("sha256:")[:16]

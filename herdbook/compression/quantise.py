@@ -1,0 +1,167 @@
+"""Few bits a weight, in one GGUF file that the engine and llama.cpp both read.
+
+What came from a Q4_1 file and was not tuned lies on Q4_1's grid already: it is found so, and goes
+back bit by bit. What tuning moved has to be rounded anew, and there a tuned model is in a special
+danger: tuning moves a weight by a few hundredths of a step, so that plain rounding puts nearly
+every weight back to where it was before, and the model forgets what it was taught. So tuned
+matrices are rounded with compensation (see `int4`), on conversations the model was tuned on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from herdbook.book.step import Bench, Input, Step, require
+from herdbook.compression import int4, parity
+from herdbook.errors import ConfigError
+from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.decoder import Block, Decoder
+from herdbook.model.layout import Packed
+from herdbook.tokens.chat import Rendering, render
+from herdbook.tokens.packing import Pack, pack
+from herdbook.tokens.tokenizer import Tokenizer
+from herdbook.training.tune import read_messages
+
+#: matrices of a block that read the same inputs; those are seen at the first
+READERS = (
+    ("attention.q", "attention.k", "attention.v"),
+    ("attention.o",),
+    ("mlp.gate", "mlp.up"),
+    ("mlp.down",),
+)
+
+
+@dataclass(frozen=True)
+class Quantise(Step):
+    """Write a model as one GGUF file of 4 or 8 bits a weight."""
+
+    kind: ClassVar[str] = "model"
+
+    model: Input = ""
+    #: Q4_1: 5 bits a weight, embedding and head 8.5; Q8_0: 8.5; Q4_0: 4.5, rounded plainly
+    format: Literal["Q4_1", "Q8_0", "Q4_0"] = "Q4_1"
+    #: tokens of the conversations that the model was tuned on, to weigh errors with (Q4_1)
+    calibration_tokens: int = 4096
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        require(self, "model")
+        source = bench.artifact("model")
+        if source.kind != "model":
+            raise ConfigError(
+                f"{source.ref} is an {source.kind}",
+                rule="and only a model can be quantised",
+                next="merge the adapter into its base first (step Merge)",
+            )
+        tokenizer = Tokenizer.load(source.path)
+        decoder = load_decoder(source.path, dtype=torch.float32)
+        before = parity.text_logits(decoder, tokenizer)
+        matrices = sum(len(group) for group in READERS) * decoder.config.layers
+        kept = 0
+        if self.format == "Q4_1":
+            packs = calibration(bench, tokenizer, self.calibration_tokens)
+            kept = round_to_q4_1(decoder, packs, bench.progress.say)
+            bench.progress.say(f"{kept} of {matrices} matrices lie on the grid already")
+        path = bench.out / "model.gguf"
+        save_gguf(decoder, tokenizer, path, self.format)
+        parameters = decoder.parameter_count()
+        del decoder
+        saved = load_decoder(path, dtype=torch.float32)
+        found = parity.compare(before, parity.text_logits(saved, tokenizer))
+        size = path.stat().st_size
+        return {
+            "bytes": size,
+            "bits_per_weight": round(size * 8 / parameters, 3),
+            "parameters": parameters,
+            "matrices": matrices,
+            "exact_matrices": kept,
+            "mean_kl": found.mean_kl,
+            "top1_agreement": found.top1_agreement,
+            "max_logit_difference": found.max_logit_difference,
+        }
+
+
+def calibration(bench: Bench, tokenizer: Tokenizer, tokens: int) -> list[Pack]:
+    """About so many tokens of the conversations in the model's pedigree; none where it has none."""
+    datasets = [a for a in bench.book.ancestors(bench.artifact("model")) if a.kind == "dataset"]
+    rows = [messages for one in datasets for _, messages in read_messages(one.path / "train.jsonl")]
+    random.Random(0).shuffle(rows)
+    chosen: list[Rendering] = []
+    for messages in rows:
+        if tokens <= 0:
+            break
+        row = render(tokenizer, messages)
+        tokens -= len(row.ids)
+        chosen.append(row)
+    if not chosen:
+        return []
+    packs, _ = pack(chosen, max(1024, *(len(row.ids) for row in chosen)))
+    return packs
+
+
+@torch.no_grad()
+def round_to_q4_1(
+    decoder: Decoder, packs: Sequence[Pack], say: Callable[[str], None] = lambda text: None
+) -> int:
+    """Put every matrix of the blocks on Q4_1's grid, in place; how many lay there already.
+
+    With packs, what has to move is compensated for, block after block, each block's errors weighed
+    by the inputs it gets in the original model. Without any it is rounded to the nearest point.
+    """
+    ids = [torch.tensor(one.ids, device=decoder.device) for one in packs]
+    layouts = [Packed(one.lengths, decoder.device) for one in packs]
+    ropes = [decoder.rotary(layout.positions, decoder.dtype) for layout in layouts]
+    states = [decoder.embed(some) for some in ids]
+    kept = plain = 0
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        with watching(block) as moments:
+            for number, (state, rope, layout) in enumerate(
+                zip(states, ropes, layouts, strict=True)
+            ):
+                states[number] = block(state, rope, layout)
+        for group in READERS:
+            spread: Tensor | None = None
+            for name in group:
+                linear = block.get_submodule(name)
+                weight = linear.weight
+                assert isinstance(weight, Tensor)
+                if weight.shape[1] % int4.GROUP:
+                    continue  # the file keeps such a matrix as F16
+                nearest = int4.nearest(weight)
+                if torch.equal(nearest, weight):
+                    kept += 1
+                elif group[0] in moments:
+                    spread = int4.factor(moments[group[0]]) if spread is None else spread
+                    weight.copy_(int4.compensated(weight, spread))
+                else:
+                    weight.copy_(nearest)
+                    plain += 1
+    if plain:
+        say(f"{plain} matrices rounded plainly: no conversations in the model's pedigree")
+    return kept
+
+
+@contextmanager
+def watching(block: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, adds up XᵀX of what each group's first matrix reads: name → [I, I]."""
+    moments: dict[str, Tensor] = {}
+    handles = []
+    for group in READERS:
+
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], name: str = group[0]) -> None:
+            (x,) = inputs  # [T, I]
+            moments[name] = moments.get(name, 0) + x.T @ x
+
+        handles.append(block.get_submodule(group[0]).register_forward_pre_hook(add))
+    try:
+        yield moments
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,86 @@
+"""The step that brings a model from outside into the book."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from herdbook.book.step import Bench, Step
+from herdbook.files.atomic import sha256_file
+from herdbook.model.checkpoint import (
+    INDEX,
+    Checkpoint,
+    check_vocabulary,
+    expected_shapes,
+    open_checkpoint,
+)
+from herdbook.model.references import SMOLLM2_SHA256, resolve
+from herdbook.tokens.tokenizer import Tokenizer
+
+#: what lies beside the weights and belongs to the model
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    INDEX,
+    "LICENSE",
+    "LICENSE.txt",
+)
+
+
+def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
+    """Name in the book → file, of everything that makes up the model."""
+    if checkpoint.gguf is not None:
+        return {"model.gguf": checkpoint.path}
+    found = {path.name: path for path in checkpoint.files.values()}
+    beside = {name: checkpoint.path / name for name in BESIDE}
+    return found | {name: path for name, path in beside.items() if path.is_file()}
+
+
+@dataclass(frozen=True)
+class Fetch(Step):
+    """Bring a model into the book: the embedded one, a folder, a .gguf file or one from the hub.
+
+    Its headers, names and shapes, and its tokenizer's size, are checked before it is entered.
+    """
+
+    kind: ClassVar[str] = "model"
+    ref: str = "smollm2"
+
+    def fingerprint(self) -> dict[str, str]:
+        if self.ref == "smollm2" and not Path(self.ref).exists():
+            return {"model.gguf": f"sha256:{SMOLLM2_SHA256}"}
+        if not Path(self.ref).expanduser().exists():
+            return {}  # from the hub: known by its name
+        files = files_of(open_checkpoint(resolve(self.ref, None)))
+        return {name: sha256_file(path) for name, path in sorted(files.items())}
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        checkpoint = open_checkpoint(resolve(self.ref, None, bench.progress))
+        if Tokenizer.exists(checkpoint.path):
+            check_vocabulary(checkpoint.config, Tokenizer.load(checkpoint.path).size)
+        files = files_of(checkpoint)
+        size = sum(path.stat().st_size for path in files.values())
+        with bench.progress.task("copy", total=size, unit="bytes") as task:
+            for name, path in files.items():
+                shutil.copyfile(path, bench.out / name)
+                task.advance(path.stat().st_size)
+        shapes = expected_shapes(checkpoint.config, headless=checkpoint.headless)
+        return {
+            "family": checkpoint.family.model_type,
+            "parameters": sum(map(math.prod, shapes.values())),
+            "bytes": size,
+            "vocabulary": checkpoint.config.vocab,
+            "layers": checkpoint.config.layers,
+        }

@@ -1,0 +1,116 @@
+"""Merging and quantising: what is served is what was trained, and it is checked."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from raising import Place
+
+from herdbook.book.book import Book
+from herdbook.compression import merge
+from herdbook.compression.merge import Merge
+from herdbook.compression.quantise import Quantise
+from herdbook.errors import ConfigError, GateError
+from herdbook.files import gguf
+from herdbook.model.checkpoint import load_decoder
+from herdbook.model.lora import merge_lora
+from herdbook.training import peft_format
+
+
+def learnt(book: Book, ref: str) -> float:
+    """Loss on the rows it was tuned on."""
+    from herdbook.tokens.chat import render
+    from herdbook.tokens.packing import pack
+    from herdbook.tokens.tokenizer import Tokenizer
+    from herdbook.training.tune import NextToken, read_messages
+
+    artifact = book.get(ref)
+    tokenizer = Tokenizer.load(artifact.path)
+    rows = [render(tokenizer, m) for _, m in read_messages(book.get("rows").path / "train.jsonl")]
+    packs, _ = pack(rows, 4096)
+    objective = NextToken(load_decoder(artifact.path, dtype=torch.float32))
+    with torch.no_grad():
+        total = sum(float(objective.loss(one)) for one in packs)
+    return total / sum(objective.weight(one) for one in packs)
+
+
+def test_merged_is_base_plus_correction_and_originals_stay(raised: Book):
+    before = {p: p.read_bytes() for p in raised.get("base").path.iterdir()}
+    merged = Merge(model="base", adapter="plain").run(raised, name="merged")
+    assert merged.metrics["max_logit_difference"] < 1e-3
+    assert merged.metrics["top1_agreement"] == 1.0
+    assert merged.metrics["merged_matrices"] == 9
+    decoder = load_decoder(raised.get("base").path, dtype=torch.float32)
+    old = decoder.blocks[1].mlp.down.weight.clone()
+    adapters = peft_format.load(decoder, raised.get("plain").path)
+    wanted = old + adapters["blocks.1.mlp.down"].correction()
+    saved = load_decoder(merged.path, dtype=torch.float32)
+    torch.testing.assert_close(saved.blocks[1].mlp.down.weight, wanted)
+    assert not torch.allclose(wanted, old)
+    assert {p: p.read_bytes() for p in raised.get("base").path.iterdir()} == before
+    assert not list(raised.verify()[1])
+    merge_lora(decoder)
+
+
+def test_half_the_bytes_in_bfloat16(raised: Book):
+    full = Merge(model="base", adapter="plain").run(raised)
+    half = Merge(model="base", adapter="plain", dtype="bfloat16").run(raised)
+    assert half.metrics["bytes"] < 0.7 * full.metrics["bytes"]
+    assert half.metrics["max_logit_difference"] > full.metrics["max_logit_difference"]
+
+
+def test_a_merge_that_says_something_else_is_refused(raised: Book, monkeypatch):
+    monkeypatch.setattr(merge, "merge_lora", lambda decoder: merge_lora(decoder) or spoil(decoder))
+
+    def spoil(decoder):
+        with torch.no_grad():
+            decoder.blocks[0].mlp.down.weight += 0.01
+
+    with pytest.raises(GateError, match="logits differ by"):
+        Merge(model="base", adapter="grouped").run(raised, name="spoilt")
+    assert raised.find("spoilt") is None
+
+
+def test_an_adapter_goes_into_its_own_base_only(raised: Book, tmp_path: Path):
+    shutil.copytree(raised.get("base").path, tmp_path / "other")
+    (tmp_path / "other" / "note.txt").write_text("another artifact")
+    Place(folder=str(tmp_path / "other")).run(raised, name="other")
+    with pytest.raises(ConfigError, match=r"was trained on base@1 not on other@1\n.*into base@1"):
+        Merge(model="other", adapter="plain").run(raised)
+    with pytest.raises(ConfigError, match="base@1 is a model and only an adapter"):
+        Merge(model="base", adapter="base").run(raised)
+    with pytest.raises(ConfigError, match=r"plain@1 is an adapter .*\n.*merge the adapter"):
+        Quantise(model="plain").run(raised)
+
+
+def test_an_untuned_q4_1_model_goes_back_bit_by_bit(raised: Book):
+    again = Quantise(model="base").run(raised, name="again")
+    assert again.metrics["exact_matrices"] == again.metrics["matrices"] == 21
+    assert again.metrics["max_logit_difference"] == 0.0
+    old, new = (gguf.read(raised.get(n).path / "model.gguf") for n in ("base", "again"))
+    for name in old.tensors:
+        assert (old.raw(name) == new.raw(name)).all(), name
+
+
+def test_a_grouped_adapter_survives_four_bits(raised: Book):
+    merged = Merge(model="base", adapter="grouped").run(raised, name="grouped-merged")
+    int4 = Quantise(model="grouped-merged").run(raised, name="grouped-int4")
+    base, full, four = (learnt(raised, n) for n in ("base", "grouped-merged", "grouped-int4"))
+    assert full < base - 0.3
+    assert four == pytest.approx(full, abs=0.02)
+    assert int4.metrics["mean_kl"] < 1e-3
+    assert int4.metrics["exact_matrices"] == 21 - 9
+    assert int4.metrics["bytes"] < 0.4 * merged.metrics["bytes"]
+
+
+def test_a_plain_adapter_is_rounded(raised: Book):
+    Merge(model="base", adapter="plain").run(raised, name="plain-merged")
+    int4 = Quantise(model="plain-merged").run(raised, name="plain-int4")
+    assert int4.metrics["exact_matrices"] == 21 - 9
+    assert int4.metrics["mean_kl"] > 1e-3
+    eight = Quantise(model="plain-merged", format="Q8_0").run(raised, name="plain-int8")
+    assert eight.metrics["bytes"] > int4.metrics["bytes"]
+    assert learnt(raised, "plain-int8") == pytest.approx(learnt(raised, "plain-merged"), abs=0.02)
