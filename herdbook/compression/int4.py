@@ -48,6 +48,14 @@ def nearest(weight: Tensor) -> Tensor:
     return snap(groups, *grid(groups)).flatten(-2)
 
 
+def distance(weight: Tensor, rounded: Tensor) -> float:
+    """How far the weights moved at most, in steps of their group (0.5: as far as rounding goes)."""
+    groups = weight.float().view(len(weight), -1, GROUP)
+    scale, _ = grid(groups)
+    moved = (rounded.view_as(groups) - groups).abs()
+    return float((moved / scale.clamp_min(1e-12)).max())
+
+
 def compensated(weight: Tensor, spread: Tensor) -> Tensor:
     """weight [O, I] rounded column by column, each column's error made good by those after it.
 

@@ -76,8 +76,8 @@ class Merge(Step):
         return {
             "max_logit_difference": found.max_logit_difference,
             "mean_kl": found.mean_kl,
-            "top1_agreement": found.top1_agreement,
+            "top1_agreement_share": found.top1_agreement,
             "merged_matrices": len(merged),
             "parameters": saved.parameter_count(),
-            "bytes": sum(f.stat().st_size for f in bench.out.iterdir()),
+            "size_bytes": sum(f.stat().st_size for f in bench.out.iterdir()),
         }

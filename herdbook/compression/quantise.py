@@ -2,9 +2,19 @@
 
 What came from a Q4_1 file and was not tuned lies on Q4_1's grid already: it is found so, and goes
 back bit by bit. What tuning moved has to be rounded anew, and there a tuned model is in a special
-danger: tuning moves a weight by a few hundredths of a step, so that plain rounding puts nearly
-every weight back to where it was before, and the model forgets what it was taught. So tuned
-matrices are rounded with compensation (see `int4`), on conversations the model was tuned on.
+danger: tuning moves a weight by a few hundredths of a step, so plain rounding puts nearly every
+weight back to where it was before, and the model forgets what it was taught. Measured on
+SmolLM2-135M, 36 steps of LoRA that teach it a name; loss on sentences about the name, perplexity on
+WikiText-2 against the merged model:
+
+    base 3.88 · merged, float32 0.20 · rounded 3.33 (perplexity −2 %: it is the base again)
+    · compensated on other text 2.34
+    with an adapter of group 32 (see `model.lora`), rank 16, twice the rate:
+    merged, float32 0.0934 · rounded 0.0933 (perplexity −0.01 %)
+
+So an adapter that is meant for four bits is trained with `group` = 32, which keeps the grid. Other
+tuned matrices are rounded with compensation (see `int4`), on conversations the model was tuned on,
+which keeps a part.
 """
 
 from __future__ import annotations
@@ -36,6 +46,8 @@ READERS = (
     ("mlp.gate", "mlp.up"),
     ("mlp.down",),
 )
+#: a matrix nearer than this to Q4_1's grid lies on it, but for the float16 of a minimum
+ON_GRID_STEPS = 0.02
 
 
 @dataclass(frozen=True)
@@ -76,13 +88,13 @@ class Quantise(Step):
         found = parity.compare(before, parity.text_logits(saved, tokenizer))
         size = path.stat().st_size
         return {
-            "bytes": size,
+            "size_bytes": size,
             "bits_per_weight": round(size * 8 / parameters, 3),
             "parameters": parameters,
             "matrices": matrices,
             "exact_matrices": kept,
             "mean_kl": found.mean_kl,
-            "top1_agreement": found.top1_agreement,
+            "top1_agreement_share": found.top1_agreement,
             "max_logit_difference": found.max_logit_difference,
         }
 
@@ -137,6 +149,8 @@ def round_to_q4_1(
                 nearest = int4.nearest(weight)
                 if torch.equal(nearest, weight):
                     kept += 1
+                elif int4.distance(weight, nearest) < ON_GRID_STEPS:
+                    weight.copy_(nearest)
                 elif group[0] in moments:
                     spread = int4.factor(moments[group[0]]) if spread is None else spread
                     weight.copy_(int4.compensated(weight, spread))

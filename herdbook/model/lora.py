@@ -10,15 +10,15 @@ big ones is never computed. Hu et al., "LoRA", 2021 (arXiv:2106.09685).
 
 **Groups.** With `group` = 32, the 32 inputs that share a block of GGUF's Q4_1 (w = scale · code +
 minimum) share a column of A too. Then B A is constant within a block, so merging moves nothing but
-the block's minimum: a model that lies on the 4-bit grid lies on it still, and 4 bits lose nothing of
-what was learnt. A plain adapter moves each weight by a few hundredths of a step, which rounding puts
-back: the model forgets what it was taught. Xu et al., "QA-LoRA", 2023 (arXiv:2309.14717). To other
-libraries it is a plain adapter whose A happens to repeat each column 32 times.
+the block's minimum: a model that lies on the 4-bit grid lies on it still, and 4 bits lose nothing
+of what was learnt. A plain adapter moves each weight by a few hundredths of a step, which rounding
+puts back: the model forgets what it was taught. Xu et al., "QA-LoRA", 2023 (arXiv:2309.14717). To
+other libraries it is a plain adapter whose A happens to repeat each column 32 times.
 
-Autograd would not need the frozen W's gradient either, but makes a [T, O] product of its own for the
-correction; `_LoRA` adds the correction into the base's output and saves only x (which q, k and v
-share; its sums over groups [T, I/g] are smaller still) and x Aᵀ [T, r]. `LoRALinear.plain` is its
-twin.
+Autograd would not need the frozen W's gradient either, but makes a [T, O] product of its own for
+the correction; `_LoRA` adds the correction into the base's output and saves only x (which q, k and
+v share; its sums over groups [T, I/g] are smaller still) and x Aᵀ [T, r]. `LoRALinear.plain` is
+its twin.
 """
 
 from __future__ import annotations

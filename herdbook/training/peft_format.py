@@ -1,8 +1,8 @@
 """Adapters on disk in the layout of the peft library: its users load ours, and we theirs.
 
     adapter_config.json         {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "bias": "none", …}
-    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight [8, I]
-                                                                            ….lora_B.weight [O, 8]
+    adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+                                                                            ….lora_B.weight …
 
 Names are the source's own, from the family's table. Only plain LoRA is read: an adapter that also
 brings trained biases, whole modules or another scaling says so in its configuration and is

@@ -66,8 +66,8 @@ class Tune(Step):
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    #: so many neighbouring inputs share a column of A. 1: plain LoRA; 32: an adapter that merges into a
-    #: Q4_1 base without leaving its 4-bit grid, so that int4 loses nothing of what was learnt
+    #: so many neighbouring inputs share a column of A. 1: plain LoRA; 32: an adapter that merges
+    #: into a Q4_1 base without leaving its 4-bit grid, so that int4 loses nothing that was learnt
     group: int = 1
     #: which matrices get an adapter (of q k v o gate up down), and in how many last blocks (0: all)
     targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")

@@ -41,7 +41,7 @@ def test_merged_is_base_plus_correction_and_originals_stay(raised: Book):
     before = {p: p.read_bytes() for p in raised.get("base").path.iterdir()}
     merged = Merge(model="base", adapter="plain").run(raised, name="merged")
     assert merged.metrics["max_logit_difference"] < 1e-3
-    assert merged.metrics["top1_agreement"] == 1.0
+    assert merged.metrics["top1_agreement_share"] == 1.0
     assert merged.metrics["merged_matrices"] == 9
     decoder = load_decoder(raised.get("base").path, dtype=torch.float32)
     old = decoder.blocks[1].mlp.down.weight.clone()
@@ -58,7 +58,7 @@ def test_merged_is_base_plus_correction_and_originals_stay(raised: Book):
 def test_half_the_bytes_in_bfloat16(raised: Book):
     full = Merge(model="base", adapter="plain").run(raised)
     half = Merge(model="base", adapter="plain", dtype="bfloat16").run(raised)
-    assert half.metrics["bytes"] < 0.7 * full.metrics["bytes"]
+    assert half.metrics["size_bytes"] < 0.7 * full.metrics["size_bytes"]
     assert half.metrics["max_logit_difference"] > full.metrics["max_logit_difference"]
 
 
@@ -103,7 +103,7 @@ def test_a_grouped_adapter_survives_four_bits(raised: Book):
     assert four == pytest.approx(full, abs=0.02)
     assert int4.metrics["mean_kl"] < 1e-3
     assert int4.metrics["exact_matrices"] == 21 - 9
-    assert int4.metrics["bytes"] < 0.4 * merged.metrics["bytes"]
+    assert int4.metrics["size_bytes"] < 0.4 * merged.metrics["size_bytes"]
 
 
 def test_a_plain_adapter_is_rounded(raised: Book):
@@ -112,5 +112,5 @@ def test_a_plain_adapter_is_rounded(raised: Book):
     assert int4.metrics["exact_matrices"] == 21 - 9
     assert int4.metrics["mean_kl"] > 1e-3
     eight = Quantise(model="plain-merged", format="Q8_0").run(raised, name="plain-int8")
-    assert eight.metrics["bytes"] > int4.metrics["bytes"]
+    assert eight.metrics["size_bytes"] > int4.metrics["size_bytes"]
     assert learnt(raised, "plain-int8") == pytest.approx(learnt(raised, "plain-merged"), abs=0.02)
