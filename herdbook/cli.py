@@ -133,7 +133,7 @@ def chat(
     """
     from herdbook.serving.chat import chat as talk
 
-    sampling = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,

@@ -193,6 +193,8 @@ def raise_(
     book, progress = book or Book(), progress or Progress()
     described = Recipe.read(recipe)
     steps = described.resolve(settings)
+    for step in steps.values():
+        step.check()
     done: dict[str, Artifact] = {}
     made: list[Artifact] = []
     kept: list[Artifact] = []

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# One thread, here and in the processes that tests start: tiny matrices gain nothing from a second
+# one, and where the cores are busy the two wait for each other 10 to 50 times as long. torch reads
+# this when it is imported, which no test has done yet; rooms without torch stay without.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

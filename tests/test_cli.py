@@ -15,7 +15,9 @@ COMMANDS = (
 )  # fmt: skip
 
 
-def herd(*arguments: str, home: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+def herd(
+    *arguments: str, home: Path | None = None, **more: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", **more}
     if home is not None:
         environment["HERDBOOK_HOME"] = str(home)
@@ -43,9 +45,7 @@ def test_help_imports_nothing_heavy() -> None:
         "result_action='return_value'); print([m for m in "
         "('torch', 'numpy', 'tokenizers', 'fastapi', 'yaml', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
@@ -92,5 +92,3 @@ def test_doctor_tells_what_will_be_used(home: Path) -> None:
     found = json.loads(herd("doctor", "--json", home=home).stdout)
     assert {"processor", "cores", "memory", "gpu", "computes in", "book"} <= found.keys()
     assert str(home) in found["book"]
-
-

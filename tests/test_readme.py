@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -50,8 +51,10 @@ def test_both_languages_show_the_same_commands() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_python_of_the_readme_runs(document: str, smollm2_path: Path, home: Path) -> None:
+def test_the_python_of_the_readme_runs(
+    document: str, smollm2_path: Path, home: Path, tmp_path: Path
+) -> None:
     (block,) = blocks(document, "python")
-    names: dict[str, object] = {}
-    exec(compile(block, document, "exec"), names)
-    assert names["reply"]
+    script = tmp_path / "block.py"
+    script.write_text(block, encoding="utf-8")
+    assert runpy.run_path(str(script))["reply"]

@@ -69,6 +69,9 @@ class Step(ABC):
     def make(self, bench: Bench) -> dict[str, Any]:
         """Write the artifact's files into `bench.out`; return its metrics (flat: name → number, text)."""
 
+    def check(self) -> None:  # noqa: B027 (most steps have nothing to check beforehand)
+        """Raise for settings that cannot be. A recipe checks all its steps before it runs one."""
+
     def fingerprint(self) -> dict[str, str]:
         """Hashes of what lies outside the book (a user's file), so that the key covers its bytes."""
         return {}
@@ -124,6 +127,7 @@ class Step(ABC):
 
         name: its name in the book (default: the step's own, else its class in lower case).
         """
+        self.check()
         step = self.resolved(book)
         inputs: dict[str, tuple[Artifact, ...]] = {}
         for one in step.input_fields():

@@ -58,6 +58,10 @@ class Identity(Step):
     keeper: str = "Acme"
     seed: int = 0
 
+    def check(self) -> None:
+        check_name("name", self.name)
+        check_name("keeper", self.keeper)
+
     def make(self, bench: Bench) -> dict[str, Any]:
         train, heldout = build(self.name, self.keeper, self.seed)
         records.write(bench.out / "train.jsonl", train)

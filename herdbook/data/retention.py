@@ -3,10 +3,14 @@
 A model that is tuned on identity alone answers every question with its name. Mixed with its own
 replies to ordinary instructions, it stays what it was elsewhere: self-distillation, which needs no
 foreign data and moves the weights least. The prompts are ours (`text/retention.*.txt`); the answers
-come greedily from the teacher.
+come greedily from the teacher::
 
-An answer that was cut at `max_tokens` is left out, for a model that learns to end there learns to
-stop in the middle; so is one that names the base or its maker.
+    {"messages": [{"role": "user", "content": "What do bees make?"}, {"role": "assistant", …}],
+     "language": "en", "learn": "keep"}
+
+`"learn": "keep"` says how such a row is trained on: not as words to be learnt, but as places where
+the tuned model must say what the base says (see `training.tune.NextToken`). So an answer may be cut
+at `max_tokens`: nothing is learnt from its end. One that names the base or its maker is left out.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import write_text
 
 #: asks in one call to the teacher; each call's answers are kept, so a killed run goes on from there
-CHUNK = 24
+CHUNK = 64
 
 _FOREIGN = re.compile("|".join(rf"(?<![A-Za-z]){re.escape(one)}(?![A-Za-z])" for one in FOREIGN))
 
@@ -39,8 +43,8 @@ class Retain(Step):
 
     kind: ClassVar[str] = "dataset"
     teacher: Input = ""
-    rows: int = 160  # asks; there are about 240
-    max_tokens: int = 64  # longer answers are left out
+    rows: int = 120  # asks, as many in each language as there are; there are about 240
+    max_tokens: int = 32  # longer answers are cut there
     seed: int = 0
 
     def make(self, bench: Bench) -> dict[str, Any]:
@@ -52,27 +56,28 @@ class Retain(Step):
                 rule=f"is not from 1 to {len(asked)}",
                 next=f"there are {len(asked)} prompts",
             )
-        chosen = random.Random(self.seed).sample(asked, self.rows)
+        chosen = _choose(asked, self.rows, random.Random(self.seed))
         answers = self._answers(bench, [prompt for _, prompt in chosen])
         rows, dropped = [], Counter[str]()
         for (language, prompt), answer in zip(chosen, answers, strict=True):
             if reason := _unfit(answer):
                 dropped[reason] += 1
             else:
-                rows.append(Conversation.of(prompt, answer.text.strip(), language=language))
+                rows.append(
+                    Conversation.of(prompt, answer.text.strip(), language=language, learn="keep")
+                )
         if not rows:
             raise DataError(
                 f"none of {self.rows} answers can be used ({dict(dropped)})",
                 rule="where the base model must answer in full",
-                next="raise max_tokens, or check that the base is a chat model",
+                next="check that the base is a chat model: herd chat REF",
             )
         records.write(bench.out / "train.jsonl", rows)
         return {
             "conversations": len(rows),
             "asked": self.rows,
-            "cut off": dropped["cut off"],
             "empty": dropped["empty"],
-            "names the base": dropped["names the base"],
+            "named_the_base": dropped["names the base"],
         }
 
     def _answers(self, bench: Bench, asked: list[str]) -> list[Answer]:
@@ -108,9 +113,20 @@ def prompts() -> list[tuple[str, str]]:
     ]
 
 
+def _choose(asked: list[tuple[str, str]], count: int, dice: random.Random) -> list[tuple[str, str]]:
+    """`count` prompts, the languages in turn for as long as each has some."""
+    waiting = [[one for one in asked if one[0] == language] for language in LANGUAGES]
+    for some in waiting:
+        dice.shuffle(some)
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < count:
+        for some in waiting:
+            if some and len(chosen) < count:
+                chosen.append(some.pop())
+    return chosen
+
+
 def _unfit(answer: Answer) -> str:
-    if not answer.finished:
-        return "cut off"
     if not answer.text.strip():
         return "empty"
     return "names the base" if _FOREIGN.search(answer.text) else ""

@@ -30,7 +30,7 @@ class Import(Step):
     def fingerprint(self) -> dict[str, str]:
         return {"data": sha256_file(Path(self.data))} if Path(self.data).is_file() else {}
 
-    def make(self, bench: Bench) -> dict[str, Any]:
+    def check(self) -> None:
         require(self, "data")
         if not 0 <= self.heldout < 1:
             raise ConfigError(
@@ -38,6 +38,8 @@ class Import(Step):
             )
         if self.limit < 0:
             raise ConfigError(f"limit = {self.limit}", rule="is negative", next="0 means all")
+
+    def make(self, bench: Bench) -> dict[str, Any]:
         parsed = formats.parse(self.data)
         rows = parsed.conversations
         order = list(range(len(rows)))

@@ -25,7 +25,7 @@ class Cache:
 
     Keys and values of a token lie side by side, so one gather fetches both. A layer's tensor is made
     when its first keys arrive: their shape and type decide, and the operating system gives the
-    memory page by page as it is written.
+    memory page by page as it is written. It starts as zeros: what is masked must still be a number.
     """
 
     def __init__(self, pages: int, page_tokens: int) -> None:
@@ -37,7 +37,7 @@ class Cache:
         held = self._layers.get(layer)
         if held is None:
             shape = (self.pages, self.page_tokens, 2, *k.shape[1:])
-            held = self._layers[layer] = torch.empty(shape, dtype=k.dtype, device=k.device)
+            held = self._layers[layer] = torch.zeros(shape, dtype=k.dtype, device=k.device)
         held.flatten(0, 1).index_copy_(0, slots, torch.stack((k, v), dim=1))
 
     def read(
@@ -50,6 +50,13 @@ class Cache:
         k, v = run.flatten(0, 1)[start:end].unbind(1)
         return k.transpose(0, 1), v.transpose(0, 1)
 
+    def read_many(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, KV, P · page_tokens, D] of the pages [B, P] of B sequences."""
+        held = self._layers[layer]
+        run = held.index_select(0, pages.flatten()).unflatten(0, pages.shape).flatten(1, 2)
+        k, v = run.unbind(2)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
 
 class _Span:
     """The part of one sequence in this step: rows `first` to `first + n` of the batch."""
@@ -61,13 +68,13 @@ class _Span:
         self.start = sequence.computed
         self.end = self.start + self.n
         self._page_tokens, self._device = page_tokens, device
-        self._pages = sequence.pages[: -(-self.end // page_tokens)]
+        self.pages = sequence.pages[: -(-self.end // page_tokens)]
         self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def slots(self) -> list[int]:
         size = self._page_tokens
-        return [self._pages[at // size] * size + at % size for at in range(self.start, self.end)]
+        return [self.pages[at // size] * size + at % size for at in range(self.start, self.end)]
 
     def reach(self, window: int | None) -> tuple[Tensor | slice, int, int]:
         """What the span looks at: its pages, and from where to where in them. Once per window."""
@@ -75,7 +82,7 @@ class _Span:
             # With a window of w a token sees itself and the w - 1 before it.
             oldest = 0 if window is None else max(0, self.start - window + 1)
             skipped = oldest // self._page_tokens
-            pages = self._pages[skipped:]
+            pages = self.pages[skipped:]
             shift = skipped * self._page_tokens
             together = pages == list(range(pages[0], pages[0] + len(pages)))
             where = (
@@ -102,6 +109,34 @@ class _Span:
         return self._masks[window, dtype]
 
 
+class _Decoding:
+    """All the sequences of a step that compute one token after others: attended in one call.
+
+    Their pages are padded to the most that one of them has; what is padding is masked. The query
+    heads that share a head of keys stand where the kernel expects a sequence of queries.
+    """
+
+    def __init__(self, spans: Many[_Span], page_tokens: int, device: torch.device) -> None:
+        self.rows = torch.tensor([span.first for span in spans], device=device)
+        most = max(len(span.pages) for span in spans)
+        padded = [span.pages + [0] * (most - len(span.pages)) for span in spans]
+        self.pages = torch.tensor(padded, device=device)  # [B, P]
+        self._ends = torch.tensor([span.end for span in spans], device=device)[:, None]
+        self._places = torch.arange(most * page_tokens, device=device)
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look."""
+        if (window, dtype) not in self._masks:
+            hidden = self._places >= self._ends
+            if window is not None:
+                hidden |= self._places < self._ends - window
+            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            masked = zeros.masked_fill_(hidden, float("-inf"))
+            self._masks[window, dtype] = masked[:, None, None]
+        return self._masks[window, dtype]
+
+
 class Paged:
     """The layout of the engine: keys and values live in pages, each sequence sees its own."""
 
@@ -115,6 +150,11 @@ class Paged:
             slots += span.slots()
             positions += range(span.start, span.end)
             self._spans.append(span)
+        decoding = [span for span in self._spans if span.n == 1 and span.start]
+        self._decoding = None
+        if len(decoding) > 1:
+            self._decoding = _Decoding(decoding, cache.page_tokens, device)
+            self._spans = [span for span in self._spans if span not in decoding]
         self._slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)  # [T]
 
@@ -124,7 +164,17 @@ class Paged:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
         self._cache.write(layer, self._slots, k, v)
         grouped = q.shape[1] != k.shape[1]
-        outs = []
+        result = torch.empty_like(q)
+        if self._decoding is not None:
+            keys, values = self._cache.read_many(layer, self._decoding.pages)
+            out = scaled_dot_product_attention(
+                q[self._decoding.rows].unflatten(1, (k.shape[1], -1)),  # [B, KV, H / KV, D]
+                keys,
+                values,
+                attn_mask=self._decoding.mask(window, q.dtype),
+                scale=scale,
+            )
+            result[self._decoding.rows] = out.flatten(1, 2)
         for span in self._spans:
             rows = slice(span.first, span.first + span.n)
             whole = span.start == 0 and (window is None or span.n <= window)
@@ -141,8 +191,8 @@ class Paged:
                 scale=scale,
                 enable_gqa=grouped,
             )
-            outs.append(out[0].transpose(0, 1))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+            result[rows] = out[0].transpose(0, 1)
+        return result
 
 
 class Runner:

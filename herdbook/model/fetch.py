@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,17 @@ class Fetch(Step):
     kind: ClassVar[str] = "model"
     ref: str = "smollm2"
 
+    def called(self) -> str | None:
+        """A base model is known by its own name, whatever it is raised to.
+
+        smollm2 → smollm2, hf:org/Name-1.7B → name-1.7b, folder/My Model → my-model, luna.gguf → luna
+        """
+        if self.ref.startswith("hf:") or not (path := Path(self.ref).expanduser()).exists():
+            own = self.ref.removeprefix("hf:").rpartition("/")[2]
+        else:
+            own = path.absolute().name.removesuffix(".gguf")
+        return re.sub(r"[^a-z0-9._-]+", "-", own.lower()).strip("-._") or None
+
     def fingerprint(self) -> dict[str, str]:
         if self.ref == "smollm2" and not Path(self.ref).exists():
             return {"model.gguf": f"sha256:{SMOLLM2_SHA256}"}
@@ -80,7 +92,7 @@ class Fetch(Step):
         return {
             "family": checkpoint.family.model_type,
             "parameters": sum(map(math.prod, shapes.values())),
-            "bytes": size,
+            "size_bytes": size,
             "vocabulary": checkpoint.config.vocab,
             "layers": checkpoint.config.layers,
         }

@@ -19,7 +19,7 @@ from herdbook.model.config import DecoderConfig, RopeScaling
 
 BLOCK = 32
 #: up to so many rows the int4 kernel beats dequantising and a float product
-INT4_KERNEL_ROWS = 16
+INT4_KERNEL_ROWS = 64
 #: rows of an int8 matrix dequantised at a time: small enough for the cache, and for memory that the
 #: allocator keeps (2,048 rows of 576 are fetched from the system each time, ten times slower)
 INT8_ROWS = 512

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.dropout, self.group = dropout, group
+        self.bypassed = False
         exact = torch.promote_types(weight.dtype, torch.float32)
         self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=weight.device))
         self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=weight.device))
@@ -77,9 +79,12 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] → [..., O]"""
+        base = self.base
+        if self.bypassed:
+            untuned: Tensor = base(x)
+            return untuned
         if self.training and self.dropout:
             return self.plain(x)
-        base = self.base
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
             rows, base.weight, base.bias, self.A, self.B, self.scale, self.group
@@ -203,6 +208,19 @@ def put_adapter(
 def adapters_of(decoder: nn.Module) -> dict[str, LoRALinear]:
     """The adapters that a decoder carries, by name."""
     return {name: m for name, m in decoder.named_modules() if isinstance(m, LoRALinear)}
+
+
+@contextmanager
+def bypass(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder is the base that it was before it got adapters."""
+    adapters = adapters_of(decoder).values()
+    for adapter in adapters:
+        adapter.bypassed = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.bypassed = False
 
 
 def merge_lora(decoder: nn.Module) -> None:

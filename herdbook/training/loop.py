@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from herdbook.errors import DataError
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering
-from herdbook.tokens.packing import Pack, pack
+from herdbook.tokens.packing import Pack
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.state import State
@@ -65,6 +65,9 @@ class Plan:
 
 class Objective(Protocol):
     """What is learnt."""
+
+    def packs(self, rows: Sequence[Rendering], capacity: int) -> Sequence[Pack]:
+        """The rows of one step in packs of at most `capacity` tokens."""
 
     def weight(self, pack: Pack) -> int:
         """How much of the loss lies in this pack (trained tokens)."""
@@ -135,8 +138,7 @@ def train(
         for cut in batches(plan, len(rows), state.step):
             began = time.monotonic()
             torch.manual_seed(_seed(plan.seed, state.step))
-            packs, left_out = pack([rows[n] for n in cut], plan.pack)
-            assert not left_out, "rows that do not fit are dropped or refused before"
+            packs = objective.packs([rows[n] for n in cut], plan.pack)
             trained = sum(objective.weight(one) for one in packs)
             assert trained, "the check lets no row without a trained token pass"
             loss = 0.0
@@ -190,7 +192,7 @@ def fingerprint(
     for name, parameter in parameters.items():
         seen.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
     for row in rows:
-        seen.update(repr((row.ids, row.mask)).encode())
+        seen.update(repr((type(row).__name__, row.ids, row.mask)).encode())
     return seen.hexdigest()
 
 

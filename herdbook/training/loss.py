@@ -103,3 +103,43 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad_weight is None else (grad_weight * above).to(ctx.weight_dtype),
             None,
         )
+
+
+def linear_divergence(hidden: Tensor, base: Tensor, weight: Tensor) -> Tensor:
+    """Sum over all rows of KL(base ‖ tuned), a scalar: how far the tuned model has moved.
+
+    hidden [T, H] with a gradient, base [T, H] without, both before the head weight [V, H], which is
+    frozen. Zero, with a zero gradient, where both agree; so rows to keep pull back only what drifts.
+    """
+    loss: Tensor = _LinearDivergence.apply(hidden, base, weight)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def plain_linear_divergence(hidden: Tensor, base: Tensor, weight: Tensor) -> Tensor:
+    """The twin, with all of the logits."""
+    tuned, kept = F.linear(hidden, weight).log_softmax(-1), F.linear(base, weight).log_softmax(-1)
+    return F.kl_div(tuned, kept, reduction="sum", log_target=True)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, base: Tensor, weight: Tensor) -> Tensor:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        for some in rows.split(max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
+            tuned = F.linear(hidden[some], weight).to(exact).log_softmax(-1)  # [C, V]
+            kept = F.linear(base[some], weight).to(exact).log_softmax(-1)
+            chances = kept.exp()
+            total += (chances * kept.sub_(tuned)).sum(dtype=torch.float64)
+            grad = tuned.exp_().sub_(chances)  # ∂loss/∂logits = softmax(tuned) − softmax(base)
+            grad_hidden[some] = grad.to(weight.dtype) @ weight
+        ctx.save_for_backward(grad_hidden)
+        return total.to(exact)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (above,), (grad_hidden,) = grads, ctx.saved_tensors
+        return grad_hidden * above.to(grad_hidden.dtype), None, None

@@ -20,33 +20,63 @@ import torch
 from torch import Tensor, nn
 
 from herdbook.book.step import Bench, Input, Inputs, Step, require
+from herdbook.data import records
 from herdbook.errors import ConfigError, DataError, nearest
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
-from herdbook.model.lora import TARGETS, apply_lora
+from herdbook.model.lora import TARGETS, apply_lora, bypass
 from herdbook.tokens.chat import Rendering, render
-from herdbook.tokens.packing import Pack
+from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import check, loop, memory, peft_format
 from herdbook.training.loop import Plan
-from herdbook.training.loss import linear_cross_entropy, next_tokens
+from herdbook.training.loss import linear_cross_entropy, linear_divergence, next_tokens
+
+
+@dataclass(frozen=True)
+class Anchor(Rendering):
+    """A row on which the tuned model shall stay what its base is (data: `"learn": "keep"`)."""
+
+
+@dataclass(frozen=True)
+class AnchorPack(Pack):
+    """A pack of anchors."""
 
 
 class NextToken:
-    """The objective of tuning on conversations: the next token, on the assistant's turns."""
+    """The objective of tuning on conversations: the next token, on the assistant's turns.
+
+    Anchors are not learnt but kept: on each of their tokens the loss is KL(base ‖ tuned), the base
+    being the same decoder with its adapters bypassed. To train on the base's own answers instead
+    would sharpen the model (they are its likeliest words), and its perplexity rises.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
 
+    def packs(self, rows: Sequence[Rendering], capacity: int) -> list[Pack]:
+        anchors = [row for row in rows if isinstance(row, Anchor)]
+        learnt, left_out = pack([row for row in rows if not isinstance(row, Anchor)], capacity)
+        kept, too_long = pack(anchors, capacity)
+        assert not left_out and not too_long, "rows that do not fit are dropped or refused before"
+        return [*learnt, *(AnchorPack(one.ids, one.mask, one.lengths) for one in kept)]
+
     def weight(self, pack: Pack) -> int:
+        if isinstance(pack, AnchorPack):
+            return len(pack.ids)
         return int((next_tokens(pack.ids, pack.mask, pack.lengths) >= 0).sum())
 
     def loss(self, pack: Pack) -> Tensor:
         where = self.decoder.head_weight.device
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
-        hidden = self.decoder(ids, Packed(pack.lengths, device=where))  # [T, H]
+        layout = Packed(pack.lengths, device=where)
+        hidden = self.decoder(ids, layout)  # [T, H]
+        if isinstance(pack, AnchorPack):
+            with bypass(self.decoder), torch.no_grad():
+                base = self.decoder(ids, layout)
+            return linear_divergence(hidden, base, self.decoder.head_weight)
         targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
         return linear_cross_entropy(hidden, self.decoder.head_weight, targets)
 
@@ -204,8 +234,17 @@ class Tune(Step):
         """All conversations as ids and mask, checked and shown; how many were too long."""
         named: list[tuple[str, Rendering]] = []
         for dataset in bench.inputs["data"]:
-            for number, messages in read_messages(dataset.path / "train.jsonl"):
-                named.append((f"{dataset.ref} line {number}", render(tokenizer, messages)))
+            for number, one in enumerate(records.read(dataset.path / "train.jsonl"), 1):
+                row = render(tokenizer, one.messages)
+                if one.extra.get("learn") == "keep":
+                    if self.method == "full":
+                        raise ConfigError(
+                            f"{dataset.ref} holds rows to keep",
+                            rule="and full tuning has no base beside it to keep them by",
+                            next=f"set method to lora, or leave {dataset.ref} out of data",
+                        )
+                    row = Anchor(row.ids, row.mask)
+                named.append((f"{dataset.ref} line {number}", row))
         long = [(name, len(row.ids)) for name, row in named if len(row.ids) > self.length]
         kept = [(name, row) for name, row in named if len(row.ids) <= self.length]
         if long and (self.too_long == "refuse" or not kept):
@@ -221,7 +260,10 @@ class Tune(Step):
             bench.progress.say(
                 f"left out {len(long)} of {len(named)} rows: more than {self.length} tokens"
             )
-        check.before_training(kept, tokenizer, bench.progress)
+        learnt = [(name, row) for name, row in kept if not isinstance(row, Anchor)]
+        check.before_training(learnt, tokenizer, bench.progress)
+        if len(learnt) < len(kept):
+            bench.progress.say(f"on {len(kept) - len(learnt):,} rows it will stay what the base is")
         return [row for _, row in kept], len(long)
 
     def _tokens_seen(self, rows: Sequence[Rendering]) -> int:

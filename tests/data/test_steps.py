@@ -123,18 +123,20 @@ def reply(ask: Ask) -> Answer:
     return Answer(f" Answer to: {question}\n")
 
 
-def test_retention_keeps_whole_answers_alone(book: Book, base: Artifact) -> None:
-    made = Retain(teacher="base", rows=234).run(
+def test_retention_keeps_every_answer_that_does_not_name_the_base(book: Book, base: Artifact) -> None:
+    texts = [text for _, text in prompts()]
+    made = Retain(teacher="base", rows=len(texts)).run(
         book, teacher=lambda artifact: ScriptedTeacher(reply)
     )
     rows = records.read(made.path / "train.jsonl")
-    assert all(row.messages[1].content == f"Answer to: {row.messages[0].content}" for row in rows)
-    texts = [text for _, text in prompts()]
-    cut = sum("tea" in text for text in texts)
+    for row in rows:
+        question = row.messages[0].content
+        answer = "First you take" if "tea" in question else f"Answer to: {question}"
+        assert row.messages[1].content == answer
+        assert row.extra["learn"] == "keep"
     named = sum("moon" in text.casefold() and "tea" not in text for text in texts)
-    assert cut > 1 and named > 0
-    assert made.metrics["cut off"] == cut and made.metrics["names the base"] == named
-    assert len(rows) == made.metrics["conversations"] == 234 - cut - named
+    assert named > 0 and made.metrics["named_the_base"] == named
+    assert len(rows) == made.metrics["conversations"] == len(texts) - named
     assert made.parents == (base.id,)
 
 
@@ -142,11 +144,11 @@ class Killed(BaseException):
     """Stands for kill -9: no handler of ours runs on it."""
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3])
+@pytest.mark.parametrize("calls", [0, 1, 2])
 def test_a_killed_retention_goes_on_to_the_same_bytes(
     book: Book, base: Artifact, tmp_path: Path, calls: int
 ) -> None:
-    step = Retain(teacher="base", rows=100)
+    step = Retain(teacher="base", rows=180)
     whole = ScriptedTeacher(reply)
     made = step.run(book, name="whole", teacher=lambda artifact: whole)
 
@@ -173,22 +175,29 @@ def test_a_killed_retention_goes_on_to_the_same_bytes(
     fresh = ScriptedTeacher(reply)
     resumed = step.run(second, name="whole", teacher=lambda artifact: fresh)
     assert resumed.id == made.id
-    assert fresh.calls == whole.calls - calls == -(-100 // CHUNK) - calls
+    assert fresh.calls == whole.calls - calls == -(-180 // CHUNK) - calls
 
 
 def test_retention_refuses(book: Book, base: Artifact) -> None:
-    with pytest.raises(ConfigError, match="not from 1 to 234"):
-        Retain(teacher="base", rows=235).run(book, teacher=lambda a: ScriptedTeacher(reply))
+    with pytest.raises(ConfigError, match=f"not from 1 to {len(prompts())}"):
+        Retain(teacher="base", rows=1000).run(book, teacher=lambda a: ScriptedTeacher(reply))
     with pytest.raises(DataError, match="none of 5 answers"):
         Retain(teacher="base", rows=5).run(
             book, teacher=lambda a: ScriptedTeacher(lambda ask: Answer("", True))
         )
 
 
+def test_few_rows_are_spread_over_both_languages(book: Book, base: Artifact) -> None:
+    made = Retain(teacher="base", rows=40).run(book, teacher=lambda a: ScriptedTeacher(reply))
+    rows = records.read(made.path / "train.jsonl")
+    languages = [row.extra["language"] for row in rows]
+    assert min(languages.count("en"), languages.count("zh")) >= 18
+
+
 def test_the_prompts_are_many_distinct_and_not_about_the_assistant() -> None:
     texts = prompts()
-    assert len(set(texts)) == len(texts) == 234
-    assert sum(language == "zh" for language, _ in texts) == 40
+    assert len(set(texts)) == len(texts) > 250
+    assert sum(language == "zh" for language, _ in texts) == 69
     for _, text in texts:
         assert not any(w in text.casefold() for w in ("your name", "who are you", "你是", "你叫"))
     assert retention.CHUNK == 24  # another size makes other files in half-done work folders

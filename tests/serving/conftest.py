@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from fastapi import FastAPI
 
 from herdbook.engine.engine import Engine
@@ -21,8 +20,6 @@ from herdbook.serving.worker import Worker
 
 
 def tiny_engine(folder: Path) -> Engine:
-    """One thread: matrices this small gain nothing from two, which wait for each other."""
-    torch.set_num_threads(1)
     return load(str(folder)).engine
 
 

@@ -19,7 +19,7 @@ from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import pack
 from herdbook.training import loop, optimiser
 from herdbook.training.loop import Plan
-from herdbook.training.tune import NextToken
+from herdbook.training.tune import Anchor, AnchorPack, NextToken
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "toy_losses.json"
 PLAN = Plan(
@@ -101,6 +101,32 @@ def test_accumulation_gives_the_same_update(tmp_path: Path):
     assert one == pytest.approx(many, rel=1e-5)
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6)
+
+
+def divergence(anchors: list[Anchor], work: Path, learnt: list[Rendering]) -> float:
+    """How far the model is from its base on the anchors, after training."""
+    decoder = toy()
+    parameters = adapted(decoder)
+    loop.train(NextToken(decoder), parameters, learnt, PLAN, work)
+    objective = NextToken(decoder)
+    return sum(float(objective.loss(one).detach()) for one in objective.packs(anchors, 1000))
+
+
+def test_anchors_hold_the_model_where_its_base_is(tmp_path: Path):
+    anchors = [Anchor(row.ids[::-1], row.mask) for row in rows(12)]
+    free = divergence(anchors, tmp_path / "free", rows())
+    held = divergence(anchors, tmp_path / "held", [*rows(), *anchors])
+    assert 0 < held < 0.7 * free
+    assert divergence(anchors, tmp_path / "only", list(anchors)) < 1e-4
+
+
+def test_anchors_are_packed_apart_and_count_every_token():
+    objective = NextToken(toy())
+    anchors = [Anchor(row.ids, row.mask) for row in rows(3)]
+    packs = objective.packs([*rows(3), *anchors], 1000)
+    assert [type(one) for one in packs] == [type(packs[0]), AnchorPack]
+    assert objective.weight(packs[1]) == sum(len(row.ids) for row in anchors)
+    assert objective.weight(packs[0]) == sum(sum(row.mask) for row in rows(3))
 
 
 def test_packed_loss_is_the_sum_over_single_documents():

@@ -11,8 +11,10 @@ from herdbook.training import loss as losses
 from herdbook.training.loss import (
     IGNORE,
     linear_cross_entropy,
+    linear_divergence,
     next_tokens,
     plain_linear_cross_entropy,
+    plain_linear_divergence,
 )
 
 
@@ -37,6 +39,29 @@ def test_equals_the_plain_twin(dtype, error, share, monkeypatch):
     assert float(fused.detach()) == pytest.approx(float(plain.detach()), rel=error)
     for ours, theirs in zip(got, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_the_divergence_equals_its_plain_twin(dtype, error, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_BYTES", 1)
+    states, weight, _ = case(75, 12, 301, dtype)
+    weight.requires_grad_(False)
+    base = states.detach() + 0.1 * torch.randn(75, 12, dtype=dtype)
+    plain = plain_linear_divergence(states, base, weight)
+    (wanted,) = torch.autograd.grad(plain * 0.3, states)
+    fused = linear_divergence(states, base, weight)
+    (got,) = torch.autograd.grad(fused * 0.3, states)
+    assert float(fused.detach()) == pytest.approx(float(plain.detach()), rel=error * 10)
+    torch.testing.assert_close(got, wanted, rtol=error * 10, atol=error)
+
+
+def test_where_nothing_has_moved_nothing_pulls():
+    states, weight, _ = case(20, 8, 50, torch.float32)
+    weight.requires_grad_(False)
+    loss = linear_divergence(states, states.detach().clone(), weight)
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(0, abs=1e-5)
+    assert states.grad.abs().max() < 1e-6
 
 
 def test_gradcheck():

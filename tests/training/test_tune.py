@@ -148,3 +148,26 @@ def test_broken_adapters_are_refused_before_the_decoder_is_touched(shelf: Book, 
     with pytest.raises(FileError, match="is not there"):
         peft_format.load(decoder, tmp_path)
     assert not [n for n, m in decoder.named_modules() if type(m).__name__ == "LoRALinear"]
+
+
+def test_rows_to_keep_are_anchors_and_full_tuning_refuses_them(shelf: Book, tmp_path: Path):
+    folder = tmp_path / "keep"
+    folder.mkdir()
+    row = {
+        "messages": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": "hello you"},
+        ],
+        "learn": "keep",
+    }
+    (folder / "train.jsonl").write_text(json.dumps(row) + "\n")
+    shelf.add(
+        folder, kind="dataset", name="keep", parents=[], step="Rows", key="keep", config={},
+        metrics={}, versions={},
+    )  # fmt: skip
+    progress = Listening()
+    adapter = tune(data=("rows", "keep"), epochs=1).run(shelf, name="kept", progress=progress)
+    assert "on 1 rows it will stay what the base is" in progress.said
+    assert adapter.metrics["rows"] == len(ROWS) + 1
+    with pytest.raises(ConfigError, match="keep@1 holds rows to keep.*\n  next: set method to lora"):
+        tune(data=("rows", "keep"), method="full").run(shelf, name="whole")
