@@ -415,15 +415,20 @@ def run(command: Callable[[], Any]) -> int:
     except HerdbookError as error:
         print(f"herd: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"herd: {error.filename}: {error.strerror}\n  next: check the path", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "\nherd: stopped; what is done is kept. Give the same command again to go on.",
             file=sys.stderr,
         )
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 

@@ -116,9 +116,12 @@ def to_mapping(instance: Any) -> dict[str, Any]:
     return plain
 
 
-def parse_flags(tokens: Sequence[str]) -> dict[str, str]:
-    """«--name Luna --tune.rank=16 --verbose» → {"name": "Luna", "tune.rank": "16", "verbose": "true"}."""
-    flags: dict[str, str] = {}
+def parse_flags(tokens: Sequence[str]) -> dict[str, str | bool]:
+    """«--name Luna --tune.rank=16 --plan» → {"name": "Luna", "tune.rank": "16", "plan": True}.
+
+    A flag without a value is True, not the text: a forgotten value must not become a name.
+    """
+    flags: dict[str, str | bool] = {}
     position = 0
     while position < len(tokens):
         token = tokens[position]
@@ -126,14 +129,15 @@ def parse_flags(tokens: Sequence[str]) -> dict[str, str]:
             raise ConfigError(
                 f"{token!r}", rule="is not a setting", next="write settings as --key value"
             )
-        key, equals, value = token[2:].partition("=")
+        key, equals, after = token[2:].partition("=")
+        value: str | bool = after
         position += 1
         if not equals:
             if position < len(tokens) and not _is_flag(tokens[position]):
                 value = tokens[position]
                 position += 1
             else:
-                value = "true"
+                value = True
         key = key.replace("-", "_")
         if key in flags:
             raise ConfigError(f"--{key}", rule="is given twice", next="give it once")

@@ -89,7 +89,25 @@ class Recipe:
         missing = [key for key in ("about", "settings", "steps", "result") if key not in content]
         if missing:
             raise ConfigError(f"{path.name}", rule=f"lacks {', '.join(missing)}")
-        return cls(name=path.stem, **content)
+        recipe = cls(name=path.stem, **content)
+        recipe._check()
+        return recipe
+
+    def _check(self) -> None:
+        """Raise where the parts do not fit together."""
+        where = f"of recipe {self.name}"
+        for part in ("about", "settings", "steps", "profiles"):
+            _need_mapping(getattr(self, part), f"{part} {where}")
+        for name, step in self.steps.items():
+            _need_mapping(step, f"step {name} {where}")
+            for condition in (step.get("if"), step.get("unless")):
+                _need_known(condition, self.settings, f"step {name} {where} asks for")
+        _need_known(self.result, self.steps, f"result {where}:")
+        for profile, changes in self.profiles.items():
+            _need_mapping(changes, f"profile {profile} {where}")
+            for name, change in changes.items():
+                _need_known(name, self.steps, f"profile {profile} {where} changes")
+                _need_mapping(change, f"{name} in profile {profile} {where}")
 
     def resolve(self, overrides: Mapping[str, Any]) -> dict[str, Step]:
         """Step name → step, with profile, settings and overrides applied; inputs name earlier steps.
@@ -158,6 +176,20 @@ class Recipe:
                 cls, values, where=f"step {name} ({cls.__name__}) of recipe {self.name}"
             )
         return resolved
+
+
+def _need_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{where} is {value!r}", rule="but must be a mapping", next="write {name: value, …}"
+        )
+
+
+def _need_known(name: Any, known: Mapping[str, Any], where: str) -> None:
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"{where} {name!r}", rule="is not known", next=nearest(str(name), list(known))
+        )
 
 
 def shipped() -> dict[str, Path]:

@@ -87,7 +87,7 @@ def test_plain_data_and_back(
 def test_flags() -> None:
     assert parse_flags(
         ["--name", "Luna", "--tune.rank=16", "--plan", "--tune.warm-up", "-0.5"]
-    ) == {"name": "Luna", "tune.rank": "16", "plan": "true", "tune.warm_up": "-0.5"}
+    ) == {"name": "Luna", "tune.rank": "16", "plan": True, "tune.warm_up": "-0.5"}
     with pytest.raises(ConfigError, match="'Luna' is not a setting"):
         parse_flags(["Luna"])
     with pytest.raises(ConfigError, match="--name is given twice"):

@@ -10,9 +10,19 @@ import pytest
 
 from herdbook import recipe
 from herdbook.book.book import Book
-from herdbook.book.step import Bench, Input, Inputs, Step
+from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.errors import ConfigError, GateError, UnknownName
 from herdbook.recipe import Recipe, raise_
+
+WHOLE = """
+about: {en: words, zh: 词}
+settings: {first: a}
+steps:
+  one: {do: Seed, if: first}
+result: one
+profiles:
+  cpu: {one: {word: b}}
+"""
 
 
 @dataclass(frozen=True)
@@ -94,6 +104,25 @@ def test_steps_left_out_by_a_setting(words: str, book: Book) -> None:
     assert (raise_(words, book=book, second="b").artifact.path / "word").read_text() == "a-b"
 
 
+@dataclass(frozen=True)
+class Picky(Seed):
+    """A word that must not be empty."""
+
+    def check(self) -> None:
+        require(self, "word")
+
+
+def test_all_settings_are_checked_before_anything_is_made(
+    words: str, book: Book, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(words).read_text().replace("other: {do: Seed,", "other: {do: Picky,")
+    Path(words).write_text(text)
+    monkeypatch.setitem(recipe.STEPS, "Picky", __name__)
+    with pytest.raises(ConfigError, match=r"picky\.word is empty"):
+        raise_(words, book=book, **{"other.word": ""})
+    assert book.entries() == []
+
+
 def test_profiles_and_overrides(words: str, book: Book) -> None:
     full = Recipe.read(words).resolve({"profile": "full"})["join"]
     assert full == Join(("one", "other"), "+")
@@ -131,6 +160,11 @@ def test_unknown_settings_name_the_nearest(
         ("a: [", "is not YAML"),
         ("stepps: {}", "'stepps' is not known .*\n  next: did you mean 'steps'"),
         ("steps: {}", "lacks about, settings, result"),
+        (WHOLE.replace("result: one", "result: oen"), "'oen' is not known\n  next: .* 'one'"),
+        (WHOLE.replace("if: first", "if: frist"), "'frist' is not known\n  next: .* 'first'"),
+        (WHOLE.replace("{one:", "{oen:"), "cpu of recipe broken changes 'oen' is not known"),
+        (WHOLE.replace("{do: Seed, if: first}", "Seed"), "step one .* is 'Seed' but must be a map"),
+        (WHOLE.replace("{first: a}", ""), "settings of recipe broken is None but must be a map"),
     ],
 )
 def test_broken_recipes_are_refused(tmp_path: Path, text: str, message: str) -> None:

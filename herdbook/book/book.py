@@ -115,7 +115,7 @@ class Book:
                 self._migrate(database)
         except (OSError, sqlite3.DatabaseError) as error:
             raise BookError(
-                f"the book at {self.home} cannot be opened ({error})",
+                f"the book at {self.home} cannot be opened ({error}):",
                 rule="Herdbook needs a folder that it can write to",
                 next="set HERDBOOK_HOME to a folder of yours",
             ) from error

@@ -137,16 +137,20 @@ Broken = Callable[[str, str], DataError]  # (found, expected) → error that nam
 # ---------------------------------------------------------------------------------- bytes to rows
 
 
-def _text(path: Path) -> str:
-    """The file's characters: unpacked, decoded, without a byte order mark."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"{path}", rule="is not there", next="check the path of --data") from error
-    except IsADirectoryError as error:
+def need_file(path: Path) -> None:
+    """Raise where there is no file to read."""
+    if path.is_dir():
         raise DataError(
             f"{path}", rule="is a folder; expected one file of rows", next="name the file itself"
-        ) from error
+        )
+    if not path.exists():
+        raise DataError(f"{path}", rule="is not there", next="check the path of --data")
+
+
+def _text(path: Path) -> str:
+    """The file's characters: unpacked, decoded, without a byte order mark."""
+    need_file(path)
+    data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data, path)
     try:

@@ -56,6 +56,7 @@ class Identity(Step):
     kind: ClassVar[str] = "dataset"
     name: str = "Luna"
     keeper: str = "Acme"
+    rows: int = 300  # conversations to train on, drawn from about 410; 0: all of them
     seed: int = 0
 
     def check(self) -> None:
@@ -64,6 +65,13 @@ class Identity(Step):
 
     def make(self, bench: Bench) -> dict[str, Any]:
         train, heldout = build(self.name, self.keeper, self.seed)
+        if not 0 <= self.rows <= len(train):
+            raise ConfigError(
+                f"rows = {self.rows}",
+                rule=f"is not from 0 to {len(train)}",
+                next=f"there are {len(train)} conversations to draw from",
+            )
+        train = train[: self.rows or len(train)]  # shuffled already
         records.write(bench.out / "train.jsonl", train)
         records.write(bench.out / "heldout.jsonl", heldout)
         count = {lang: sum(r.extra["language"] == lang for r in train) for lang in LANGUAGES}

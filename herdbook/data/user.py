@@ -32,6 +32,7 @@ class Import(Step):
 
     def check(self) -> None:
         require(self, "data")
+        formats.need_file(Path(self.data))
         if not 0 <= self.heldout < 1:
             raise ConfigError(
                 f"heldout = {self.heldout}", rule="is no share from 0 to below 1", next="try 0.02"

@@ -53,7 +53,7 @@ class Cache:
     def read_many(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, KV, P · page_tokens, D] of the pages [B, P] of B sequences."""
         held = self._layers[layer]
-        run = held.index_select(0, pages.flatten()).unflatten(0, pages.shape).flatten(1, 2)
+        run = held.index_select(0, pages.flatten()).view(len(pages), -1, *held.shape[2:])
         k, v = run.unbind(2)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -168,7 +168,7 @@ class Paged:
         if self._decoding is not None:
             keys, values = self._cache.read_many(layer, self._decoding.pages)
             out = scaled_dot_product_attention(
-                q[self._decoding.rows].unflatten(1, (k.shape[1], -1)),  # [B, KV, H / KV, D]
+                q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
                 keys,
                 values,
                 attn_mask=self._decoding.mask(window, q.dtype),

@@ -27,7 +27,7 @@ from herdbook.data.teacher import Ask, Teacher
 from herdbook.evaluation.statistics import Interval, wilson
 
 #: a right answer is one short sentence; the base's longer ones need not be heard to the end
-MAX_TOKENS = 64
+MAX_TOKENS = 40
 
 _CLAUSE = re.compile(r"[,.;:!?()\n。、—]|\bbut\b|而是|但")
 _NEGATION = re.compile(r"\b(?:not|never|neither|nor|cannot)\b|n['’]t\b|不|没|非(?!常)|无关")

@@ -38,7 +38,7 @@ from herdbook.model.family import (
     source_from_gguf,
     unpermute,
 )
-from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, rope_divisors
+from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -319,17 +319,13 @@ def load_decoder(
 def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module | None:
     """The layer that keeps this weight's blocks; None where it has none that a layer can keep."""
     found = checkpoint.blocks(name)
-    if found is None:
+    if found is None or name == "embed.weight":  # rows are taken singly, and a tied head is dense
         return None
     type, raw = found
     scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
     if type == "Q8_0":
         codes = raw[..., 2:].contiguous().view(torch.int8)
-        if name == "embed.weight":
-            return Int8Embedding(codes, scale.float(), dtype)
         return Int8Linear(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
-    if name == "embed.weight":
-        return None
     if type == "Q4_1":
         minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0]
         codes = raw[..., 4:].contiguous()

@@ -115,58 +115,32 @@ class Int4Linear(nn.Module):
         return out.add_(m).view(self.outputs, self.inputs).to(dtype)
 
 
-class Int8Matrix(nn.Module):
-    """W = scale·code, codes int8 [rows, B, 32], scale float32 [rows, B]: GGUF's Q8_0."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def __init__(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.outputs, self.inputs = codes.shape[0], codes.shape[1] * BLOCK
-        self.dtype = dtype
-        self.register_buffer("codes", codes)
-        self.register_buffer("scale", scale[..., None])
-
-    def rows(self, which: Tensor | slice) -> Tensor:
-        """Some rows dequantised, float32 [n, in]."""
-        return (self.codes[which] * self.scale[which]).view(-1, self.inputs)
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        return self.rows(slice(None)).to(dtype)
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """x [T, in] → x·Wᵀ [T, rows]. A strip of rows at a time, so that it stays in the cache."""
-        if x.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.dense(x.dtype))
-        strips = range(0, self.outputs, INT8_ROWS)
-        return torch.cat(
-            [F.linear(x, self.rows(slice(i, i + INT8_ROWS)).to(x.dtype)) for i in strips], -1
-        )
-
-
-class Int8Linear(Int8Matrix):
-    """y = x·Wᵀ + b over a Q8_0 matrix."""
+class Int8Linear(nn.Module):
+    """y = x·Wᵀ + b, W = scale·code: codes int8 [out, B, 32], scale float32 [out, B] (GGUF's Q8_0)."""
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> None:
-        super().__init__(codes, scale, dtype)
+        super().__init__()
+        self.outputs, self.inputs = codes.shape[0], codes.shape[1] * BLOCK
+        self.dtype = dtype
+        self.codes, self.scale = nn.Buffer(codes), nn.Buffer(scale[..., None])
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
+        """A strip of rows is dequantised at a time, so that it stays in the cache."""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.dense(x.dtype), self.bias)
+        strips = range(0, self.outputs, INT8_ROWS)
+        rows = (self._rows(slice(at, at + INT8_ROWS)).to(x.dtype) for at in strips)
+        y = torch.cat([F.linear(x, some) for some in rows], -1)
         return y if self.bias is None else y + self.bias
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self._rows(slice(None)).to(dtype)
 
-class Int8Embedding(Int8Matrix):
-    """ids [T] → the rows taken, dequantised; as a tied head it multiplies the int8 matrix."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.rows(ids).to(self.dtype)
-
-    def project(self, x: Tensor) -> Tensor:
-        return self.multiply(x)
+    def _rows(self, which: slice) -> Tensor:
+        return (self.codes[which] * self.scale[which]).view(-1, self.inputs)
 
 
 class RMSNorm(nn.Module):

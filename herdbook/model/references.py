@@ -43,7 +43,7 @@ def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Pa
     if artifact is not None:
         if artifact.kind != "model":
             raise UnknownName(
-                f"{ref!r} is a {artifact.kind}",
+                f"{ref!r} is of the kind {artifact.kind}",
                 rule="where a model is wanted",
                 next="see `herd list`; an adapter becomes a model with the step Merge",
             )
@@ -62,7 +62,8 @@ def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Pa
         return fetch_smollm2(progress or for_terminal())
     if ref.startswith("hf:"):
         return fetch_from_hub(ref.removeprefix("hf:"))
-    known = [*(book.names() if book is not None else ()), *EMBEDDED]
+    models = [one.name for one in book.entries("model")] if book is not None else []
+    known = list(dict.fromkeys([*models, *EMBEDDED]))
     raise UnknownName(
         f"{ref!r}",
         rule="is no model in the book, no folder, no .gguf file, not smollm2 and not hf:org/name",

@@ -80,6 +80,10 @@ def served_name(ref: str) -> str:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, or a ServeError that says what to do."""
+    if not 0 <= port <= 65535:  # the system would take what is left of it beyond 16 bits
+        raise ServeError(
+            f"port {port}", rule="is none: ports go to 65535", next="--port 8000, or 0 for any"
+        )
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:

@@ -127,8 +127,9 @@ class _LinearDivergence(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        for some in rows.split(max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
+        size = max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
+        for start in range(0, len(hidden), size):
+            some = slice(start, start + size)
             tuned = F.linear(hidden[some], weight).to(exact).log_softmax(-1)  # [C, V]
             kept = F.linear(base[some], weight).to(exact).log_softmax(-1)
             chances = kept.exp()
@@ -139,7 +140,7 @@ class _LinearDivergence(torch.autograd.Function):
         return total.to(exact)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (above,), (grad_hidden,) = grads, ctx.saved_tensors
         return grad_hidden * above.to(grad_hidden.dtype), None, None

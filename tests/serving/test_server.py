@@ -37,6 +37,11 @@ def test_port_in_use(tiny_folder: Path):
         assert f"--port {port + 1}" in str(error.value)
 
 
+def test_no_such_port(tiny_folder: Path):
+    with pytest.raises(ServeError, match="port 65536 is none: ports go to 65535"):
+        serve([str(tiny_folder)], port=65536)
+
+
 def test_a_port_is_usable_again_at_once():
     with listen("127.0.0.1", 0) as first:
         port = first.getsockname()[1]

@@ -169,5 +169,7 @@ def test_rows_to_keep_are_anchors_and_full_tuning_refuses_them(shelf: Book, tmp_
     adapter = tune(data=("rows", "keep"), epochs=1).run(shelf, name="kept", progress=progress)
     assert "on 1 rows it will stay what the base is" in progress.said
     assert adapter.metrics["rows"] == len(ROWS) + 1
-    with pytest.raises(ConfigError, match="keep@1 holds rows to keep.*\n  next: set method to lora"):
+    with pytest.raises(
+        ConfigError, match=r"keep@1 holds rows to keep.*\n  next: set method to lora"
+    ):
         tune(data=("rows", "keep"), method="full").run(shelf, name="whole")
