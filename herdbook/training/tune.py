@@ -135,7 +135,6 @@ class Tune(Step):
 
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "model", "data")
-        self._check_settings()
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
@@ -172,7 +171,7 @@ class Tune(Step):
             "trainable_parameters": sum(p.numel() for p in parameters.values()),
         }
 
-    def _check_settings(self) -> None:
+    def check(self) -> None:
         for target in self.targets:
             if target not in TARGETS:
                 raise ConfigError(
