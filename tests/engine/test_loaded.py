@@ -109,6 +109,7 @@ def test_a_teacher_answers_in_order(model: LoadedModel) -> None:
 
 def test_quantised_gguf(tiny_folder: Path, tmp_path: Path) -> None:
     from herdbook.model.checkpoint import save_gguf
+    from herdbook.model.layers import Int8Linear
     from herdbook.tokens.tokenizer import Tokenizer
 
     file = tmp_path / "tiny.gguf"
@@ -117,7 +118,7 @@ def test_quantised_gguf(tiny_folder: Path, tmp_path: Path) -> None:
     dense = herdbook.load(str(file), dtype="float32", quantised=False)
     blocks = herdbook.load(file, dtype=torch.float32)
     ids = dense.tokenizer.encode("hello who are you")
-    assert not hasattr(blocks.decoder.embed, "weight")
+    assert isinstance(blocks.decoder.get_submodule("blocks.0.mlp.gate"), Int8Linear)
     assert torch.allclose(dense.logits(ids), blocks.logits(ids), atol=1e-3)
     # the engine over quantised layers still equals naive decoding over them
     reply = blocks.generate(ids, max_tokens=8, ignore_eos=True)
