@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from herdbook.book.step import Bench, Input, Step, require
 from herdbook.compression import int4, parity
+from herdbook.data import records
 from herdbook.errors import ConfigError
 from herdbook.model.checkpoint import load_decoder, save_gguf
 from herdbook.model.decoder import Block, Decoder
@@ -37,7 +38,6 @@ from herdbook.model.layout import Packed
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training.tune import read_messages
 
 #: matrices of a block that read the same inputs; those are seen at the first
 READERS = (
@@ -102,7 +102,7 @@ class Quantise(Step):
 def calibration(bench: Bench, tokenizer: Tokenizer, tokens: int) -> list[Pack]:
     """About so many tokens of the conversations in the model's pedigree; none where it has none."""
     datasets = [a for a in bench.book.ancestors(bench.artifact("model")) if a.kind == "dataset"]
-    rows = [messages for one in datasets for _, messages in read_messages(one.path / "train.jsonl")]
+    rows = [row.messages for one in datasets for row in records.read(one.path / "train.jsonl")]
     random.Random(0).shuffle(rows)
     chosen: list[Rendering] = []
     for messages in rows:

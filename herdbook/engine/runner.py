@@ -154,7 +154,7 @@ class Paged:
         self._decoding = None
         if len(decoding) > 1:
             self._decoding = _Decoding(decoding, cache.page_tokens, device)
-            self._spans = [span for span in self._spans if span not in decoding]
+            self._spans = [span for span in self._spans if span.n > 1 or not span.start]
         self._slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)  # [T]
 
@@ -167,6 +167,7 @@ class Paged:
         result = torch.empty_like(q)
         if self._decoding is not None:
             keys, values = self._cache.read_many(layer, self._decoding.pages)
+            # queries [B, KV, H / KV, D]: the heads that share keys, as a sequence
             out = scaled_dot_product_attention(
                 q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
                 keys,

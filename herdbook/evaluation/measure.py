@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from herdbook.engine.loaded import load
 from herdbook.errors import HerdbookError
+from herdbook.training.memory import peak_bytes
 
 PREFILL, DECODE, REPEATS = 512, 64, 3
 
@@ -72,23 +72,9 @@ def _here(path: Path) -> dict[str, Any]:
         "size_bytes": size_bytes(path),
         "prefill_tokens_per_s": statistics.median(prefills),
         "decode_tokens_per_s": statistics.median(decodes),
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "load_s": load_s,
     }
-
-
-def _peak_bytes() -> int:
-    """Most memory that this process ever held.
-
-    Linux: VmHWM, since ru_maxrss of a child begins at what its parent held at the fork.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 if __name__ == "__main__":

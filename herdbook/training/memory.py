@@ -36,7 +36,10 @@ class Peak:
 
 
 def peak_bytes() -> int:
-    """High-water mark of this process's resident memory."""
+    """High-water mark of this process's resident memory.
+
+    Linux: VmHWM, since ru_maxrss of a child begins at what its parent held at the fork.
+    """
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():

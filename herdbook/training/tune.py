@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -275,9 +274,3 @@ class Tune(Step):
     def _tokens_seen(self, rows: Sequence[Rendering]) -> int:
         sizes = [len(row.ids) for row in rows]
         return sum(sum(sizes[n] for n in cut) for cut in loop.batches(self._plan(), len(rows)))
-
-
-def read_messages(path: Path) -> list[tuple[int, list[dict[str, str]]]]:
-    """(line number, messages) of a dataset artifact's file."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [(n, json.loads(line)["messages"]) for n, line in enumerate(lines, 1) if line]

@@ -22,14 +22,16 @@ from herdbook.training import peft_format
 
 def learnt(book: Book, ref: str) -> float:
     """Loss on the rows it was tuned on."""
+    from herdbook.data import records
     from herdbook.tokens.chat import render
     from herdbook.tokens.packing import pack
     from herdbook.tokens.tokenizer import Tokenizer
-    from herdbook.training.tune import NextToken, read_messages
+    from herdbook.training.tune import NextToken
 
     artifact = book.get(ref)
     tokenizer = Tokenizer.load(artifact.path)
-    rows = [render(tokenizer, m) for _, m in read_messages(book.get("rows").path / "train.jsonl")]
+    kept = records.read(book.get("rows").path / "train.jsonl")
+    rows = [render(tokenizer, row.messages) for row in kept]
     packs, _ = pack(rows, 4096)
     objective = NextToken(load_decoder(artifact.path, dtype=torch.float32))
     with torch.no_grad():
