@@ -34,7 +34,7 @@ from typing import Any, ClassVar
 from herdbook.book.step import Bench, Step
 from herdbook.data import records
 from herdbook.data.records import Conversation, Message
-from herdbook.data.shipped import LANGUAGES, pair, sections
+from herdbook.data.shipped import LANGUAGES, fingerprint, pair, sections
 from herdbook.errors import ConfigError
 
 #: other assistants and their makers: suggested by questions, and wrong in an answer about oneself
@@ -58,6 +58,9 @@ class Identity(Step):
     keeper: str = "Acme"
     rows: int = 300  # conversations to train on, drawn from about 410; 0: all of them
     seed: int = 0
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint("identity")
 
     def check(self) -> None:
         check_name("name", self.name)

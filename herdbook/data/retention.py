@@ -26,7 +26,7 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.data import records
 from herdbook.data.identity import FOREIGN
 from herdbook.data.records import Conversation, Message
-from herdbook.data.shipped import LANGUAGES, sections
+from herdbook.data.shipped import LANGUAGES, fingerprint, sections
 from herdbook.data.teacher import Answer, Ask
 from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import write_text
@@ -46,6 +46,9 @@ class Retain(Step):
     rows: int = 130  # asks, as many in each language as there are; there are about 240
     max_tokens: int = 32  # longer answers are cut there
     seed: int = 0
+
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint("retention")
 
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "teacher")

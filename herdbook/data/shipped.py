@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from herdbook.files.atomic import sha256_once
+
 FOLDER = Path(__file__).parent / "text"
 LANGUAGES = ("en", "zh")
+
+
+def fingerprint(name: str) -> dict[str, str]:
+    """Hashes of the wordings `name`.* in every language: new wordings make another artifact."""
+    return {language: sha256_once(FOLDER / f"{name}.{language}.txt") for language in LANGUAGES}
 
 
 def sections(name: str) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from herdbook.book.step import Bench, Step, require
 from herdbook.data import formats, records
 from herdbook.errors import ConfigError
-from herdbook.files.atomic import sha256_file
+from herdbook.files.atomic import sha256_once
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Import(Step):
     seed: int = 0
 
     def fingerprint(self) -> dict[str, str]:
-        return {"data": sha256_file(Path(self.data))} if Path(self.data).is_file() else {}
+        return {"data": sha256_once(Path(self.data))} if Path(self.data).is_file() else {}
 
     def check(self) -> None:
         require(self, "data")

@@ -32,7 +32,7 @@ from herdbook.evaluation.measure import measure
 from herdbook.evaluation.page import report_page
 from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
 from herdbook.evaluation.statistics import perplexity_ratio
-from herdbook.files.atomic import sha256_file, write_json, write_text
+from herdbook.files.atomic import sha256_once, write_json, write_text
 
 #: the name under which held-out conversations stand among the texts
 REPLIES = "replies"
@@ -73,7 +73,7 @@ class Report(Step):
     min_identity: float = 0.9  # gate: right answers, in each language; 0: none
 
     def fingerprint(self) -> dict[str, str]:
-        return {"text": sha256_file(Path(self.text))} if Path(self.text).is_file() else {}
+        return {"text": sha256_once(Path(self.text))} if Path(self.text).is_file() else {}
 
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "before", "after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -69,3 +70,15 @@ def sha256_file(path: Path) -> str:
     """«sha256:9f86d0…» of the file's bytes."""
     with open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_once(path: Path) -> str:
+    """The same, read once a process for as long as size and time of the file stay: for the keys of
+    steps, which are asked for more often than a large checkpoint should be read."""
+    seen = path.stat()
+    return _sha256_at(path.resolve(), seen.st_size, seen.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_at(path: Path, size: int, time_ns: int) -> str:
+    return sha256_file(path)

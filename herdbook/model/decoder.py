@@ -126,12 +126,15 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """ids int64 [T] → [T, hidden] after the final norm."""
-        x = self.embed(ids)
-        rope = self.rotary(layout.positions, x.dtype)
-        for block in self.blocks:
-            x = block(x, rope, layout)
-        hidden: Tensor = self.norm(x)
+        hidden: Tensor = self.norm(self.through(self.embed(ids), layout))
         return hidden
+
+    def through(self, x: Tensor, layout: Layout, first: int = 0, last: int | None = None) -> Tensor:
+        """x [T, hidden] through the blocks `first` up to `last` (to the end without it)."""
+        rope = self.rotary(layout.positions, x.dtype)
+        for block in self.blocks[first:last]:
+            x = block(x, rope, layout)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] → float32 [T, vocab]."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from herdbook.book.step import Bench, Step
-from herdbook.files.atomic import sha256_file
+from herdbook.files.atomic import sha256_once
 from herdbook.model.checkpoint import (
     INDEX,
     Checkpoint,
@@ -76,7 +76,7 @@ class Fetch(Step):
         if not Path(self.ref).expanduser().exists():
             return {}  # from the hub: known by its name
         files = files_of(open_checkpoint(resolve(self.ref, None)))
-        return {name: sha256_file(path) for name, path in sorted(files.items())}
+        return {name: sha256_once(path) for name, path in sorted(files.items())}
 
     def make(self, bench: Bench) -> dict[str, Any]:
         checkpoint = open_checkpoint(resolve(self.ref, None, bench.progress))

@@ -25,7 +25,8 @@ from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
-from herdbook.model.lora import TARGETS, apply_lora, bypass
+from herdbook.model.lora import TARGETS, adapters_of, apply_lora, bypass
+from herdbook.model.precision import compute_dtype
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
@@ -54,6 +55,8 @@ class NextToken:
 
     def __init__(self, decoder: Decoder, anchor: float = 1.0) -> None:
         self.decoder, self.anchor = decoder, anchor
+        adapted = (int(name.split(".")[1]) for name in adapters_of(decoder))
+        self.first_adapted = min(adapted, default=0)  # below, base and tuned model are the same
 
     def packs(self, rows: Sequence[Rendering], capacity: int) -> list[Pack]:
         anchors = [row for row in rows if isinstance(row, Anchor)]
@@ -71,11 +74,13 @@ class NextToken:
         where = self.decoder.head_weight.device
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
         layout = Packed(pack.lengths, device=where)
-        hidden = self.decoder(ids, layout)  # [T, H]
+        decoder, first = self.decoder, self.first_adapted
+        shared = decoder.through(decoder.embed(ids), layout, 0, first)
+        hidden = decoder.norm(decoder.through(shared, layout, first))  # [T, H]
         if isinstance(pack, AnchorPack):
-            with bypass(self.decoder), torch.no_grad():
-                base = self.decoder(ids, layout)
-            return self.anchor * linear_divergence(hidden, base, self.decoder.head_weight)
+            with bypass(decoder), torch.no_grad():
+                base = decoder.norm(decoder.through(shared, layout, first))
+            return self.anchor * linear_divergence(hidden, base, decoder.head_weight)
         targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
         return linear_cross_entropy(hidden, self.decoder.head_weight, targets)
 
@@ -139,7 +144,8 @@ class Tune(Step):
         rows, dropped = self._rows(bench, tokenizer)
 
         with memory.Peak() as peak:
-            decoder = load_decoder(source.path, dtype=torch.float32)
+            dtype = torch.float32 if self.method == "full" else compute_dtype()
+            decoder = load_decoder(source.path, dtype=dtype)
             parameters = self._parameters(decoder)
             state = loop.train(
                 NextToken(decoder, self.anchor),
