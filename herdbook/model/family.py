@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.layers import rope_divisors, rope_frequencies
 
 Names = dict[str, tuple[str, str]]
+Rows = TypeVar("Rows", np.ndarray, torch.Tensor)
 
 #: the names of LLaMA's modules, which most families share
 LLAMA_NAMES: Names = {
@@ -88,9 +89,9 @@ class Keys:
         )
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A size: a whole number of at least 1."""
+        """A size: a whole number of at least 1; of layers, what a list of them may be made of."""
         value = self.take(key, default)
-        if type(value) is not int or not 1 <= value < 2**31:
+        if type(value) is not int or not 1 <= value < (10_000 if "layer" in key else 2**31):
             raise self.refuse(f"{key} is {value!r}", "but must be a whole number of at least 1")
         return value
 
@@ -324,13 +325,13 @@ def _rename(name: str, table: dict[str, str]) -> str:
 # --- GGUF: permutation and metadata ----------------------------------------------------------------
 
 
-def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
+def unpermute(values: Rows, heads: int) -> Rows:
     """Rows of q or k [H·D, …] from GGUF's order (pairs side by side) to the half style."""
     split = values.reshape(heads, -1, 2, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)
 
 
-def permute(values: np.ndarray, heads: int) -> np.ndarray:
+def permute(values: Rows, heads: int) -> Rows:
     """The inverse of unpermute."""
     split = values.reshape(heads, 2, -1, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)

@@ -13,6 +13,8 @@ from herdbook.book.step import Bench, Step
 from herdbook.files.atomic import sha256_once
 from herdbook.model.checkpoint import (
     INDEX,
+    LEGACY_INDEX,
+    PARAMS,
     Checkpoint,
     check_vocabulary,
     expected_shapes,
@@ -35,6 +37,8 @@ BESIDE = (
     "chat_template.jinja",
     "chat_template.json",
     INDEX,
+    LEGACY_INDEX,
+    PARAMS,
     "LICENSE",
     "LICENSE.txt",
 )
@@ -42,9 +46,9 @@ BESIDE = (
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     """Name in the book → file, of everything that makes up the model."""
-    if checkpoint.gguf is not None:
+    if checkpoint.path.is_file():
         return {"model.gguf": checkpoint.path}
-    found = {path.name: path for path in checkpoint.files.values()}
+    found = {path.name: path for path in checkpoint.weights.files}
     beside = {name: checkpoint.path / name for name in BESIDE}
     return found | {name: path for name, path in beside.items() if path.is_file()}
 
