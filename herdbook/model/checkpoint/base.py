@@ -33,16 +33,24 @@ class Checkpoint:
     headless: bool
     #: our name → the source's
     names: dict[str, str] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
     weights: Weights = field(repr=False)
     #: the rows of q and k are in the order of interleaved rotation
     interleaved: bool = False
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """One tensor by our name, dequantised, in memory of its own."""
-        tensor = self.weights.read(self.names[name], dtype)
+    def fill(self, name: str, out: Tensor) -> None:
+        """One tensor by our name, dequantised, into its final place."""
+        source = self.names[name]
         if self.interleaved and (heads := self.family.permuted_heads(name, self.config)):
-            tensor = unpermute(tensor, heads)
-        return tensor
+            out.copy_(unpermute(self.weights.read(source, out.dtype), heads))
+        else:
+            self.weights.fill(source, out)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same, in memory of its own."""
+        out = torch.empty(self.shapes[name], dtype=dtype)
+        self.fill(name, out)
+        return out
 
     def dtype(self, name: str) -> torch.dtype:
         """The least type that holds the tensor of this name of ours exactly."""

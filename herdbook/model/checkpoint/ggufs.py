@@ -58,7 +58,15 @@ def open_gguf(path: Path) -> Checkpoint:
     check_shapes(path, expected, names, weights, weights.shapes)
     source = family.source(config) | ids
     return Checkpoint(
-        path, family, config, source, False, names, weights, interleaved=family.gguf_permuted
+        path,
+        family,
+        config,
+        source,
+        False,
+        names,
+        expected,
+        weights,
+        interleaved=family.gguf_permuted,
     )
 
 

@@ -60,7 +60,7 @@ def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )
     check_shapes(folder, expected, names, weights, found)
-    return Checkpoint(folder, family, config, source, headless, names, weights)
+    return Checkpoint(folder, family, config, source, headless, names, expected, weights)
 
 
 def _parts(folder: Path, delta: bool) -> dict[str, list[Part]]:

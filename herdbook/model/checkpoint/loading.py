@@ -27,14 +27,17 @@ def load_decoder(
         decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
     decoder.family = checkpoint.family.model_type
     decoder.source_config = dict(checkpoint.source_config)
-    for name in checkpoint.names:
+    places: dict[str, Tensor] = {}  # first all of them: what is held besides then leaves no holes
+    for name, shape in checkpoint.shapes.items():
         module_name, _, leaf = name.rpartition(".")
         module = decoder.get_submodule(module_name)
         if leaf == "weight" and quantised and (made := _quantised(checkpoint, name, dtype)):
             _replace(decoder, module_name, made)
         elif leaf in dict(module.named_parameters(recurse=False)):
-            tensor = checkpoint.read(name, dtype)
-            setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+            places[name] = torch.empty(shape, dtype=dtype)
+            setattr(module, leaf, nn.Parameter(places[name], requires_grad=False))
+    for name, place in places.items():
+        checkpoint.fill(name, place)
     return decoder.eval()
 
 

@@ -95,7 +95,9 @@ def open_meta(folder: Path) -> Checkpoint:
     expected = expected_shapes(config)
     names = {name: meta_name(name) for name in expected}
     check_shapes(folder, expected, names, weights, weights.shapes)
-    return Checkpoint(folder, family, config, source, False, names, weights, interleaved=True)
+    return Checkpoint(
+        folder, family, config, source, False, names, expected, weights, interleaved=True
+    )
 
 
 def meta_name(name: str) -> str:

@@ -19,8 +19,8 @@ from herdbook.errors import FileError
 from herdbook.files import gguf
 from herdbook.files.safetensors import Entry
 
-#: of the file's bytes, or of the values made of them: large enough for the disk, small for memory
-STRIP_BYTES = 8 << 20
+#: of a tensor's bytes that are held besides the result, in the file's type or as dequantised
+STRIP_BYTES = 1 << 20
 
 DTYPES = {
     "F64": torch.float64,
@@ -53,8 +53,14 @@ class Weights(ABC):
         """The least type that holds its values exactly."""
 
     @abstractmethod
+    def fill(self, name: str, out: Tensor) -> None:
+        """The tensor's values into `out`, of its shape and of any type."""
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The tensor in memory of its own."""
+        out = torch.empty(self.shapes[name], dtype=dtype)
+        self.fill(name, out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,7 @@ class PlainWeights(Weights):
     def dtype(self, name: str) -> torch.dtype:
         return DTYPES[self.parts[name][0].entry.dtype]
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        out = torch.empty(self.shapes[name], dtype=dtype)
+    def fill(self, name: str, out: Tensor) -> None:
         at = 0
         for part in self.parts[name]:
             into = out
@@ -95,7 +100,6 @@ class PlainWeights(Weights):
                 into = out.narrow(self.axes[name], at, width)
                 at += width
             _read_into(into, part, self.dtype(name))
-        return out
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same bytes."""
@@ -171,13 +175,11 @@ class GGUFWeights(Weights):
         exact = {"F16": torch.float16, "BF16": torch.bfloat16}
         return exact.get(self.file.tensors[name].type, torch.float32)
 
-    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+    def fill(self, name: str, out: Tensor) -> None:
         tensor = self.file.tensors[name]
-        out = torch.empty(tensor.shape, dtype=dtype)
         rows = out.view(-1, tensor.shape[-1])
         count = max(1, STRIP_BYTES // (4 * tensor.shape[-1]))
         for first in range(0, len(rows), count):
             last = min(first + count, len(rows))
             values = gguf.dequantise(self.file.rows(name, first, last), tensor.type)
             rows[first:last] = torch.from_numpy(values)
-        return out
