@@ -15,7 +15,8 @@ from herdbook import cli
 from herdbook.book.book import Book
 
 COMMANDS = (
-    "raise", "chat", "serve", "eval", "export", "list", "show", "tree", "verify", "recipes", "doctor",
+    "raise", "chat", "serve", "eval", "export", "delta", "list", "show", "tree", "verify", "recipes",
+    "doctor",
 )  # fmt: skip
 
 
@@ -99,6 +100,8 @@ def test_help_imports_nothing_heavy() -> None:
         (("export", "x", "y", "--to", "onnx"), "onnx"),
         (("export", "x", "/dev/null/y", "--to", "hf"), "/dev/null/.y"),
         (("eval", "smollm2", "--text", "/"), "herd: /"),
+        (("delta", "make", "no", "none", "x"), "'no' is no model in the book"),
+        (("delta", "aply", "no", "none", "x"), 'Did you mean "apply"?'),
     ],
 )
 def test_wrong_input_is_told_and_leaves_no_trace(
@@ -109,6 +112,23 @@ def test_wrong_input_is_told_and_leaves_no_trace(
     assert done.code in (1, 2)
     assert done.out == ""
     assert Book(home).entries() == []
+
+
+def test_delta_there_and_back(herd: Herd, tiny_folder: Path, tmp_path: Path) -> None:
+    base, delta, again = str(tiny_folder), str(tmp_path / "delta"), str(tmp_path / "again")
+    made = herd("delta", "make", base, base, delta)
+    assert made.code == 0 and made.out.startswith(f"{delta}: tensors 29, values ")
+    done = herd("delta", "apply", base, delta, again, "--json")
+    assert json.loads(done.out)["tensors"] == 29
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_folder / name).read_bytes()
+    refused = herd("chat", delta, "-p", "hello")
+    assert refused.code == 1 and f"next: herd delta apply BASE {delta} PATH" in refused.err
+
+
+@pytest.mark.parametrize("command", ["make", "apply"])
+def test_delta_teaches_with_an_example(herd: Herd, command: str) -> None:
+    assert f"Example: herd delta {command}" in herd("delta", command, "--help").out
 
 
 def test_plan_prints_the_resolved_configuration(herd: Herd) -> None:

@@ -48,7 +48,7 @@ from herdbook.progress import Progress
 
 RECORD = "delta.safetensors"
 #: values computed at a time
-STRIP = 1 << 22
+STRIP = 1 << 20
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
 
 
