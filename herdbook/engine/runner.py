@@ -14,9 +14,9 @@ from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from herdbook.engine.sequence import Sequence
+from herdbook.model.attention import Look, attend
 from herdbook.model.decoder import Decoder
 
 
@@ -70,7 +70,7 @@ class _Span:
         self._page_tokens, self._device = page_tokens, device
         self.pages = sequence.pages[: -(-self.end // page_tokens)]
         self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self._masks: dict[tuple[Look, torch.dtype], Tensor | None] = {}
 
     def slots(self) -> list[int]:
         size = self._page_tokens
@@ -93,20 +93,26 @@ class _Span:
             self._reads[window] = where, oldest - shift, self.end - shift
         return self._reads[window]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What [n, seen] must not see, as -inf to be added; None where one token sees all."""
-        if self.n == 1:
+    def mask(self, look: Look, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of [n, seen] ([H, n, seen] with ALiBi): -inf where a token must
+        not look; None where one token sees all."""
+        if self.n == 1 and not look.slopes:
             return None
-        if (window, dtype) not in self._masks:
+        if (look, dtype) not in self._masks:
+            window = look.window
             oldest = 0 if window is None else max(0, self.start - window + 1)
-            queries = torch.arange(self.start, self.end, device=self._device)[:, None]
-            keys = torch.arange(oldest, self.end, device=self._device)[None, :]
-            hidden = keys > queries
+            queries = torch.arange(self.start, self.end, device=self._device)
+            keys = torch.arange(oldest, self.end, device=self._device)
+            hidden = keys > queries[:, None]
             if window is not None:
-                hidden |= keys <= queries - window
-            zeros = torch.zeros(hidden.shape, dtype=dtype, device=self._device)
-            self._masks[window, dtype] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._masks[window, dtype]
+                hidden |= keys <= queries[:, None] - window
+            mask = (
+                look.bias(queries, keys, dtype)
+                if look.slopes
+                else torch.zeros(hidden.shape, dtype=dtype, device=self._device)
+            )
+            self._masks[look, dtype] = mask.masked_fill_(hidden, float("-inf"))
+        return self._masks[look, dtype]
 
 
 class _Decoding:
@@ -123,18 +129,25 @@ class _Decoding:
         self.pages = torch.tensor(padded, device=device)  # [B, P]
         self._ends = torch.tensor([span.end for span in spans], device=device)[:, None]
         self._places = torch.arange(most * page_tokens, device=device)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[Look, int, torch.dtype], Tensor] = {}
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look."""
-        if (window, dtype) not in self._masks:
+    def mask(self, look: Look, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look.
+
+        With ALiBi [B, KV, H / KV, P · page_tokens], as the queries stand.
+        """
+        if (look, kv_heads, dtype) not in self._masks:
             hidden = self._places >= self._ends
-            if window is not None:
-                hidden |= self._places < self._ends - window
-            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            masked = zeros.masked_fill_(hidden, float("-inf"))
-            self._masks[window, dtype] = masked[:, None, None]
-        return self._masks[window, dtype]
+            if look.window is not None:
+                hidden |= self._places < self._ends - look.window
+            hidden = hidden[:, None, None]
+            if look.slopes:
+                bias = look.bias(self._ends - 1, self._places, dtype)  # [B, H, 1, S]
+                mask = bias.view(len(bias), kv_heads, -1, bias.shape[-1])
+            else:
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[look, kv_heads, dtype] = mask.masked_fill(hidden, float("-inf"))
+        return self._masks[look, kv_heads, dtype]
 
 
 class Paged:
@@ -158,22 +171,20 @@ class Paged:
         self._slots = torch.tensor(slots, device=device)
         self.positions = torch.tensor(positions, device=device)  # [T]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
         self._cache.write(layer, self._slots, k, v)
-        grouped = q.shape[1] != k.shape[1]
+        window = look.window
         result = torch.empty_like(q)
         if self._decoding is not None:
             keys, values = self._cache.read_many(layer, self._decoding.pages)
             # queries [B, KV, H / KV, D]: the heads that share keys, as a sequence
-            out = scaled_dot_product_attention(
+            out = attend(
                 q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
                 keys,
                 values,
-                attn_mask=self._decoding.mask(window, q.dtype),
-                scale=scale,
+                look,
+                self._decoding.mask(look, k.shape[1], q.dtype),
             )
             result[self._decoding.rows] = out.flatten(1, 2)
         for span in self._spans:
@@ -183,14 +194,14 @@ class Paged:
                 mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
             else:
                 mine = self._cache.read(layer, *span.reach(window))
-            out = scaled_dot_product_attention(
+            plain = whole and not look.slopes
+            out = attend(
                 q[rows].transpose(0, 1)[None],
                 mine[0][None],
                 mine[1][None],
-                attn_mask=None if whole else span.mask(window, q.dtype),
-                is_causal=whole and span.n > 1,
-                scale=scale,
-                enable_gqa=grouped,
+                look,
+                None if plain else span.mask(look, q.dtype),
+                causal=plain and span.n > 1,
             )
             result[rows] = out[0].transpose(0, 1)
         return result

@@ -32,11 +32,10 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_gguf, by_model_type, families
 from herdbook.model.family import (
     Family,
+    SourceTensor,
     gguf_metadata,
     llama3_from_divisors,
-    permute,
     source_from_gguf,
-    unpermute,
 )
 from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
 from herdbook.model.precision import compute_dtype
@@ -65,36 +64,41 @@ class Checkpoint:
     config: DecoderConfig
     source_config: dict[str, Any]  # under Hugging Face's keys
     headless: bool
-    #: our name → the source's
-    names: dict[str, str] = field(repr=False)
+    #: our name → the source's tensor that holds it
+    names: dict[str, SourceTensor] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
     files: dict[str, Path] = field(repr=False)  # safetensors: the source's name → its file
     gguf: gguf.GGUF | None = field(repr=False, default=None)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor by our name, dequantised, in memory of its own."""
-        source = self.names[name]
+        source = self.names[name].name
         if self.gguf is None:
             with safe_open(self.files[source], "pt") as file:
-                tensor: Tensor = file.get_tensor(source)
-            return tensor.to(dtype, copy=True)
-        values = self.gguf.array(source)
-        if heads := self.family.permuted_heads(name, self.config):
-            values = unpermute(values, heads)
-        return torch.from_numpy(values).to(dtype, copy=True)
+                tensor: Tensor = self._mine(name, file.get_tensor(source))
+        else:
+            tensor = self._mine(name, torch.from_numpy(self.gguf.array(source)))
+        return tensor.to(dtype, copy=True).contiguous()
+
+    def _mine(self, name: str, tensor: Tensor) -> Tensor:
+        """Our tensor out of the source's."""
+        source = self.names[name]
+        if source.fold is None:
+            return tensor
+        rows = [self.shapes[one][0] for one in source.ours]
+        return source.fold.take(tensor, source.ours.index(name), rows, self.config)
 
     def blocks(self, name: str) -> tuple[str, Tensor] | None:
         """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
         if self.gguf is None:
             return None
-        source = self.names[name]
+        source = self.names[name].name
         tensor = self.gguf.tensors[source]
         if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
             return None
-        raw = self.gguf.raw(source)
-        if heads := self.family.permuted_heads(name, self.config):
-            raw = unpermute(raw, heads)
-        rows, columns = tensor.shape
-        return tensor.type, torch.from_numpy(raw).view(rows, columns // gguf.BLOCK, -1)
+        raw = torch.from_numpy(self.gguf.raw(source))
+        whole = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
+        return tensor.type, self._mine(name, whole)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -138,16 +142,27 @@ def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[st
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
 
 
+def source_shapes(
+    expected: dict[str, tuple[int, ...]], names: dict[str, SourceTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The source's tensors of such a model, in our order, each once, and their shapes."""
+    sources = {one.name: one for one in names.values()}
+    return {
+        name: one.fold.shape([expected[ours] for ours in one.ours])
+        if one.fold
+        else expected[one.ours[0]]
+        for name, one in sources.items()
+    }
+
+
 def _check_shapes(
     where: Path,
     expected: dict[str, tuple[int, ...]],
-    names: dict[str, str],
     found: dict[str, tuple[int, ...]],
 ) -> None:
-    """Every tensor there, none left over, each in its shape."""
+    """Every tensor of the source there, none left over, each in its shape."""
     next = "check that config and weights belong together, or fetch the model again"
-    for name, shape in expected.items():
-        source = names[name]
+    for source, shape in expected.items():
         if source not in found:
             raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
         if found[source] != shape:
@@ -156,7 +171,7 @@ def _check_shapes(
                 rule=f"but the config asks for {list(shape)}",
                 next=next,
             )
-    left = [n for n in found if n not in set(names.values()) and not COMPUTED.fullmatch(n)]
+    left = [n for n in found if n not in expected and not COMPUTED.fullmatch(n)]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise FileError(
@@ -178,21 +193,24 @@ def _open_folder(folder: Path) -> Checkpoint:
     head = family.hf_name("head.weight")
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
-    names = {name: family.hf_name(name) for name in expected}
+    names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
-        names = {name: hf.removeprefix("model.") for name, hf in names.items()}
+        names = {
+            name: dataclasses.replace(one, name=one.name.removeprefix("model."))
+            for name, one in names.items()
+        }
     found = {name: entry.shape for name, entry in entries.items()}
     if config.tied and head in found:  # saved although it is the embedding: it must be
         shape = found.pop(head)
-        embed = names["embed.weight"]
+        embed = names["embed.weight"].name
         if shape != found.get(embed) or not _same(files, head, embed):
             raise FileError(
                 f"{folder}: tensor {head!r} differs from {embed!r}",
                 rule="but the config says that they are tied (tie_word_embeddings)",
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )
-    _check_shapes(folder, expected, names, found)
-    return Checkpoint(folder, family, config, source, headless, names, files)
+    _check_shapes(folder, source_shapes(expected, names), found)
+    return Checkpoint(folder, family, config, source, headless, names, expected, files)
 
 
 def _same(files: dict[str, Path], a: str, b: str) -> bool:
@@ -273,10 +291,12 @@ def _open_gguf(path: Path) -> Checkpoint:
         config = dataclasses.replace(config, rope_scaling=scaling)
     ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
     expected = expected_shapes(config)
-    names = {name: family.gguf_name(name) for name in expected}
+    names = {name: family.gguf_tensor(name, config) for name in expected}
     found = {name: tensor.shape for name, tensor in file.tensors.items()}
-    _check_shapes(path, expected, names, found)
-    return Checkpoint(path, family, config, family.source(config) | ids, False, names, {}, file)
+    _check_shapes(path, source_shapes(expected, names), found)
+    return Checkpoint(
+        path, family, config, family.source(config) | ids, False, names, expected, {}, file
+    )
 
 
 def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
@@ -361,6 +381,12 @@ def one_tensor(decoder: Decoder, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.detach().cpu()
 
 
+def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the source, made of ours."""
+    parts = [one_tensor(decoder, name, dtype) for name in source.ours]
+    return parts[0] if source.fold is None else source.fold.join(parts, decoder.config)
+
+
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
 
@@ -388,7 +414,10 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     total = room = 0
-    for name, shape in expected_shapes(decoder.config, headless=decoder.headless).items():
+    expected = expected_shapes(decoder.config, headless=decoder.headless)
+    sources = {name: family.hf_tensor(name, decoder.config) for name in expected}
+    by_name = {one.name: one for one in sources.values()}
+    for name, shape in source_shapes(expected, sources).items():
         nbytes = int(np.prod(shape)) * dtype.itemsize
         if shards[-1] and room + nbytes > shard_bytes:
             shards.append([])
@@ -399,7 +428,7 @@ def save_hf(
     for i, names in enumerate(shards, 1):
         many = len(shards) > 1
         file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
-        held = {family.hf_name(n): one_tensor(decoder, n, dtype).contiguous() for n in names}
+        held = {n: source_tensor(decoder, by_name[n], dtype).contiguous() for n in names}
         with replacing(folder / file) as temporary:
             safetensors.torch.save_file(held, temporary, metadata={"format": "pt"})
         where |= dict.fromkeys(held, file)
@@ -418,13 +447,11 @@ def save_hf(
 class _Waiting:
     """A tensor of a decoder that the GGUF writer asks for when its turn comes."""
 
-    def __init__(self, decoder: Decoder, family: Family, name: str, shape: tuple[int, ...]) -> None:
-        self.decoder, self.name, self.shape = decoder, name, shape
-        self.heads = family.permuted_heads(name, decoder.config)
+    def __init__(self, decoder: Decoder, source: SourceTensor, shape: tuple[int, ...]) -> None:
+        self.decoder, self.source, self.shape = decoder, source, shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = one_tensor(self.decoder, self.name, torch.float32).numpy()
-        return permute(values, self.heads) if self.heads else values
+        return source_tensor(self.decoder, self.source, torch.float32).contiguous().numpy()
 
 
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
@@ -464,7 +491,11 @@ def save_gguf(
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         divisors = rope_divisors(plain, config.rope_scaling, config)
         found.append(("rope_freqs.weight", "F32", divisors.numpy()))
-    for name, shape in expected_shapes(config).items():
-        waiting = _Waiting(decoder, family, name, shape)
-        found.append((family.gguf_name(name), gguf_type(name, shape, quant), waiting))
+    expected = expected_shapes(config)
+    sources = {name: family.gguf_tensor(name, config) for name in expected}
+    by_name = {one.name: one for one in sources.values()}
+    for name, shape in source_shapes(expected, sources).items():
+        source = by_name[name]
+        waiting = _Waiting(decoder, source, shape)
+        found.append((name, gguf_type(source.ours[0], shape, quant), waiting))
     gguf.write(path, metadata, found)

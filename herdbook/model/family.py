@@ -1,9 +1,10 @@
 """What a family is: how a source's configuration and tensor names become the decoder's, and back.
 
-A description (one short file in families/) is two things:
+A description (one short file in families/) is:
 
 - `names`: one table, ours → (Hugging Face's, GGUF's), used to load and to save. `{n}` is the layer.
   A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`.
+- `folds`: where a source packs several of ours into one tensor, or keeps one in another order.
 - `read` and `write`: the source's configuration → axes, and axes → the keys Hugging Face uses.
   GGUF's metadata is first put under Hugging Face's keys (`GGUF_KEYS`), so that there is one reading.
 
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 
 from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
 from herdbook.model.layers import rope_divisors, rope_frequencies
 
 Names = dict[str, tuple[str, str]]
@@ -42,6 +44,12 @@ LLAMA_NAMES: Names = {
     "blocks.{n}.mlp.down": ("model.layers.{n}.mlp.down_proj", "blk.{n}.ffn_down"),
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
+}
+
+#: GGUF holds q and k of LLaMA as Meta does, pairs side by side
+GGUF_ROTATING = {
+    "blk.{n}.attn_q": Fold(("blocks.{n}.attention.q",), Q_ROTATING),
+    "blk.{n}.attn_k": Fold(("blocks.{n}.attention.k",), K_ROTATING),
 }
 
 #: Hugging Face's key → GGUF's, without the architecture in front
@@ -267,73 +275,7 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Family:
-    """A description. See the module's head."""
-
-    model_type: str  # Hugging Face's
-    architecture: str  # the class that Hugging Face loads it with
-    gguf: str  # general.architecture
-    names: Names
-    read: Callable[[Keys], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    #: GGUF holds the rows of q and k in the order of interleaved rotation
-    gguf_permuted: bool = False
-
-    # --- names ---
-
-    def hf_name(self, name: str) -> str:
-        """blocks.3.attention.q.weight → model.layers.3.self_attn.q_proj.weight."""
-        return _rename(name, {ours: hf for ours, (hf, _) in self.names.items()})
-
-    def gguf_name(self, name: str) -> str:
-        """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
-        return _rename(name, {ours: gguf for ours, (_, gguf) in self.names.items()})
-
-    def permuted_heads(self, name: str, config: DecoderConfig) -> int:
-        """How many heads' rows GGUF reorders in the tensor of this name of ours; 0 for none."""
-        if not self.gguf_permuted:
-            return 0
-        module = name.rpartition(".")[0]
-        heads = {"attention.q": config.heads, "attention.k": config.kv_heads}
-        return next((h for end, h in heads.items() if module.endswith(end)), 0)
-
-    # --- configuration ---
-
-    def config(self, source: dict[str, Any], where: str) -> DecoderConfig:
-        keys = Keys(source, where)
-        config = self.read(keys)
-        keys.finish()
-        return config
-
-    def source(self, config: DecoderConfig) -> dict[str, Any]:
-        """A config.json's content for these axes."""
-        known = {"architectures": [self.architecture], "model_type": self.model_type}
-        return known | self.write(config)
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    module, _, last = name.rpartition(".")
-    number = re.search(r"(?<=\.)\d+(?=\.)", module)
-    if number is None:
-        return f"{table[module]}.{last}"
-    row = module[: number.start()] + "{n}" + module[number.end() :]
-    return f"{table[row].replace('{n}', number.group())}.{last}"
-
-
-# --- GGUF: permutation and metadata ----------------------------------------------------------------
-
-
-def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k [H·D, …] from GGUF's order (pairs side by side) to the half style."""
-    split = values.reshape(heads, -1, 2, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
-
-
-def permute(values: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of unpermute."""
-    split = values.reshape(heads, 2, -1, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
+# --- GGUF: metadata ----------------------------------------------------------------
 
 
 def _short(value: Any) -> Any:
@@ -348,9 +290,20 @@ def source_from_gguf(
     prefix = family.gguf + "."
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     keys = Keys(found, where)
-    source = {hf: _short(keys.take(ours)) for hf, ours in GGUF_KEYS.items()}
+    source = {hf: _short(keys.take(ours)) for hf, ours in family.gguf_keys.items()}
     source = {hf: value for hf, value in source.items() if value is not None}
     source |= {"vocab_size": vocab, "tie_word_embeddings": not has("head.weight")}
+    family.read_gguf(keys, source, has)
+    keys.finish()
+    for name in ("bos", "eos", "padding"):
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None:
+            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
+    return source
+
+
+def read_gguf_llama(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) -> None:
+    """What LLaMA-shaped families say beyond the table: biases, widths, rotary scaling."""
     if isinstance(source.get("num_key_value_heads"), list):
         raise keys.refuse("the layers have different numbers of heads", "this is not supported")
     if has("blocks.0.attention.q.bias"):
@@ -375,39 +328,36 @@ def source_from_gguf(
         raise keys.refuse(f"rope.scaling.type is {kind!r}", "known are: none, linear, yarn")
     keys.taken |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
     keys.taken |= {"expert_used_count", "tensor_data_layout"}
-    keys.finish()
-
-    for name in ("bos", "eos", "padding"):
-        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if id is not None:
-            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
-    return source
 
 
 def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
     """The axes as GGUF's metadata, under the family's architecture."""
-    source = family.write(config)
-    kept = {hf: value for hf, value in source.items() if value is not None}
+    source = {hf: value for hf, value in family.write(config).items() if value is not None}
+    known = {gguf: source[hf] for hf, gguf in family.gguf_keys.items() if hf in source}
+    known |= family.write_gguf(config, source)
+    return {f"{family.gguf}.{key}": value for key, value in known.items()}
+
+
+def write_gguf_llama(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of read_gguf_llama. source: the configuration under Hugging Face's keys."""
     metadata: dict[str, Any] = {
-        f"{family.gguf}.{gguf}": kept[hf] for hf, gguf in GGUF_KEYS.items() if hf in kept
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.head_dim,
     }
-    metadata[f"{family.gguf}.attention.value_length"] = config.head_dim
-    metadata[f"{family.gguf}.rope.dimension_count"] = config.head_dim
     scaling = config.rope_scaling
-    differs = len(set(config.windows)) > 1 or (config.windows and "sliding_window" not in kept)
+    differs = len(set(config.windows)) > 1 or (config.windows and "sliding_window" not in source)
     plain_yarn = scaling is None or scaling.kind != "yarn" or scaling == _yarn(scaling)
     if config.activation != "silu" or differs or not plain_yarn:
         raise FamilyError(
-            f"a {family.model_type} model with {config.activation}, windows {config.windows} and "
-            f"{scaling}",
+            f"a model with {config.activation}, windows {config.windows} and {scaling}",
             rule="cannot be written as GGUF: the format has no keys for it",
             next="export it as a Hugging Face folder (--to hf)",
         )
     if scaling is not None and scaling.kind != "llama3":  # llama3 goes as the tensor rope_freqs
-        key = f"{family.gguf}.rope.scaling"
-        metadata |= {f"{key}.type": scaling.kind, f"{key}.factor": float(scaling.factor)}
+        metadata |= {"rope.scaling.type": scaling.kind}
+        metadata |= {"rope.scaling.factor": float(scaling.factor)}
         if scaling.original_max_pos:
-            metadata[f"{key}.original_context_length"] = scaling.original_max_pos
+            metadata["rope.scaling.original_context_length"] = scaling.original_max_pos
     return metadata
 
 
@@ -435,3 +385,94 @@ def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeS
     scaling = RopeScaling("llama3", factor, original, 1.0, 4.0)
     same = torch.allclose(rope_divisors(plain, scaling, config), divisors, rtol=1e-3)
     return scaling if same else None
+
+
+# --- the description ---
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint: its name there, which of ours it holds, and how."""
+
+    name: str
+    ours: tuple[str, ...]
+    fold: Fold | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A description. See the module's head."""
+
+    model_type: str  # Hugging Face's
+    architecture: str  # the class that Hugging Face loads it with
+    gguf: str  # general.architecture; empty: llama.cpp does not know the family
+    names: Names
+    read: Callable[[Keys], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    #: Hugging Face's key → GGUF's, and what else GGUF's metadata says, both ways
+    gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
+    read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
+    write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: the source's module → how it holds ours, where that is not one tensor as we have it
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+
+    # --- names ---
+
+    def hf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → model.layers.3.self_attn.q_proj.weight."""
+        return _place(name, self.names, 0)[0]
+
+    def gguf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
+        return _place(name, self.names, 1)[0]
+
+    def hf_tensor(self, name: str, config: DecoderConfig) -> SourceTensor:
+        """The tensor of a Hugging Face folder that holds ours."""
+        return self._tensor(name, config, 0)
+
+    def gguf_tensor(self, name: str, config: DecoderConfig) -> SourceTensor:
+        """The tensor of a GGUF file that holds ours."""
+        return self._tensor(name, config, 1)
+
+    def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
+        source, template, numbers = _place(name, self.names, side)
+        fold = self.folds.get(template)
+        if fold is None:
+            return SourceTensor(source, (name,), None)
+        leaf = name.rpartition(".")[2]
+        parts = [
+            part.replace("{n}", numbers.get("n", "")).replace("{e}", str(expert))
+            for part in fold.parts
+            for expert in (range(config.experts) if "{e}" in part else (0,))
+        ]
+        return SourceTensor(source, tuple(f"{part}.{leaf}" for part in parts), fold)
+
+    # --- configuration ---
+
+    def config(self, source: dict[str, Any], where: str) -> DecoderConfig:
+        keys = Keys(source, where)
+        config = self.read(keys)
+        keys.finish()
+        return config
+
+    def source(self, config: DecoderConfig) -> dict[str, Any]:
+        """A config.json's content for these axes."""
+        known = {"architectures": [self.architecture], "model_type": self.model_type}
+        return known | self.write(config)
+
+
+def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
+    """The source's name of our tensor, the table's entry for its module, and layer and expert."""
+    module, _, leaf = name.rpartition(".")
+    numbers: dict[str, str] = {}
+
+    def note(match: re.Match[str]) -> str:
+        key = "n" if match[1] == "blocks" else "e"
+        numbers[key] = match[2]
+        return f"{match[1]}.{{{key}}}"
+
+    template = table[re.sub(r"\b(blocks|experts)\.(\d+)", note, module)][side]
+    found = template
+    for key, number in numbers.items():
+        found = found.replace(f"{{{key}}}", number)
+    return f"{found}.{leaf}", template, numbers

@@ -16,19 +16,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from herdbook.model.attention import Look, attend
 
 
 class Layout(Protocol):
     positions: Tensor  # int64 [T], each token's place in its own document
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
-        """q [T, H, D], k and v [T, KV, D] (rotated) → [T, H, D].
-
-        window: a token sees itself and the window − 1 tokens before it; None: all before it.
-        """
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
+        """q [T, H, D], k and v [T, KV, D] (rotated) → [T, H, D]."""
         ...
 
 
@@ -72,11 +68,9 @@ class Packed:
         taken = torch.cat([order[g.rows] for g in self.groups])
         # where each token's result lies once the groups' results are put end to end
         self.back = None if torch.equal(taken, order) else torch.argsort(taken)
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[tuple[int, Look], Tensor] = {}
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         parts = []
         for g in self.groups:
             # [n·L, heads, D] → [n, heads, L, D]
@@ -84,29 +78,26 @@ class Packed:
                 t[g.rows].view(g.count, g.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
             )
             mask = None
-            if window is not None and window < g.length:
-                mask = self._mask(g.length, window, q.device)
-            out = F.scaled_dot_product_attention(
-                qg,
-                kg,
-                vg,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+            if look.slopes or (look.window is not None and look.window < g.length):
+                mask = self._mask(g.length, look, q)
+            out = attend(qg, kg, vg, look, mask, causal=mask is None)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         if self.back is None:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         return torch.cat(parts)[self.back]
 
-    def _mask(self, length: int, window: int, device: torch.device) -> Tensor:
-        """bool [L, L]: True where the row's token sees the column's."""
-        if (length, window) not in self._masks:
-            at = torch.arange(length, device=device)
+    def _mask(self, length: int, look: Look, q: Tensor) -> Tensor:
+        """What the row's token sees of the column's: bool [L, L], or with ALiBi [H, L, L] to add."""
+        if (length, look) not in self._masks:
+            at = torch.arange(length, device=q.device)
             back = at[:, None] - at
-            self._masks[length, window] = (back >= 0) & (back < window)
-        return self._masks[length, window]
+            mask = back >= 0
+            if look.window is not None:
+                mask &= back < look.window
+            if look.slopes:
+                mask = look.bias(at, at, q.dtype).masked_fill(~mask, float("-inf"))
+            self._masks[length, look] = mask
+        return self._masks[length, look]
 
 
 class Masked:
@@ -116,16 +107,18 @@ class Masked:
         self.positions = torch.cat([torch.arange(n) for n in lengths])
         self.document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         at = torch.arange(len(q))
         back = at[:, None] - at
         sees = (back >= 0) & (self.document[:, None] == self.document)
-        if window is not None:
-            sees &= back < window
+        if look.window is not None:
+            sees &= back < look.window
         repeat = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * look.scale
+        if look.softcap:
+            scores = look.softcap * torch.tanh(scores / look.softcap)
+        if look.slopes:
+            scores = scores - torch.tensor(look.slopes)[:, None, None] * back
         weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
         return torch.einsum("hqk,khd->qhd", weights, v.float()).to(q.dtype)

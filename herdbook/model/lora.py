@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -181,12 +182,19 @@ def apply_lora(
     first = len(blocks) - last_layers if last_layers else 0
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
-        for target, place in TARGETS.items():
-            if target in targets:
+        for target in TARGETS:
+            for place in _places(blocks[number], target) if target in targets else ():
                 name = f"blocks.{number}.{place}"
                 adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
+
+
+def _places(block: nn.Module, target: str) -> list[str]:
+    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
+    room, _, leaf = TARGETS[target].rpartition(".")
+    found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")
+    return [name for name, _ in block.named_modules() if found.fullmatch(name)]
 
 
 def put_adapter(

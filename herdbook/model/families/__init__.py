@@ -35,9 +35,9 @@ def by_gguf(architecture: object, metadata: dict[str, object], where: str) -> Fa
     if architecture == "llama" and windowed:
         return families()["mistral"]
     for family in families().values():
-        if family.gguf == architecture:
+        if family.gguf and family.gguf == architecture:
             return family
-    known = sorted({family.gguf for family in families().values()})
+    known = sorted({family.gguf for family in families().values() if family.gguf})
     raise FamilyError(
         f"{where}: the architecture {architecture!r}",
         rule=f"is not one of those that Herdbook knows: {', '.join(known)}",
