@@ -15,6 +15,7 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
+from herdbook.engine import native
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
 from herdbook.model.decoder import Decoder
@@ -31,6 +32,10 @@ class Cache:
     def __init__(self, pages: int, page_tokens: int) -> None:
         self.pages, self.page_tokens = pages, page_tokens
         self._layers: dict[int, Tensor] = {}
+
+    def layers(self) -> list[Tensor]:
+        """Every layer's tensor, once something was written."""
+        return [self._layers[layer] for layer in sorted(self._layers)]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
@@ -213,13 +218,42 @@ class Runner:
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.device
+        self._native = native.step_for(decoder, cache.page_tokens)
 
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [B, V] for the B sequences of the batch that catch up in this step, in its order.
 
-        The head is computed for their last tokens alone. None when all are inside their prompts.
+        None when all are inside their prompts. Where there is a native step, every sequence that
+        decodes goes through it, whoever else is served: so its tokens do not depend on the others.
         """
+        if self._native is None:
+            return self._pass(batch)
+        decoding = [one for one in batch if one.scheduled == 1 and one.computed]
+        others = [one for one in batch if not (one.scheduled == 1 and one.computed)]
+        rows: dict[int, Tensor] = {}
+        for start in range(0, len(decoding), native.MOST):
+            some = decoding[start : start + native.MOST]
+            rows |= {id(one): row for one, row in zip(some, self._decode(some), strict=True)}
+        logits = self._pass(others) if others else None
+        if logits is not None:
+            ready = (one for one in others if one.scheduled == one.remaining)
+            rows |= {id(one): row for one, row in zip(ready, logits, strict=True)}
+        ordered = [rows[id(one)] for one in batch if one.scheduled == one.remaining]
+        return torch.stack(ordered) if ordered else None
+
+    def _decode(self, batch: Many[Sequence]) -> Tensor:
+        """Logits [B, V] of sequences that compute one token after others, by the native step."""
+        assert self._native is not None
+        size = self.cache.page_tokens
+        places = [one.computed for one in batch]
+        pages = [one.pages[: at // size + 1] for one, at in zip(batch, places, strict=True)]
+        slots = [run[-1] * size + at % size for run, at in zip(pages, places, strict=True)]
+        ids = [one.ids[at] for one, at in zip(batch, places, strict=True)]
+        return self._native(self.cache.layers(), ids, places, pages, slots)
+
+    def _pass(self, batch: Many[Sequence]) -> Tensor | None:
+        """The same by PyTorch; the head is computed for the last tokens alone."""
         ids: list[int] = []
         last: list[int] = []
         for sequence in batch:
