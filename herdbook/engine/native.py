@@ -1,7 +1,7 @@
 """The decoding step as machine code: native.cpp, compiled on first use for the processor at hand.
 
 What it serves: LLaMA-shaped decoders on the CPU whose matrices are kept in 4 or 8 bits, where the
-processor has AVX-512 VNNI and the machine a C++ compiler. Everything else, and every step with more
+processor has AVX2 (better: AVX-512 VNNI) and the machine a C++ compiler. Everything else, and every step with more
 than `MOST` sequences or with part of a prompt, goes the PyTorch way, which is also its twin in the
 tests. The weights are the packaged ones, not quantised again; the inputs of each product are rounded
 to 8 bits in blocks of 32, as llama.cpp does.
@@ -31,6 +31,7 @@ from herdbook.model.mlp import MLP
 from herdbook.model.references import cache
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("vector.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 TILE = 16
 #: sequences of one step: more, and products of whole matrices are faster
@@ -86,7 +87,7 @@ class Model(ctypes.Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled step, from the cache or built now; None where this machine cannot have it."""
-    if os.environ.get("HERDBOOK_NATIVE") == "0" or not torch.cpu._is_vnni_supported():
+    if os.environ.get("HERDBOOK_NATIVE") == "0" or not torch.cpu._is_avx2_supported():
         return None
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     omp = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
@@ -109,7 +110,9 @@ def _built(compiler: str) -> Path:
         capture_output=True,
         check=False,
     ).stdout
-    key = hashlib.sha256(SOURCE.read_bytes() + about + _processor().encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        b"".join(one.read_bytes() for one in SOURCES) + about + _processor().encode()
+    ).hexdigest()[:16]
     target = cache() / "native" / f"step-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +31,17 @@ CONFIGS = {
     "window": dataclasses.replace(CONFIG, windows=(None, 7, 7)),
     "wide head": dataclasses.replace(CONFIG, head_dim=80, heads=2),
 }
-needs_native = pytest.mark.skipif(
-    native.library() is None, reason="no AVX-512 VNNI, or no C++ compiler"
-)
+needs_native = pytest.mark.skipif(native.library() is None, reason="no AVX2, or no C++ compiler")
+
+
+@pytest.fixture(params=["native", "haswell"], autouse=True)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything twice: for this processor as it is, and as one that has AVX2 alone."""
+    flags = [one for one in native.FLAGS if not one.startswith("-march")]
+    monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={request.param}"))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
 
 
 def quantised(config: DecoderConfig, bits: int = 4, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -136,7 +145,7 @@ def test_the_step_is_its_twin(name: str, bits: int) -> None:
             want = decoder.logits(decoder(torch.tensor(prompt), Packed([len(prompt)])))
             off = (row - want).abs() / want.std()
             # an input on the edge between two codes may fall to the other side, which spreads
-            assert off.median() <= 5e-3 and off.mean() <= 2e-2 and off[:3].median() <= 1e-3
+            assert off.median() <= 1e-2 and off.mean() <= 3e-2 and off[:3].median() <= 1e-3
 
 
 @needs_native
@@ -214,8 +223,13 @@ def test_other_shapes_go_the_plain_way(change: dict[str, object]) -> None:
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERDBOOK_NATIVE", "0")
-    native.library.cache_clear()
-    try:
-        assert native.step_for(quantised(CONFIG), 16) is None
-    finally:
+    assert native.step_for(quantised(CONFIG), 16) is None
+
+
+def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither one that is not there nor one that fails: the plain way."""
+    monkeypatch.setenv("HERDBOOK_CACHE", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
         native.library.cache_clear()
+        assert native.step_for(quantised(CONFIG), 16) is None
