@@ -20,9 +20,10 @@ class RopeScaling:
     linear: every frequency ÷ factor. llama3: only the slow ones, with a smooth passage between the
     wavelengths original/high and original/low. yarn: slow ones divided, fast ones kept, a ramp
     between by the number of turns within the original context, and q·k scaled by `attention`².
+    dynamic: nothing up to max_pos, beyond which nothing here goes; kept for the tools that do.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic"]
     factor: float
     original_max_pos: int = 0  # llama3, yarn: the context of the first training
     low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow (turns)

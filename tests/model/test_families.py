@@ -160,19 +160,24 @@ def test_unknown_model_type_names_the_known() -> None:
     assert ", llama, mistral, " in what
     assert next == "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
     with pytest.raises(FamilyError, match="the architecture 'rwkv6' is not one of those"):
-        by_gguf("rwkv6", {}, "m.gguf")
+        by_gguf("rwkv6", {}, (), "m.gguf")
 
 
-def test_a_gguf_llama_with_a_window_is_a_mistral() -> None:
-    assert by_gguf("llama", {"llama.attention.sliding_window": 4096}, "").model_type == "mistral"
-    assert by_gguf("llama", {}, "").model_type == "llama"
+def test_families_that_share_an_architecture_of_gguf() -> None:
+    def found(architecture: str, metadata: dict[str, Any], *names: str) -> str:
+        tensors = {f"blk.0.{name}.weight" for name in names}
+        return by_gguf(architecture, metadata, tensors, "").name
+
+    dense = ("attn_q", "ffn_gate", "ffn_up", "ffn_down")
+    assert found("llama", {}, *dense) == "llama"
+    assert found("llama", {"llama.attention.sliding_window": 4096}, *dense) == "mistral"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "relu2"}, "hidden_act is 'relu2' known are: silu"),
     "rope type": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
-        "rope_type is 'longrope' known are: default, linear, llama3, yarn",
+        "rope_type is 'longrope' known are: default, dynamic, linear, llama3, yarn",
     ),
     "rope key": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},

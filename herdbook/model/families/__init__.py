@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Container, Mapping
 from typing import Any
 
 from herdbook.errors import FamilyError, nearest
@@ -38,14 +39,25 @@ def by_source(source: dict[str, Any], where: str) -> Family:
     )
 
 
-def by_gguf(architecture: object, metadata: dict[str, object], where: str) -> Family:
-    """By general.architecture; a llama with a sliding window is a mistral."""
+def by_gguf(
+    architecture: object, metadata: Mapping[str, object], tensors: Container[str], where: str
+) -> Family:
+    """By general.architecture, and where families share one by the names of their tensors.
+
+    A llama with a sliding window is a mistral.
+    """
     windowed = bool(metadata.get(f"{architecture}.attention.sliding_window"))
     if architecture == "llama" and windowed:
         return families()["mistral"]
-    for family in families().values():
-        if family.gguf and family.gguf == architecture:
+    same = [one for one in families().values() if one.gguf and one.gguf == architecture]
+    same.sort(key=lambda one: one.model_type != architecture)  # first whose own name it is
+    for family in same:
+        telling = ("blocks.{n}.attention.q", "blocks.{n}.mlp.")
+        wanted = {gguf for ours, (_, gguf) in family.names.items() if ours.startswith(telling)}
+        if all(f"{one.replace('{n}', '0')}.weight" in tensors for one in wanted):
             return family
+    if same:
+        return same[0]  # whose tensors will be found missing
     known = sorted({family.gguf for family in families().values() if family.gguf})
     raise FamilyError(
         f"{where}: the architecture {architecture!r}",
