@@ -351,16 +351,22 @@ def source_from_gguf(
     return source
 
 
-def read_gguf_llama(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) -> None:
-    """What LLaMA-shaped families say beyond the table: biases, widths, rotary scaling."""
+def read_gguf_llama(
+    keys: Keys, source: dict[str, Any], has: Callable[[str], bool], *, partial: bool = False
+) -> None:
+    """What LLaMA-shaped families say beyond the table: biases, widths, experts, rotary scaling.
+
+    partial: a part of each head may turn.
+    """
     if isinstance(source.get("num_key_value_heads"), list):
         raise keys.refuse("the layers have different numbers of heads", "this is not supported")
-    if has("blocks.0.attention.q.bias"):
-        source["attention_bias"] = True
-    if has("blocks.0.mlp.gate.bias"):
-        source["mlp_bias"] = True
+    source["attention_bias"] = has("blocks.0.attention.q.bias")
+    source["mlp_bias"] = has("blocks.0.mlp.gate.bias")
 
     width = _head_width(source)
+    if partial:
+        source["partial_rotary_factor"] = keys.take("rope.dimension_count", width) / width
+        keys.source = {k: v for k, v in keys.source.items() if k != "rope.dimension_count"}
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.take(key, width) != width:
             raise keys.refuse(f"{key} is {keys.take(key)}", f"but a head has {width} dimensions")

@@ -170,7 +170,13 @@ def test_families_that_share_an_architecture_of_gguf() -> None:
 
     dense = ("attn_q", "ffn_gate", "ffn_up", "ffn_down")
     assert found("llama", {}, *dense) == "llama"
-    assert found("llama", {"llama.attention.sliding_window": 4096}, *dense) == "mistral"
+    windowed = {"llama.attention.sliding_window": 4096}
+    assert found("llama", windowed, *dense) == "mistral"
+    experts = ("attn_q", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    assert found("llama", {}, *experts) == found("llama", windowed, *experts) == "mixtral"
+    assert found("chatglm", {}, "attn_qkv", "ffn_up", "ffn_down") == "chatglm2"
+    assert found("chatglm", {}, "attn_q", "ffn_up", "ffn_down") == "glm"
+    assert found("llama", {}, "nothing") == "llama", "whose tensors will be found missing"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

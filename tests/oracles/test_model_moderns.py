@@ -56,6 +56,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"sliding_window": 9, "num_experts_per_tok": 3}),
+    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
+    "glm-no-bias": ("Glm", {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4}),
+    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
 }
 #: those that GGUF cannot say: llama.cpp scales scores by the head's width unless there are 46 layers
 NOT_IN_GGUF = {"gemma2-27b"}
@@ -134,7 +139,7 @@ def test_logits_and_what_we_save(shape: str, tmp_path: Path) -> None:
     decoder.source_config = {}
     save_hf(decoder, None, tmp_path / "axes", torch.float32)
     back, report = type(model).from_pretrained(
-        tmp_path / "axes", output_loading_info=True, attn_implementation="eager"
+        tmp_path / "axes", output_loading_info=True, attn_implementation="eager", pad_token_id=0
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert differ(theirs(back.float(), prompt(150)), want) <= 1e-4
@@ -156,7 +161,10 @@ def test_gguf_and_back(shape: str, tmp_path: Path) -> None:
     assert differ(ours(back, prompt(150)), ours(decoder, prompt(150))) <= 1e-4
     assert back.config == decoder.config
     save_hf(back, None, tmp_path / "hf", torch.float32)
-    again = type(model).from_pretrained(tmp_path / "hf", attn_implementation="eager").float()
+    again = type(model).from_pretrained(
+        tmp_path / "hf", attn_implementation="eager", pad_token_id=0
+    )
+    again = again.float()
     assert differ(theirs(again, prompt(150)), theirs(model, prompt(150))) <= 1e-4
 
 

@@ -47,10 +47,9 @@ def by_gguf(
     A llama with a sliding window is a mistral.
     """
     windowed = bool(metadata.get(f"{architecture}.attention.sliding_window"))
-    if architecture == "llama" and windowed:
-        return families()["mistral"]
+    first = "mistral" if architecture == "llama" and windowed else architecture
     same = [one for one in families().values() if one.gguf and one.gguf == architecture]
-    same.sort(key=lambda one: one.model_type != architecture)  # first whose own name it is
+    same.sort(key=lambda one: one.model_type != first)  # asked first: whose own name it is
     for family in same:
         telling = ("blocks.{n}.attention.q", "blocks.{n}.mlp.")
         wanted = {gguf for ours, (_, gguf) in family.names.items() if ours.startswith(telling)}
