@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,20 +29,25 @@ from herdbook.files.atomic import replacing, write_json
 from herdbook.files.safetensors import Entry, read_header, refuse_pickles
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_gguf, by_model_type, families
+from herdbook.model.families import by_gguf, by_source, families
 from herdbook.model.family import (
     Family,
     SourceTensor,
     gguf_metadata,
     llama3_from_divisors,
+    refuse_unsaid,
     source_from_gguf,
 )
 from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
-#: tensors that some checkpoints carry and nothing needs: they can be computed
-COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
+#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
+COMPUTED = re.compile(
+    r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight"
+    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
+)
 #: general.file_type
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 
@@ -184,19 +189,20 @@ def _check_shapes(
 def _open_folder(folder: Path) -> Checkpoint:
     where = folder / "config.json"
     source = read_json(where)
-    family = by_model_type(source.get("model_type"), str(where))
+    family = by_source(source, str(where))
     config = family.config(source, str(where))
     files, entries = _weight_files(folder)
 
-    # a base model saved alone has no "model." in front of its names
-    base = not any(name.startswith("model.") for name in entries)
+    # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
+    front = family.names["embed"][0].partition(".")[0] + "."
+    base = not any(name.startswith(front) for name in entries)
     head = family.hf_name("head.weight")
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
     names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
         names = {
-            name: dataclasses.replace(one, name=one.name.removeprefix("model."))
+            name: dataclasses.replace(one, name=one.name.removeprefix(front))
             for name, one in names.items()
         }
     found = {name: entry.shape for name, entry in entries.items()}
@@ -260,23 +266,31 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], dict[str, Entry]]:
     return files, entries
 
 
-def _open_gguf(path: Path) -> Checkpoint:
-    file = gguf.read(path)
-    where = str(path)
-    family = by_gguf(file.metadata.get("general.architecture"), file.metadata, where)
-    embed = file.tensors.get(family.gguf_name("embed.weight"))
-    if embed is None or len(embed.shape) != 2:
+def _understand(
+    metadata: dict[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+    """What a GGUF's metadata and its tensors' names and shapes say; the last under Hugging Face's
+    keys."""
+    family = by_gguf(metadata.get("general.architecture"), metadata, tensors, where)
+    embed = tensors.get(family.gguf_name("embed.weight"), ())
+    if len(embed) != 2:
         raise FileError(
-            f"{path}: tensor {family.gguf_name('embed.weight')!r} is missing",
+            f"{where}: tensor {family.gguf_name('embed.weight')!r} is missing",
             rule="so it is no language model (a vocabulary or an adapter alone?)",
             next="use the model's own .gguf file",
         )
 
     def has(name: str) -> bool:
-        return family.gguf_name(name) in file.tensors
+        return family.knows(name) and family.gguf_name(name) in tensors
 
-    source = source_from_gguf(file.metadata, family, embed.shape[0], has, where)
-    config = family.config(source, where)
+    source = source_from_gguf(metadata, family, embed[0], has, where)
+    return family, family.config(source, where), source
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = gguf.read(path)
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    family, config, source = _understand(file.metadata, found, str(path))
     if "rope_freqs.weight" in file.tensors:
         divisors = torch.from_numpy(file.array("rope_freqs.weight").astype(np.float32)).flatten()
         scaling = None
@@ -292,7 +306,6 @@ def _open_gguf(path: Path) -> Checkpoint:
     ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
     expected = expected_shapes(config)
     names = {name: family.gguf_tensor(name, config) for name in expected}
-    found = {name: tensor.shape for name, tensor in file.tensors.items()}
     _check_shapes(path, source_shapes(expected, names), found)
     return Checkpoint(
         path, family, config, family.source(config) | ids, False, names, expected, {}, file
@@ -323,7 +336,7 @@ def load_decoder(
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
-    decoder.family = checkpoint.family.model_type
+    decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
     for name in checkpoint.names:
         module_name, _, leaf = name.rpartition(".")
@@ -451,16 +464,19 @@ class _Waiting:
         self.decoder, self.source, self.shape = decoder, source, shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return source_tensor(self.decoder, self.source, torch.float32).contiguous().numpy()
+        tensor = source_tensor(self.decoder, self.source, torch.float32)
+        if self.source.ours == ("head.weight",) and self.decoder.config.head_norm:
+            tensor = nn.functional.normalize(tensor)  # llama.cpp would not norm it
+        return tensor.contiguous().numpy()
 
 
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     """How a tensor of ours is stored in a file of this quantisation.
 
-    Vectors stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
+    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
     every word; rows that do not fill blocks of 32 stay F16.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name == "places.weight":
         return "F32"
     if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
         quant = "Q8_0"
@@ -475,6 +491,7 @@ def save_gguf(
     assert quant in FILE_TYPES, quant
     decoder.need_head()
     path, family, config = Path(path), _family(decoder), decoder.config
+    said = gguf_metadata(config, family)
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,
         "general.type": "model",
@@ -482,7 +499,12 @@ def save_gguf(
         "general.file_type": FILE_TYPES[quant],
         "general.quantization_version": 2,
     }
-    metadata |= gguf_metadata(config, family)
+    expected = expected_shapes(config)
+    sources = {name: family.gguf_tensor(name, config) for name in expected}
+    by_name = {one.name: one for one in sources.values()}
+    shapes = source_shapes(expected, sources)
+    metadata |= said
+    refuse_unsaid(config, _understand(metadata, shapes, str(path))[1])
     if tokenizer is not None:
         metadata |= tokenizer.gguf_metadata(config.vocab)
         check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
@@ -491,10 +513,7 @@ def save_gguf(
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         divisors = rope_divisors(plain, config.rope_scaling, config)
         found.append(("rope_freqs.weight", "F32", divisors.numpy()))
-    expected = expected_shapes(config)
-    sources = {name: family.gguf_tensor(name, config) for name in expected}
-    by_name = {one.name: one for one in sources.values()}
-    for name, shape in source_shapes(expected, sources).items():
+    for name, shape in shapes.items():
         source = by_name[name]
         waiting = _Waiting(decoder, source, shape)
         found.append((name, gguf_type(source.ours[0], shape, quant), waiting))

@@ -20,9 +20,10 @@ class RopeScaling:
     linear: every frequency ÷ factor. llama3: only the slow ones, with a smooth passage between the
     wavelengths original/high and original/low. yarn: slow ones divided, fast ones kept, a ramp
     between by the number of turns within the original context, and q·k scaled by `attention`².
+    dynamic: nothing up to max_pos, beyond which nothing here goes; kept for the tools that do.
     """
 
-    kind: Literal["linear", "llama3", "yarn"]
+    kind: Literal["linear", "llama3", "yarn", "dynamic"]
     factor: float
     original_max_pos: int = 0  # llama3, yarn: the context of the first training
     low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow (turns)
@@ -71,7 +72,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()  # a layer's latest tokens that it sees; () = all, always
     attention_scale: float = 0.0  # of q·k; 0: 1/√head_dim
     attention_softcap: float = 0.0
-    alibi_rounded: bool = False  # Falcon: slopes rounded to bfloat16, and scaled as q·k is
+    alibi_rounded: bool = False  # Falcon: see attention.Look.rounded
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False  # RMS over each head of q and k, before the rotation

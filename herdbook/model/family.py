@@ -14,6 +14,7 @@ computes something else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -73,6 +74,7 @@ HARMLESS = re.compile(
     r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
     r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
     r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
+    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix|attn_implementation"
 )
 
 
@@ -120,6 +122,22 @@ class Keys:
             raise self.refuse(f"{key} is {value!r}", f"known are: {', '.join(known)}")
         return known[value]
 
+    def either(self, *names: str) -> str:
+        """Which of a key's names the source uses; the first where it uses none."""
+        self.taken |= set(names)
+        return next((name for name in names if self.source.get(name) is not None), names[0])
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """The size of a head where hidden is divided among them."""
+        if hidden % (2 * heads):
+            raise self.refuse(f"{heads} heads", f"do not divide {hidden} into even numbers")
+        return hidden // heads
+
+    def only(self, key: str, value: Any) -> None:
+        """Refuse the key where it is set to anything but `value`."""
+        if self.take(key, value) != value:
+            raise self.refuse(f"{key} is {self.take(key)!r}", f"but Herdbook knows only {value!r}")
+
     def finish(self) -> None:
         """Refuse what was not read and could change the result."""
         for key, value in self.source.items():
@@ -138,8 +156,24 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
+
+
+def activation_name(config: DecoderConfig) -> str:
+    """Hugging Face's name of the activation."""
+    return next(hf for hf, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def need_activation(config: DecoderConfig, known: str) -> None:
+    """GGUF has no key for it: llama.cpp takes the architecture's own (and computes any GELU by tanh)."""
+    if config.activation != known:
+        raise FamilyError(
+            f"a model with the activation {config.activation}",
+            rule=f"cannot be written as GGUF: there the architecture's is always {known}",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
 
 
 def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
@@ -152,7 +186,8 @@ def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
     if head_dim % 2:
         raise keys.refuse(f"head_dim is {head_dim}", "but a rotation turns pairs")
     max_pos = keys.number("max_position_embeddings", 2048)
-    rope_base, scaling = read_rope(keys, max_pos)
+    base = axes.pop("rope_base", 10_000.0)
+    rope_base, scaling = read_rope(keys, max_pos, base, partial="rope_dim" in axes)
     layers = keys.number("num_hidden_layers")
     return DecoderConfig(
         vocab=keys.number("vocab_size"),
@@ -166,21 +201,26 @@ def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
         eps=keys.real("rms_norm_eps", 1e-6),
         rope_base=rope_base,
         rope_scaling=scaling,
-        activation=keys.choice("hidden_act", ACTIVATIONS, "silu"),
-        tied=keys.flag("tie_word_embeddings", False),
+        activation=axes.pop("activation", None) or keys.choice("hidden_act", ACTIVATIONS, "silu"),
+        tied=keys.flag("tie_word_embeddings", axes.pop("tied", False)),
         **axes,
     )
 
 
-def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
-    """rope_theta and rope_scaling, or rope_parameters that holds both (transformers 5)."""
+def read_rope(
+    keys: Keys, max_pos: int, base: float = 10_000.0, *, partial: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """rope_theta and rope_scaling, or rope_parameters that holds both (transformers 5).
+
+    base: where the source names none. partial: that only a part of each head turns is the family's
+    business, and read by it.
+    """
     source = keys.take("rope_parameters") or keys.take("rope_scaling") or {}
     keys.taken |= {"rope_parameters", "rope_scaling"}
     if not isinstance(source, dict):
         raise keys.refuse(f"rope_scaling is {source!r}", "but must be a mapping")
     rope = Keys(source, f"{keys.where} rope_scaling")
-    top = keys.real("rope_theta", 10_000.0)
-    base = rope.real("rope_theta", top)
+    base = rope.real("rope_theta", keys.real("rope_theta", base))
     kind = rope.take("rope_type", rope.take("type", "default"))
     rope.taken.add("type")
     scaling = None
@@ -205,27 +245,36 @@ def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
             attention=rope.real("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0),
             truncate=rope.flag("truncate", True),
         )
+    elif kind == "dynamic":
+        scaling = RopeScaling("dynamic", rope.real("factor"))
     elif kind != "default":
-        raise keys.refuse(f"rope_type is {kind!r}", "known are: default, linear, llama3, yarn")
-    if float(rope.take("partial_rotary_factor", 1.0)) != 1.0:
+        known = "known are: default, dynamic, linear, llama3, yarn"
+        raise keys.refuse(f"rope_type is {kind!r}", known)
+    if float(rope.take("partial_rotary_factor", 1.0)) != 1.0 and not partial:
         raise rope.refuse("partial_rotary_factor is set", "but this family turns whole heads")
     rope.finish()
     return base, scaling
 
 
+def write_rope_scaling(config: DecoderConfig) -> dict[str, Any] | None:
+    """What read_rope reads, but for the base."""
+    s = config.rope_scaling
+    if s is None:
+        return None
+    scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = s.original_max_pos
+    if s.kind == "llama3":
+        scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+    if s.kind == "yarn":
+        scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
+        scaling["attention_factor"] = s.attention
+    return scaling
+
+
 def write_llama(config: DecoderConfig) -> dict[str, Any]:
     """The axes under Hugging Face's keys, as read_llama reads them."""
-    c, s = config, config.rope_scaling
-    scaling: dict[str, Any] | None = None
-    if s is not None:
-        scaling = {"rope_type": s.kind, "factor": s.factor}
-        if s.kind != "linear":
-            scaling["original_max_position_embeddings"] = s.original_max_pos
-        if s.kind == "llama3":
-            scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
-        if s.kind == "yarn":
-            scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
-            scaling["attention_factor"] = s.attention
+    c = config
     return {
         "vocab_size": c.vocab,
         "hidden_size": c.hidden,
@@ -234,11 +283,11 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": next(hf for hf, ours in ACTIVATIONS.items() if ours == c.activation),
+        "hidden_act": activation_name(c),
         "max_position_embeddings": c.max_pos,
         "rms_norm_eps": c.eps,
         "rope_theta": c.rope_base,
-        "rope_scaling": scaling,
+        "rope_scaling": write_rope_scaling(c),
         "tie_word_embeddings": c.tied,
     }
 
@@ -302,22 +351,39 @@ def source_from_gguf(
     return source
 
 
-def read_gguf_llama(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) -> None:
-    """What LLaMA-shaped families say beyond the table: biases, widths, rotary scaling."""
+def read_gguf_llama(
+    keys: Keys, source: dict[str, Any], has: Callable[[str], bool], *, partial: bool = False
+) -> None:
+    """What LLaMA-shaped families say beyond the table: biases, widths, experts, rotary scaling.
+
+    partial: a part of each head may turn.
+    """
     if isinstance(source.get("num_key_value_heads"), list):
         raise keys.refuse("the layers have different numbers of heads", "this is not supported")
-    if has("blocks.0.attention.q.bias"):
-        source["attention_bias"] = True
-    if has("blocks.0.mlp.gate.bias"):
-        source["mlp_bias"] = True
+    source["attention_bias"] = has("blocks.0.attention.q.bias")
+    source["mlp_bias"] = has("blocks.0.mlp.gate.bias")
 
-    heads = source.get("num_attention_heads", 1)
-    width = source.get("head_dim") or source.get("hidden_size", 0) // heads
+    width = _head_width(source)
+    if partial:
+        source["partial_rotary_factor"] = keys.take("rope.dimension_count", width) / width
+        keys.source = {k: v for k, v in keys.source.items() if k != "rope.dimension_count"}
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.take(key, width) != width:
             raise keys.refuse(f"{key} is {keys.take(key)}", f"but a head has {width} dimensions")
     if keys.take("expert_count", 0):
-        raise keys.refuse("it has experts", "mixtures of experts are not supported yet")
+        source["num_local_experts"] = keys.take("expert_count")
+        source["num_experts_per_tok"] = keys.take("expert_used_count")
+    read_gguf_scaling(keys, source)
+    keys.taken |= {"expert_used_count", "tensor_data_layout"}
+
+
+def _head_width(source: dict[str, Any]) -> int:
+    heads = source.get("num_attention_heads", 1)
+    return int(source.get("head_dim") or source.get("hidden_size", 0) // heads)
+
+
+def read_gguf_scaling(keys: Keys, source: dict[str, Any]) -> None:
+    """GGUF's keys of a rotary scaling; LLaMA 3's is a tensor instead."""
     kind, factor = keys.take("rope.scaling.type", "none"), keys.take("rope.scaling.factor", 1.0)
     if kind in ("linear", "yarn") and factor != 1.0:
         source["rope_scaling"] = {"rope_type": kind, "factor": _short(factor)}
@@ -327,45 +393,66 @@ def read_gguf_llama(keys: Keys, source: dict[str, Any], has: Callable[[str], boo
     elif kind not in ("none", "linear", "yarn"):
         raise keys.refuse(f"rope.scaling.type is {kind!r}", "known are: none, linear, yarn")
     keys.taken |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
-    keys.taken |= {"expert_used_count", "tensor_data_layout"}
 
 
 def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
     """The axes as GGUF's metadata, under the family's architecture."""
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF: llama.cpp does not know the family",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
     source = {hf: value for hf, value in family.write(config).items() if value is not None}
     known = {gguf: source[hf] for hf, gguf in family.gguf_keys.items() if hf in source}
     known |= family.write_gguf(config, source)
     return {f"{family.gguf}.{key}": value for key, value in known.items()}
 
 
+def refuse_unsaid(config: DecoderConfig, back: DecoderConfig) -> None:
+    """Raise where the axes, read back from GGUF's metadata, are not those that were written."""
+    here = folded_for_gguf(config)
+    for axis in dataclasses.fields(config):
+        was, now = getattr(here, axis.name), getattr(back, axis.name)
+        if was != now and not (isinstance(was, float) and math.isclose(was, now, rel_tol=1e-6)):
+            raise FamilyError(
+                f"a model with {axis.name} {was}",
+                rule=f"cannot be written as GGUF: the format has no keys for it and means {now}",
+                next="export it as a Hugging Face folder (--to hf)",
+            )
+
+
+def folded_for_gguf(config: DecoderConfig) -> DecoderConfig:
+    """The axes that a GGUF's metadata has to say: the others go into its tensors.
+
+    LLaMA 3's scaling is the tensor rope_freqs; a normed head is written normed; a dynamic scaling
+    does nothing in the context.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind in ("llama3", "dynamic"):
+        scaling = None
+    return dataclasses.replace(config, rope_scaling=scaling, head_norm=False)
+
+
 def write_gguf_llama(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
     """The inverse of read_gguf_llama. source: the configuration under Hugging Face's keys."""
     metadata: dict[str, Any] = {
         "attention.value_length": config.head_dim,
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rope_dim or config.head_dim,
     }
-    scaling = config.rope_scaling
-    differs = len(set(config.windows)) > 1 or (config.windows and "sliding_window" not in source)
-    plain_yarn = scaling is None or scaling.kind != "yarn" or scaling == _yarn(scaling)
-    if config.activation != "silu" or differs or not plain_yarn:
-        raise FamilyError(
-            f"a model with {config.activation}, windows {config.windows} and {scaling}",
-            rule="cannot be written as GGUF: the format has no keys for it",
-            next="export it as a Hugging Face folder (--to hf)",
-        )
-    if scaling is not None and scaling.kind != "llama3":  # llama3 goes as the tensor rope_freqs
-        metadata |= {"rope.scaling.type": scaling.kind}
-        metadata |= {"rope.scaling.factor": float(scaling.factor)}
-        if scaling.original_max_pos:
-            metadata["rope.scaling.original_context_length"] = scaling.original_max_pos
+    if config.experts:
+        metadata |= {"expert_count": config.experts, "expert_used_count": config.experts_used}
+    return metadata | write_gguf_scaling(config)
+
+
+def write_gguf_scaling(config: DecoderConfig) -> dict[str, Any]:
+    scaling = folded_for_gguf(config).rope_scaling
+    if scaling is None:
+        return {}
+    metadata = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
+    if scaling.original_max_pos:
+        metadata["rope.scaling.original_context_length"] = scaling.original_max_pos
     return metadata
-
-
-def _yarn(s: RopeScaling) -> RopeScaling:
-    """The yarn that GGUF's keys can say: factor and original context, the paper's other numbers."""
-    return RopeScaling(
-        "yarn", s.factor, s.original_max_pos, 1.0, 32.0, 0.1 * math.log(max(s.factor, 1.0)) + 1.0
-    )
 
 
 def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeScaling | None:
@@ -413,6 +500,13 @@ class Family:
     gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
     read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
     write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: model_types of other sources that say the same under the same names
+    also: tuple[str, ...] = ()
+    #: whether a config.json of this model_type is this family's, where another shares it
+    mine: Callable[[dict[str, Any]], bool] = lambda source: True
+    #: rows of `names` that are others in some configurations
+    renamed: Callable[[DecoderConfig], Names] = lambda config: {}
+    name: str = ""  # its file's; the loader sets it
     #: the source's module → how it holds ours, where that is not one tensor as we have it
     folds: Mapping[str, Fold] = field(default_factory=dict)
 
@@ -426,6 +520,10 @@ class Family:
         """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
         return _place(name, self.names, 1)[0]
 
+    def knows(self, name: str) -> bool:
+        """Whether such a tensor of ours can be in a model of the family."""
+        return _template(name)[0] in self.names
+
     def hf_tensor(self, name: str, config: DecoderConfig) -> SourceTensor:
         """The tensor of a Hugging Face folder that holds ours."""
         return self._tensor(name, config, 0)
@@ -435,7 +533,7 @@ class Family:
         return self._tensor(name, config, 1)
 
     def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
-        source, template, numbers = _place(name, self.names, side)
+        source, template, numbers = _place(name, self.names | self.renamed(config), side)
         fold = self.folds.get(template)
         if fold is None:
             return SourceTensor(source, (name,), None)
@@ -461,9 +559,8 @@ class Family:
         return known | self.write(config)
 
 
-def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
-    """The source's name of our tensor, the table's entry for its module, and layer and expert."""
-    module, _, leaf = name.rpartition(".")
+def _template(name: str) -> tuple[str, dict[str, str]]:
+    """blocks.3.mlp.experts.5.up.weight → blocks.{n}.mlp.experts.{e}.up, {n: 3, e: 5}."""
     numbers: dict[str, str] = {}
 
     def note(match: re.Match[str]) -> str:
@@ -471,8 +568,14 @@ def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]
         numbers[key] = match[2]
         return f"{match[1]}.{{{key}}}"
 
-    template = table[re.sub(r"\b(blocks|experts)\.(\d+)", note, module)][side]
-    found = template
+    module = name.rpartition(".")[0]
+    return re.sub(r"\b(blocks|experts)\.(\d+)", note, module), numbers
+
+
+def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
+    """The source's name of our tensor, the table's entry for its module, and layer and expert."""
+    module, numbers = _template(name)
+    found = template = table[module][side]
     for key, number in numbers.items():
         found = found.replace(f"{{{key}}}", number)
-    return f"{found}.{leaf}", template, numbers
+    return f"{found}.{name.rpartition('.')[2]}", template, numbers

@@ -211,6 +211,8 @@ def rope_divisors(plain: Tensor, s: RopeScaling, config: DecoderConfig) -> Tenso
 
     llama3: https://arxiv.org/abs/2407.21783 (and Meta's llama3 code); yarn: arXiv 2309.00071.
     """
+    if s.kind == "dynamic":
+        return torch.ones_like(plain)
     if s.kind == "linear":
         return torch.full_like(plain, s.factor)
     if s.kind == "llama3":

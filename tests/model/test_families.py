@@ -18,7 +18,7 @@ from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import expected_shapes
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_gguf, by_model_type, families
+from herdbook.model.families import by_gguf, by_source, families
 from herdbook.model.family import GGUF_ROTATING, HARMLESS, Family
 from herdbook.model.layout import Packed
 
@@ -59,7 +59,7 @@ def test_every_family_has_a_fixture() -> None:
 def described(request: Any) -> tuple[Family, DecoderConfig]:
     """A family and the configuration of its fixture; «falcon-rw.json» is another one of falcon."""
     source = json.loads(FIXTURES[request.param].read_text())
-    family = by_model_type(source["model_type"], "fixture")
+    family = by_source(source, "fixture")
     return family, family.config(source, "fixture")
 
 
@@ -154,26 +154,36 @@ def test_rope_parameters_of_transformers_5() -> None:
 
 def test_unknown_model_type_names_the_known() -> None:
     with pytest.raises(FamilyError) as caught:
-        by_model_type("mixtral", "x/config.json")
-    assert str(caught.value) == (
-        "x/config.json: the model_type 'mixtral' is not one of the families that Herdbook knows: "
-        "llama, mistral, qwen2, qwen3\n"
-        "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
-    )
+        by_source({"model_type": "mistrel"}, "x/config.json")
+    what, _, next = str(caught.value).partition("\n")
+    assert what.startswith("x/config.json: the model_type 'mistrel' is not one of the families ")
+    assert ", llama, mistral, " in what
+    assert next == "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
     with pytest.raises(FamilyError, match="the architecture 'rwkv6' is not one of those"):
-        by_gguf("rwkv6", {}, "m.gguf")
+        by_gguf("rwkv6", {}, (), "m.gguf")
 
 
-def test_a_gguf_llama_with_a_window_is_a_mistral() -> None:
-    assert by_gguf("llama", {"llama.attention.sliding_window": 4096}, "").model_type == "mistral"
-    assert by_gguf("llama", {}, "").model_type == "llama"
+def test_families_that_share_an_architecture_of_gguf() -> None:
+    def found(architecture: str, metadata: dict[str, Any], *names: str) -> str:
+        tensors = {f"blk.0.{name}.weight" for name in names}
+        return by_gguf(architecture, metadata, tensors, "").name
+
+    dense = ("attn_q", "ffn_gate", "ffn_up", "ffn_down")
+    assert found("llama", {}, *dense) == "llama"
+    windowed = {"llama.attention.sliding_window": 4096}
+    assert found("llama", windowed, *dense) == "mistral"
+    experts = ("attn_q", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    assert found("llama", {}, *experts) == found("llama", windowed, *experts) == "mixtral"
+    assert found("chatglm", {}, "attn_qkv", "ffn_up", "ffn_down") == "chatglm2"
+    assert found("chatglm", {}, "attn_q", "ffn_up", "ffn_down") == "glm"
+    assert found("llama", {}, "nothing") == "llama", "whose tensors will be found missing"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "relu2"}, "hidden_act is 'relu2' known are: silu"),
     "rope type": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
-        "rope_type is 'longrope' known are: default, linear, llama3, yarn",
+        "rope_type is 'longrope' known are: default, dynamic, linear, llama3, yarn",
     ),
     "rope key": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},

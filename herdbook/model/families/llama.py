@@ -1,4 +1,5 @@
 """LLaMA 1–3, SmolLM2 and the many children that keep its shape: Alpaca, Vicuna, Yi, DeepSeek-LLM …
+Aquila, too, which calls it by a model_type of its own.
 
 Config: https://huggingface.co/docs/transformers/model_doc/llama. Meta rotates interleaved pairs;
 Hugging Face's q and k rows are reordered to the half style, GGUF's are as Meta's.
@@ -26,6 +27,7 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     gguf="llama",
+    also=("aquila",),
     names=LLAMA_NAMES,
     read=read,
     write=write,
