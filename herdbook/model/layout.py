@@ -86,7 +86,8 @@ class Packed:
         self._masks: dict[tuple[int, int, Look], Tensor] = {}
 
     def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
-        found = [find_context(one.tolist(), config) for one in ids.split(list(self.lengths))]
+        documents = torch.split(ids, list(self.lengths))
+        found = [find_context(one.tolist(), config) for one in documents]
         device = self.positions.device
         places = (one.places(0, n, device) for one, n in zip(found, self.lengths, strict=True))
         self.positions = torch.cat(list(places))
