@@ -15,8 +15,9 @@ Source: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_mo
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,6 +29,20 @@ from herdbook.errors import FileError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_of(piece: str) -> int | None:
+    """The byte that a fallback piece stands for: "<0x0A>" → 10."""
+    found = _BYTE_PIECE.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
+def parts(piece: str, vocabulary: Mapping[str, int]) -> set[int]:
+    """Ids of the tokens that `piece` contains, itself among them."""
+    cuts = range(len(piece) + 1)
+    pieces = {piece[start:end] for start in cuts for end in cuts[start + 1 :]}
+    return {vocabulary[one] for one in pieces if one in vocabulary}
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,25 @@ class PieceModel:
                 if piece[:cut] in known and piece[cut:] in known:
                     found.append((-known[piece], id, -cut, (piece[:cut], piece[cut:])))
         return [pair for *_, pair in sorted(found)]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether pieces score the same, so that no order of merges says which one comes first.
+
+        Runs of one character (LLaMA's spaces) do not count: they grow alike either way.
+        """
+        scores = [
+            score
+            for piece, score, kind in zip(self.pieces, self.scores, self.types, strict=True)
+            if kind == NORMAL and len(piece) > 1 and piece != piece[0] * len(piece)
+        ]
+        return len(set(scores)) < len(scores)
+
+    @cached_property
+    def translates(self) -> bool:
+        """Whether merges in a tokenizer.json say exactly the same as this model."""
+        plain = not self.character_map and not self.squeeze
+        return self.kind == BPE and plain and not self.tied
 
     @cached_property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
