@@ -192,8 +192,10 @@ def read_world(path: Path) -> Parts:
             literal, size = rest.rsplit(" ", 1)
             token = ast.literal_eval(literal.strip())
             token = token.encode() if isinstance(token, str) else token
-            if not isinstance(token, bytes) or len(token) != int(size) or int(id) in (0, *tokens):
-                raise ValueError("the length or the id is wrong")
+            if not isinstance(token, bytes) or len(token) != int(size):
+                raise ValueError("the length is wrong")
+            if int(id) == 0 or int(id) in tokens:
+                raise ValueError("the id is taken")
             tokens[int(id)] = token
         except (ValueError, SyntaxError) as error:
             raise FileError(

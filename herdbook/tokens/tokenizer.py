@@ -36,8 +36,7 @@ from tokenizers import AddedToken
 
 from herdbook.files.atomic import write_json
 from herdbook.tokens import reading
-from herdbook.tokens.codec import Codec, Parts
-from herdbook.tokens.codec import Span as Span
+from herdbook.tokens.codec import Codec, Parts, Span
 from herdbook.tokens.sentence import UNUSED
 from herdbook.tokens.settings import CONFIG
 
