@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,28 +105,29 @@ class LibraryCodec:
         return model
 
     def closure(self, ids: set[int]) -> set[int]:
-        """Every merge on the way to a token makes a part of it; so the parts that are tokens stay."""
+        """The tokens that merging makes on the way to those of `ids`; bytes; added tokens."""
         model = self._model()
         vocabulary: dict[str, int] = model["vocab"]
+        ranks: dict[tuple[str, str], int] = {}
+        for rank, merge in enumerate(_pairs(model)):
+            ranks.setdefault(merge, rank)
         by_id = {id: token for token, id in vocabulary.items()}
-        out = set(ids) | self._added.keys()
-        for id in ids:
-            if id in by_id and id not in self._added:
-                out |= sentence.parts(by_id[id], vocabulary)
-        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-        kept = list(bytebpe.BYTES) if self._style == "bytes" else [*bytes_, sentence.SPACE]
-        kept.append(model.get("unk_token") or "")
-        return out | {vocabulary[one] for one in kept if one in vocabulary}
+        kept = {f"<0x{byte:02X}>" for byte in range(256)} | {sentence.SPACE}
+        kept = set(bytebpe.BYTES) if self._style == "bytes" else kept
+        kept.add(model.get("unk_token") or "")
+        for id in ids & by_id.keys() - self._added.keys():
+            kept |= sentence.made(by_id[id], lambda left, right: ranks.get((left, right)))
+        found = {vocabulary[token] for token in kept if token in vocabulary}
+        return ids | found | self._added.keys()
 
     def only(self, keep: Sequence[int]) -> LibraryCodec:
         model = self._model()
         new = {id: place for place, id in enumerate(keep)}
         whole = json.loads(self._library.to_str())
         vocabulary = {token: new[id] for token, id in model["vocab"].items() if id in new}
-        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         model["merges"] = [
             [left, right]
-            for left, right in pairs
+            for left, right in _pairs(model)
             if left in vocabulary and right in vocabulary and left + right in vocabulary
         ]
         whole["model"] = model | {"vocab": vocabulary}
@@ -192,6 +193,13 @@ class LibraryCodec:
             "tokenizer.ggml.add_space_prefix": self.strip,
             "tokenizer.ggml.unknown_token_id": unknown,
         }
+
+
+def _pairs(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The merges of a tokenizer.json, written "a b" or ["a", "b"]."""
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        yield left, right
 
 
 def bos_first(token: str, id: int) -> processors.TemplateProcessing:

@@ -21,7 +21,7 @@ from herdbook.files.atomic import write_bytes, write_text
 from herdbook.tokens import sentence
 from herdbook.tokens.codec import Span
 from herdbook.tokens.library import bos_first
-from herdbook.tokens.sentence import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, PieceModel
+from herdbook.tokens.sentence import BYTE, CONTROL, UNKNOWN, USER_DEFINED, PieceModel
 
 
 class PieceCodec:
@@ -69,26 +69,26 @@ class PieceCodec:
     # --- fewer tokens
 
     def closure(self, ids: set[int]) -> set[int]:
-        """BPE: every merge on the way to a piece makes a part of it, so parts that are pieces stay.
+        """BPE: the pieces that merging makes on the way to those of `ids`; bytes and special ones.
 
         Unigram takes the best path through all pieces: without the pieces beside it, it is still the
         best. Only the score of unknown characters hangs on the worst piece, which stays.
         """
-        types, scores = self.pieces.types, self.pieces.scores
-        out = {
-            id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN, USER_DEFINED, BYTE)
-        }
-        normal = {
-            piece: id for id, piece in enumerate(self.pieces.pieces) if types[id] not in _NEVER_MADE
-        }
-        out |= ids | {normal[one] for one in [sentence.SPACE] if one in normal}
-        if self.pieces.kind == sentence.BPE:
-            for id in ids:
-                if types[id] == NORMAL:
-                    out |= sentence.parts(self.pieces.pieces[id], normal)
-        elif normal:
-            out.add(min(normal.values(), key=lambda id: scores[id]))
-        return out
+        pieces, scores, types = self.pieces.pieces, self.pieces.scores, self.pieces.types
+        out = {id for id, kind in enumerate(types) if kind in _NEVER_MADE}
+        normal = {piece: id for id, piece in enumerate(pieces) if types[id] not in _NEVER_MADE}
+
+        def best(left: str, right: str) -> float | None:
+            id = normal.get(left + right)
+            return None if id is None else -scores[id]
+
+        kept = {sentence.SPACE}
+        if self.pieces.kind == sentence.UNIGRAM:
+            kept.add(min(normal, key=lambda piece: scores[normal[piece]]))
+        else:
+            for id in ids - out:
+                kept |= sentence.made(pieces[id], best)
+        return out | ids | {normal[piece] for piece in kept if piece in normal}
 
     def only(self, keep: Sequence[int]) -> PieceCodec:
         old = self.pieces

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import sentencepiece
 
@@ -38,11 +39,21 @@ def byte_of(piece: str) -> int | None:
     return int(found[1], 16) if found else None
 
 
-def parts(piece: str, vocabulary: Mapping[str, int]) -> set[int]:
-    """Ids of the tokens that `piece` contains, itself among them."""
-    cuts = range(len(piece) + 1)
-    pieces = {piece[start:end] for start in cuts for end in cuts[start + 1 :]}
-    return {vocabulary[one] for one in pieces if one in vocabulary}
+def made(piece: str, best: Callable[[str, str], float | None]) -> set[str]:
+    """Everything that merging makes on the way to `piece`, from its characters on.
+
+    best(left, right): which neighbours merge first, the lowest; None for never. What is merged inside
+    a token does not hang on the text around it, for no merge ever reached over the token's edges.
+    """
+    symbols, out = list(piece), set(piece)
+    while True:
+        found = [(best(a, b), at) for at, (a, b) in enumerate(pairwise(symbols))]
+        possible = [(order, at) for order, at in found if order is not None]
+        if not possible:
+            return out
+        _, at = min(possible)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        out.add(symbols[at])
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,12 @@ class Tokenizer:
         """A decoder that takes ids one at a time."""
         return Stream(self, specials)
 
-    # --- fewer tokens
+    # --- more tokens, and fewer
+
+    def extended(self, codec: Codec) -> Tokenizer:
+        """The same tokenizer with a codec that knows all its tokens by their ids, and more."""
+        config = self._settings()
+        return Tokenizer(dataclasses.replace(self._parts, codec=codec, config=config, metadata={}))
 
     def only(self, keep: Collection[int]) -> Tokenizer:
         """The same tokenizer with these tokens alone, numbered anew in their old order."""
