@@ -85,7 +85,8 @@ class Engine:
         assert not self._active, "forget() while requests run"
         pages, page_tokens, max_batch_tokens = self._size
         self.pool = PagePool(pages, page_tokens)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens)
+        share = self.decoder.memory == "pages"
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share)
         self.runner = Runner(self.decoder, Cache(pages, page_tokens))
 
     @property

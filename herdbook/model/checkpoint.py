@@ -38,6 +38,7 @@ from herdbook.model.family import (
     source_from_gguf,
 )
 from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
+from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -138,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
     """Our name → shape, for every tensor of such a decoder."""
     with torch.device("meta"):
-        decoder = Decoder(config, headless=headless)
+        decoder = build(config, headless=headless)
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
 
 
@@ -322,7 +323,7 @@ def load_decoder(
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
-        decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
+        decoder = build(checkpoint.config, headless=checkpoint.headless)
     decoder.family = checkpoint.family.model_type
     decoder.source_config = dict(checkpoint.source_config)
     for name in checkpoint.names:
@@ -389,6 +390,19 @@ def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) ->
 
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
+
+
+def gguf_family(decoder: Decoder) -> Family:
+    """The decoder's family, where a GGUF file can hold it."""
+    family = _family(decoder)
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.model_type}",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="export it as a Hugging Face folder (herd export --to hf)",
+        )
+    return family
 
 
 def source_config(decoder: Decoder) -> dict[str, Any]:
@@ -474,7 +488,7 @@ def save_gguf(
     """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
     assert quant in FILE_TYPES, quant
     decoder.need_head()
-    path, family, config = Path(path), _family(decoder), decoder.config
+    path, family, config = Path(path), gguf_family(decoder), decoder.config
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,
         "general.type": "model",

@@ -13,7 +13,7 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +115,8 @@ class Decoder(nn.Module):
     """
 
     head: Linear | None
+    #: what the engine keeps of a sequence: its keys and values in pages, or the model's own state
+    memory: Literal["pages", "state"] = "pages"
 
     def __init__(self, config: DecoderConfig, *, headless: bool = False) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class Decoder(nn.Module):
         self.places = Embedding(c.max_pos + c.position_offset, c.hidden) if learned else None
         self.project_in = Linear(width, c.hidden) if c.embed_dim else None
         self.embed_norm = make_norm(c) if c.embed_norm else None
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
+        self.blocks = nn.ModuleList(self.make_block(i) for i in range(c.layers))
         self.norm = make_norm(c) if c.norm_place != "post" else None
         self.project_out = Linear(c.hidden, width) if c.embed_dim else None
         own = not (c.tied or headless)
@@ -136,6 +138,9 @@ class Decoder(nn.Module):
         turning = c.position.startswith("rope")
         self.rotary = Rotary(c) if turning else None
         self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
+
+    def make_block(self, layer: int) -> nn.Module:
+        return Block(self.config, layer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,5 +218,5 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Weights that the model stands for, quantised ones too; a tied head counts once."""
         with torch.device("meta"):
-            plain = Decoder(self.config, headless=self.headless)
+            plain = type(self)(self.config, headless=self.headless)
         return sum(p.numel() for p in plain.parameters())

@@ -3,7 +3,8 @@
 A description (one short file in families/) is:
 
 - `names`: one table, ours → (Hugging Face's, GGUF's), used to load and to save. `{n}` is the layer.
-  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`.
+  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`. A source's
+  name that ends in = is that of the tensor itself.
 - `folds`: where a source packs several of ours into one tensor, or keeps one in another order.
 - `read` and `write`: the source's configuration → axes, and axes → the keys Hugging Face uses.
   GGUF's metadata is first put under Hugging Face's keys (`GGUF_KEYS`), so that there is one reading.
@@ -475,4 +476,5 @@ def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]
     found = template
     for key, number in numbers.items():
         found = found.replace(f"{{{key}}}", number)
-    return f"{found}.{leaf}", template, numbers
+    name = found[:-1] if found.endswith("=") else f"{found}.{leaf}"
+    return name, template, numbers

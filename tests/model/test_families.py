@@ -21,6 +21,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_gguf, by_model_type, families
 from herdbook.model.family import GGUF_ROTATING, HARMLESS, Family
 from herdbook.model.layout import Packed
+from herdbook.model.modules import build
 
 SOURCE: dict[str, Any] = {
     "model_type": "llama",
@@ -39,7 +40,7 @@ def read(family: str = "llama", **changes: Any) -> Any:
 
 
 def random_decoder(config: DecoderConfig) -> Decoder:
-    decoder = Decoder(config)
+    decoder = build(config)
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in decoder.parameters():
@@ -157,7 +158,7 @@ def test_unknown_model_type_names_the_known() -> None:
         by_model_type("mixtral", "x/config.json")
     assert str(caught.value) == (
         "x/config.json: the model_type 'mixtral' is not one of the families that Herdbook knows: "
-        "llama, mistral, qwen2, qwen3\n"
+        f"{', '.join(families())}\n"
         "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
     )
     with pytest.raises(FamilyError, match="the architecture 'rwkv6' is not one of those"):
