@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.rwkv import RWKV, RWKVConfig
 
 MODULES: dict[type[DecoderConfig], type[Decoder]] = {
     DecoderConfig: Decoder,
+    RWKVConfig: RWKV,
 }
 
 
