@@ -107,11 +107,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     refuse_pickles(path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return _open_folder(path)
-        if (path / "model.gguf").is_file():
+        if (path / "model.gguf").is_file() and not (path / "config.json").is_file():
             return _open_gguf(path / "model.gguf")
-        raise _no_model(path)
+        return _open_folder(path)
     if not path.exists():
         raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
     return _open_gguf(path)
@@ -184,10 +182,14 @@ def _check_shapes(
 
 def _open_folder(folder: Path) -> Checkpoint:
     where = folder / "config.json"
-    source = read_json(where)
+    if where.is_file():
+        source = read_json(where)
+        files, entries = _weight_files(folder)
+    else:  # some were published as bare tensors
+        files, entries = _weight_files(folder)
+        source = _sizes(folder, files, entries)
     family = by_model_type(source.get("model_type"), str(where))
     config = family.config(source, str(where))
-    files, entries = _weight_files(folder)
 
     # a base model saved alone has no "model." in front of its names
     base = not any(name.startswith("model.") for name in entries)
@@ -198,6 +200,11 @@ def _open_folder(folder: Path) -> Checkpoint:
     if base:
         names = {
             name: dataclasses.replace(one, name=one.name.removeprefix("model."))
+            for name, one in names.items()
+        }
+    if family.also is not None and family.also(names["embed.weight"].name) in entries:
+        names = {
+            name: dataclasses.replace(one, name=family.also(one.name))
             for name, one in names.items()
         }
     found = {name: entry.shape for name, entry in entries.items()}
@@ -212,6 +219,16 @@ def _open_folder(folder: Path) -> Checkpoint:
             )
     _check_shapes(folder, source_shapes(expected, names), found)
     return Checkpoint(folder, family, config, source, headless, names, expected, files)
+
+
+def _sizes(folder: Path, files: dict[str, Path], entries: dict[str, Entry]) -> dict[str, Any]:
+    """The configuration of a model that came without, from its tensors' names and shapes."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    stem = next(iter(files.values())).stem
+    for family in families().values():
+        if family.sizes is not None and (source := family.sizes(shapes, stem)):
+            return family.source(family.config(source, str(folder)))
+    raise _no_model(folder)
 
 
 def _same(files: dict[str, Path], a: str, b: str) -> bool:

@@ -414,6 +414,10 @@ class Family:
     gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
     read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
     write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: Hugging Face's name of a tensor → that in another layout in which such models are published,
+    #: and their configuration by the shapes of its tensors and the file's name, if they are such
+    also: Callable[[str], str] | None = None
+    sizes: Callable[[Mapping[str, tuple[int, ...]], str], dict[str, Any] | None] | None = None
     #: the source's module → how it holds ours, where that is not one tensor as we have it
     folds: Mapping[str, Fold] = field(default_factory=dict)
 

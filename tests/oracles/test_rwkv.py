@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
-from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.errors import FileError
+from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
 from herdbook.model.layout import Packed
 from herdbook.model.rwkv import RWKV, wkv
 
@@ -173,6 +174,66 @@ def test_saved_back_and_loaded_by_transformers(model: Any, folder: Path, tmp_pat
     assert all(torch.equal(before[name], after[name]) for name in before)
     again = transformers.RwkvForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(theirs(again, prompt(20)), theirs(model, prompt(20)))
+
+
+HIS = {
+    "rwkv.embeddings.weight": "emb.weight",
+    "rwkv.blocks.0.pre_ln.weight": "blocks.0.ln0.weight",
+    "rwkv.blocks.0.pre_ln.bias": "blocks.0.ln0.bias",
+    "rwkv.ln_out.weight": "ln_out.weight",
+    "rwkv.ln_out.bias": "ln_out.bias",
+    "head.weight": "head.weight",
+} | {
+    f"rwkv.blocks.{n}.{theirs}": f"blocks.{n}.{his}"
+    for n in range(3)
+    for theirs, his in {
+        "ln1.weight": "ln1.weight",
+        "ln1.bias": "ln1.bias",
+        "ln2.weight": "ln2.weight",
+        "ln2.bias": "ln2.bias",
+        "attention.time_decay": "att.time_decay",
+        "attention.time_first": "att.time_first",
+        "attention.time_mix_key": "att.time_mix_k",
+        "attention.time_mix_value": "att.time_mix_v",
+        "attention.time_mix_receptance": "att.time_mix_r",
+        "attention.key.weight": "att.key.weight",
+        "attention.value.weight": "att.value.weight",
+        "attention.receptance.weight": "att.receptance.weight",
+        "attention.output.weight": "att.output.weight",
+        "feed_forward.time_mix_key": "ffn.time_mix_k",
+        "feed_forward.time_mix_receptance": "ffn.time_mix_r",
+        "feed_forward.key.weight": "ffn.key.weight",
+        "feed_forward.receptance.weight": "ffn.receptance.weight",
+        "feed_forward.value.weight": "ffn.value.weight",
+    }.items()
+}
+
+
+def test_blinkdls_layout_without_a_config(folder: Path, model: Any, tmp_path: Path) -> None:
+    """The names in which RWKV-4 was published, written out one by one."""
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == HIS.keys()
+    his = {HIS[name]: tensor for name, tensor in weights.items()}
+    save_file(his, tmp_path / "RWKV-4-World-tiny-ctx4096.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config.max_pos == 4096 and checkpoint.config.layers == 3
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    assert (ours(decoder, prompt(30)) - theirs(model, prompt(30))).abs().max() <= 1e-4
+    save_hf(decoder, None, tmp_path / "back", torch.float32)
+    again = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert torch.allclose(theirs(again, prompt(20)), theirs(model, prompt(20)), atol=1e-5)
+
+
+def test_what_is_no_rwkv_4_is_refused(folder: Path, tmp_path: Path) -> None:
+    his = {HIS[n]: t for n, t in load_file(folder / "model.safetensors").items()}
+    newer = his | {"blocks.0.att.gate.weight": torch.zeros(48, 48)}
+    save_file(newer, tmp_path / "RWKV-5-World.safetensors")
+    with pytest.raises(FileError, match=r"holds no model: no config\.json"):
+        open_checkpoint(tmp_path)
+    missing = {name: tensor for name, tensor in his.items() if name != "blocks.2.att.key.weight"}
+    save_file(missing, tmp_path / "RWKV-5-World.safetensors")
+    with pytest.raises(FileError, match=r"tensor 'blocks\.2\.att\.key\.weight' is missing"):
+        open_checkpoint(tmp_path)
 
 
 def recurrence(w: Any, u: Any, k: Any, v: Any) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

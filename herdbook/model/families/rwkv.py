@@ -9,6 +9,8 @@ weights before them too). It changes nothing that is computed but for rounding, 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
@@ -74,6 +76,44 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+#: Hugging Face's part of a name → BlinkDL's
+BLINKDL = {
+    "rwkv.": "",
+    "embeddings": "emb",
+    "pre_ln": "ln0",
+    "attention": "att",
+    "feed_forward": "ffn",
+    "time_mix_key": "time_mix_k",
+    "time_mix_value": "time_mix_v",
+    "time_mix_receptance": "time_mix_r",
+}
+
+
+def blinkdl(name: str) -> str:
+    """rwkv.blocks.3.attention.time_mix_key → blocks.3.att.time_mix_k."""
+    for theirs, his in BLINKDL.items():
+        name = name.replace(theirs, his)
+    return name
+
+
+def sizes(shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any] | None:
+    """Of RWKV-4's tensors (5 and 6 have a gate besides); the context stands in the file's name,
+    RWKV-4-World-7B-v1-20230626-ctx4096, or is what the first were trained on."""
+    known = ("emb.weight", "blocks.0.att.time_first", "blocks.0.ffn.key.weight")
+    if any(name not in shapes for name in known) or "blocks.0.att.gate.weight" in shapes:
+        return None
+    context = re.search(r"ctx(\d+)", file)
+    numbers = (re.match(r"blocks\.(\d+)\.", name) for name in shapes)
+    return {
+        "vocab_size": shapes["emb.weight"][0],
+        "hidden_size": shapes["emb.weight"][-1],
+        "num_hidden_layers": 1 + max(int(one[1]) for one in numbers if one),
+        "attention_hidden_size": shapes["blocks.0.att.time_first"][0],
+        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0],
+        "context_length": int(context[1]) if context else 1024,
+    }
+
+
 FAMILY = Family(
     model_type="rwkv",
     architecture="RwkvForCausalLM",
@@ -81,4 +121,6 @@ FAMILY = Family(
     names=NAMES,
     read=read,
     write=write,
+    also=blinkdl,
+    sizes=sizes,
 )
