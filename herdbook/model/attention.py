@@ -21,18 +21,24 @@ class Look:
     softcap: scores s become softcap · tanh(s / softcap); 0: they stay (Gemma 2).
     slopes: ALiBi (Press et al., 2021, arXiv:2108.12409): a key that lies d tokens back loses
     slope · d, a slope for each query head; (): none.
+    rounded: Falcon's ALiBi: slopes, places and their products are bfloat16, whatever the model's
+    format, so that beyond 256 tokens neighbours share a value; and they are scaled as q·k is.
     """
 
     scale: float
     window: int | None = None
     softcap: float = 0.0
     slopes: tuple[float, ...] = ()
+    rounded: bool = False
 
     def bias(self, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """ALiBi's part of the scores: queries [..., n], keys [..., S] (places) → [..., H, n, S]."""
-        back = (keys[..., None, :] - queries[..., :, None]).to(torch.float32)
-        slopes = torch.tensor(self.slopes, device=back.device)[:, None, None]
-        return (slopes * back[..., None, :, :]).to(dtype)
+        slopes = torch.tensor(self.slopes, device=keys.device)[:, None, None]
+        back = keys[..., None, :] - queries[..., :, None]
+        if self.rounded:  # by place: a row's softmax does not feel what is added to all of it
+            at = keys[..., None, :].expand_as(back).bfloat16()
+            return ((slopes.bfloat16() * at[..., None, :, :]).float() * self.scale).to(dtype)
+        return (slopes * back[..., None, :, :].float()).to(dtype)
 
 
 def alibi_slopes(heads: int) -> tuple[float, ...]:

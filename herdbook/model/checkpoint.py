@@ -29,7 +29,7 @@ from herdbook.files.atomic import replacing, write_json
 from herdbook.files.safetensors import Entry, read_header, refuse_pickles
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_gguf, by_model_type, families
+from herdbook.model.families import by_gguf, by_source, families
 from herdbook.model.family import (
     Family,
     SourceTensor,
@@ -42,8 +42,12 @@ from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
-#: tensors that some checkpoints carry and nothing needs: they can be computed
-COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
+#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
+COMPUTED = re.compile(
+    r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight"
+    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
+)
 #: general.file_type
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 
@@ -188,23 +192,24 @@ def _open_folder(folder: Path) -> Checkpoint:
     else:  # some were published as bare tensors
         files, entries = _weight_files(folder)
         source = _sizes(folder, files, entries)
-    family = by_model_type(source.get("model_type"), str(where))
+    family = by_source(source, str(where))
     config = family.config(source, str(where))
 
-    # a base model saved alone has no "model." in front of its names
-    base = not any(name.startswith("model.") for name in entries)
+    # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
+    front = family.names["embed"][0].partition(".")[0] + "."
+    base = not any(name.startswith(front) for name in entries)
     head = family.hf_name("head.weight")
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
     names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
         names = {
-            name: dataclasses.replace(one, name=one.name.removeprefix("model."))
+            name: dataclasses.replace(one, name=one.name.removeprefix(front))
             for name, one in names.items()
         }
-    if family.also is not None and family.also(names["embed.weight"].name) in entries:
+    if family.layout is not None and family.layout(names["embed.weight"].name) in entries:
         names = {
-            name: dataclasses.replace(one, name=family.also(one.name))
+            name: dataclasses.replace(one, name=family.layout(one.name))
             for name, one in names.items()
         }
     found = {name: entry.shape for name, entry in entries.items()}
@@ -341,7 +346,7 @@ def load_decoder(
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
         decoder = build(checkpoint.config, headless=checkpoint.headless)
-    decoder.family = checkpoint.family.model_type
+    decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
     for name in checkpoint.names:
         module_name, _, leaf = name.rpartition(".")
@@ -414,7 +419,7 @@ def gguf_family(decoder: Decoder) -> Family:
     family = _family(decoder)
     if not family.gguf:
         raise FamilyError(
-            f"a model of the family {family.model_type}",
+            f"a model of the family {family.name}",
             rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
             "Herdbook computes it",
             next="export it as a Hugging Face folder (herd export --to hf)",
@@ -488,10 +493,10 @@ class _Waiting:
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     """How a tensor of ours is stored in a file of this quantisation.
 
-    Vectors stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
+    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
     every word; rows that do not fill blocks of 32 stay F16.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name == "places.weight":
         return "F32"
     if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
         quant = "Q8_0"

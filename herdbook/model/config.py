@@ -71,7 +71,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()  # a layer's latest tokens that it sees; () = all, always
     attention_scale: float = 0.0  # of q·k; 0: 1/√head_dim
     attention_softcap: float = 0.0
-    alibi_rounded: bool = False  # Falcon: slopes rounded to bfloat16, and scaled as q·k is
+    alibi_rounded: bool = False  # Falcon: see attention.Look.rounded
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False  # RMS over each head of q and k, before the rotation

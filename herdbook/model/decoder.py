@@ -61,12 +61,8 @@ class Attention(nn.Module):
 def look_of(c: DecoderConfig, layer: int) -> Look:
     """How a layer of this configuration looks at its keys."""
     scale = c.attention_scale or c.head_dim**-0.5
-    slopes: tuple[float, ...] = ()
-    if c.position == "alibi":
-        slopes = alibi_slopes(c.heads)
-        if c.alibi_rounded:
-            slopes = tuple((torch.tensor(slopes).bfloat16().float() * scale).tolist())
-    return Look(scale, c.window(layer), c.attention_softcap, slopes)
+    slopes = alibi_slopes(c.heads) if c.position == "alibi" else ()
+    return Look(scale, c.window(layer), c.attention_softcap, slopes, c.alibi_rounded)
 
 
 class Block(nn.Module):

@@ -74,6 +74,7 @@ HARMLESS = re.compile(
     r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
     r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
     r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
+    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix"
 )
 
 
@@ -121,6 +122,22 @@ class Keys:
             raise self.refuse(f"{key} is {value!r}", f"known are: {', '.join(known)}")
         return known[value]
 
+    def either(self, *names: str) -> str:
+        """Which of a key's names the source uses; the first where it uses none."""
+        self.taken |= set(names)
+        return next((name for name in names if self.source.get(name) is not None), names[0])
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """The size of a head where hidden is divided among them."""
+        if hidden % (2 * heads):
+            raise self.refuse(f"{heads} heads", f"do not divide {hidden} into even numbers")
+        return hidden // heads
+
+    def only(self, key: str, value: Any) -> None:
+        """Refuse the key where it is set to anything but `value`."""
+        if self.take(key, value) != value:
+            raise self.refuse(f"{key} is {self.take(key)!r}", f"but Herdbook knows only {value!r}")
+
     def finish(self) -> None:
         """Refuse what was not read and could change the result."""
         for key, value in self.source.items():
@@ -139,8 +156,24 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
+
+
+def activation_name(config: DecoderConfig) -> str:
+    """Hugging Face's name of the activation."""
+    return next(hf for hf, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def need_activation(config: DecoderConfig, known: str) -> None:
+    """GGUF has no key for it: llama.cpp takes the architecture's own (and computes any GELU by tanh)."""
+    if config.activation != known:
+        raise FamilyError(
+            f"a model with the activation {config.activation}",
+            rule=f"cannot be written as GGUF: there the architecture's is always {known}",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
 
 
 def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
@@ -214,19 +247,25 @@ def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
     return base, scaling
 
 
+def write_rope_scaling(config: DecoderConfig) -> dict[str, Any] | None:
+    """What read_rope reads, but for the base."""
+    s = config.rope_scaling
+    if s is None:
+        return None
+    scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind != "linear":
+        scaling["original_max_position_embeddings"] = s.original_max_pos
+    if s.kind == "llama3":
+        scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+    if s.kind == "yarn":
+        scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
+        scaling["attention_factor"] = s.attention
+    return scaling
+
+
 def write_llama(config: DecoderConfig) -> dict[str, Any]:
     """The axes under Hugging Face's keys, as read_llama reads them."""
-    c, s = config, config.rope_scaling
-    scaling: dict[str, Any] | None = None
-    if s is not None:
-        scaling = {"rope_type": s.kind, "factor": s.factor}
-        if s.kind != "linear":
-            scaling["original_max_position_embeddings"] = s.original_max_pos
-        if s.kind == "llama3":
-            scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
-        if s.kind == "yarn":
-            scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
-            scaling["attention_factor"] = s.attention
+    c = config
     return {
         "vocab_size": c.vocab,
         "hidden_size": c.hidden,
@@ -235,11 +274,11 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": next(hf for hf, ours in ACTIVATIONS.items() if ours == c.activation),
+        "hidden_act": activation_name(c),
         "max_position_embeddings": c.max_pos,
         "rms_norm_eps": c.eps,
         "rope_theta": c.rope_base,
-        "rope_scaling": scaling,
+        "rope_scaling": write_rope_scaling(c),
         "tie_word_embeddings": c.tied,
     }
 
@@ -414,9 +453,16 @@ class Family:
     gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
     read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
     write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: model_types of other sources that say the same under the same names
+    also: tuple[str, ...] = ()
+    #: whether a config.json of this model_type is this family's, where another shares it
+    mine: Callable[[dict[str, Any]], bool] = lambda source: True
+    #: rows of `names` that are others in some configurations
+    renamed: Callable[[DecoderConfig], Names] = lambda config: {}
+    name: str = ""  # its file's; the loader sets it
     #: Hugging Face's name of a tensor → that in another layout in which such models are published,
     #: and their configuration by the shapes of its tensors and the file's name, if they are such
-    also: Callable[[str], str] | None = None
+    layout: Callable[[str], str] | None = None
     sizes: Callable[[Mapping[str, tuple[int, ...]], str], dict[str, Any] | None] | None = None
     #: the source's module → how it holds ours, where that is not one tensor as we have it
     folds: Mapping[str, Fold] = field(default_factory=dict)
@@ -440,7 +486,7 @@ class Family:
         return self._tensor(name, config, 1)
 
     def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
-        source, template, numbers = _place(name, self.names, side)
+        source, template, numbers = _place(name, self.names | self.renamed(config), side)
         fold = self.folds.get(template)
         if fold is None:
             return SourceTensor(source, (name,), None)

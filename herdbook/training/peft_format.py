@@ -25,7 +25,7 @@ from torch import Tensor
 from herdbook.errors import FileError
 from herdbook.files import atomic
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_model_type
+from herdbook.model.families import families
 from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, put_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -177,5 +177,5 @@ def _pairs(
 
 def _source_names(decoder: Decoder, names: Mapping[str, Any] | list[str]) -> dict[str, str]:
     """blocks.0.attention.q → model.layers.0.self_attn.q_proj"""
-    family = by_model_type(decoder.family, "the decoder")
+    family = families()[decoder.family]
     return {name: family.hf_name(f"{name}.weight").removesuffix(".weight") for name in names}

@@ -121,6 +121,6 @@ FAMILY = Family(
     names=NAMES,
     read=read,
     write=write,
-    also=blinkdl,
+    layout=blinkdl,
     sizes=sizes,
 )
