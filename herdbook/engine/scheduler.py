@@ -25,11 +25,18 @@ from herdbook.engine.sequence import Sequence
 
 
 class Scheduler:
-    """share: pages hold what they say, so a later prompt that begins alike can use them."""
+    """share: pages hold what they say, so a later prompt that begins alike can use them.
 
-    def __init__(self, pool: PagePool, max_batch_tokens: int, share: bool = True) -> None:
+    whole: a prompt is never cut; a step that begins one computes it all, more than its budget if it
+    must.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_batch_tokens: int, *, share: bool = True, whole: bool = False
+    ) -> None:
         assert max_batch_tokens > 0
-        self.pool, self.max_batch_tokens, self.share = pool, max_batch_tokens, share
+        self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.share, self.whole = share, whole
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -59,7 +66,7 @@ class Scheduler:
         budget -= len(batch)
         assert budget >= 0
         for sequence in self.running:
-            if budget and not sequence.scheduled:
+            if budget > 0 and not sequence.scheduled:
                 budget -= self._schedule(sequence, budget, batch)
         if preemptions == self.preemptions:
             self._admit(budget, batch)
@@ -79,7 +86,7 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        sequence.scheduled = min(sequence.remaining, budget)
+        sequence.scheduled = sequence.remaining if self.whole else min(sequence.remaining, budget)
         batch.append(sequence)
         return sequence.scheduled
 
@@ -87,7 +94,7 @@ class Scheduler:
         size = self.pool.page_tokens
         promised = {key for one in self.running for key in one.keys[one.registered :]}
         for sequence in list(self.waiting):
-            if not budget or len(self.running) == self.max_batch_tokens:
+            if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
             keys = sequence.hash_pages(size) if self.share else []
             hits = self.pool.match(keys, sequence.ids)

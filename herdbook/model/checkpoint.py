@@ -46,6 +46,7 @@ INDEX = "model.safetensors.index.json"
 #: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
 COMPUTED = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
     r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
 )
 #: general.file_type
@@ -198,7 +199,9 @@ def _open_folder(folder: Path) -> Checkpoint:
     # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
     front = family.names["embed"][0].partition(".")[0] + "."
     base = not any(name.startswith(front) for name in entries)
-    head = family.hf_name("head.weight")
+    head, embed = family.hf_name("head.weight"), family.hf_name("embed.weight")
+    if family.ties_by_tensors and head in entries and embed in entries:
+        config = dataclasses.replace(config, tied=_same(files, head, embed))
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
     names = {name: family.hf_tensor(name, config) for name in expected}
@@ -213,12 +216,12 @@ def _open_folder(folder: Path) -> Checkpoint:
             for name, one in names.items()
         }
     found = {name: entry.shape for name, entry in entries.items()}
-    if config.tied and head in found:  # saved although it is the embedding: it must be
-        shape = found.pop(head)
-        embed = names["embed.weight"].name
-        if shape != found.get(embed) or not _same(files, head, embed):
+    embed = names["embed.weight"].name
+    for copy in (*family.copies, *([head] if config.tied else [])):
+        # saved although it is the embedding: it must be
+        if copy in found and (found.pop(copy) != found.get(embed) or not _same(files, copy, embed)):
             raise FileError(
-                f"{folder}: tensor {head!r} differs from {embed!r}",
+                f"{folder}: tensor {copy!r} differs from {embed!r}",
                 rule="but the config says that they are tied (tie_word_embeddings)",
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )

@@ -13,6 +13,7 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,6 +114,10 @@ class Decoder(nn.Module):
     head: Linear | None
     #: what the engine keeps of a sequence: its keys and values in pages, or the model's own state
     memory: Literal["pages", "state"] = "pages"
+    #: whether a prompt has to be computed in one step
+    whole_prompts = False
+    #: what PEFT calls its task
+    peft_task = "CAUSAL_LM"
 
     def __init__(self, config: DecoderConfig, *, headless: bool = False) -> None:
         super().__init__()
@@ -137,6 +142,16 @@ class Decoder(nn.Module):
 
     def make_block(self, layer: int) -> nn.Module:
         return Block(self.config, layer)
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """What the model reads where these tokens wait for a reply."""
+        return list(ids)
+
+    def examples(
+        self, ids: Sequence[int], mask: Sequence[bool]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Rows to learn from, and what of them is trained, out of a conversation's tokens."""
+        return [(list(ids), list(mask))]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -464,6 +464,10 @@ class Family:
     #: and their configuration by the shapes of its tensors and the file's name, if they are such
     layout: Callable[[str], str] | None = None
     sizes: Callable[[Mapping[str, tuple[int, ...]], str], dict[str, Any] | None] | None = None
+    #: tensors that repeat the embedding, where a checkpoint has them
+    copies: tuple[str, ...] = ()
+    #: whether the head is the embedding, its tensor says and not the configuration
+    ties_by_tensors: bool = False
     #: the source's module → how it holds ours, where that is not one tensor as we have it
     folds: Mapping[str, Fold] = field(default_factory=dict)
 
@@ -522,7 +526,8 @@ def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]
         numbers[key] = match[2]
         return f"{match[1]}.{{{key}}}"
 
-    template = table[re.sub(r"\b(blocks|experts)\.(\d+)", note, module)][side]
+    row = module if module in table else re.sub(r"\b(blocks|experts)\.(\d+)", note, module)
+    template = table[row][side]
     found = template
     for key, number in numbers.items():
         found = found.replace(f"{{{key}}}", number)
