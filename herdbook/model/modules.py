@@ -6,10 +6,12 @@ from __future__ import annotations
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.rwkv import RWKV, RWKVConfig
+from herdbook.model.t5 import T5, T5Config
 
 MODULES: dict[type[DecoderConfig], type[Decoder]] = {
     DecoderConfig: Decoder,
     RWKVConfig: RWKV,
+    T5Config: T5,
 }
 
 
