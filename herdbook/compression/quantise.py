@@ -32,7 +32,7 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.compression import int4, parity
 from herdbook.data import records
 from herdbook.errors import ConfigError
-from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.checkpoint import gguf_family, load_decoder, save_gguf
 from herdbook.model.decoder import Block, Decoder
 from herdbook.model.layout import Packed
 from herdbook.model.mlp import MLP
@@ -67,6 +67,7 @@ class Quantise(Step):
             )
         tokenizer = Tokenizer.load(source.path)
         decoder = load_decoder(source.path, dtype=torch.float32)
+        gguf_family(decoder)  # refuses those that GGUF does not know
         before = parity.text_logits(decoder, tokenizer)
         matrices = sum(len(group) for block in decoder.blocks for group in readers(block))
         kept = 0

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from herdbook.engine.pages import PagePool
@@ -86,7 +87,8 @@ class Engine:
         assert not self._active, "forget() while requests run"
         pages, page_tokens, max_batch_tokens = self._size
         self.pool = PagePool(pages, page_tokens)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens)
+        share, whole = self.decoder.memory == "pages", self.decoder.whole_prompts
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share, whole=whole)
         self.runner = Runner(self.decoder, Cache(pages, page_tokens))
 
     @property
@@ -121,6 +123,8 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
+        ids = self.decoder.prompt(ids)
+        request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
         if room < 1:
             raise self._too_long(len(ids))

@@ -312,6 +312,8 @@ def step_for(decoder: Decoder, page_tokens: int) -> Step | None:
 
 
 def _fits(decoder: Decoder) -> bool:
+    if type(decoder) is not Decoder:  # RWKV, T5 … are modules of their own
+        return False
     c = decoder.config
     plain = DecoderConfig(
         *(c.vocab, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn, c.max_pos),

@@ -18,8 +18,10 @@ from torch import Tensor
 from herdbook.engine import native
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
+from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Layout
 
 
 class Cache:
@@ -272,7 +274,12 @@ class Runner:
             ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
             if sequence.scheduled == sequence.remaining:
                 last.append(len(ids) - 1)
-        layout = Paged(self.cache, batch, self.device)
+        layout: Layout
+        if self.decoder.memory == "pages":
+            layout = Paged(self.cache, batch, self.device)
+        else:
+            lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
+            layout = Carried(lengths, states, self.device)
         hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
         if not last:
             return None

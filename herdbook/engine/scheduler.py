@@ -26,9 +26,18 @@ from herdbook.engine.sequence import Sequence
 
 
 class Scheduler:
-    def __init__(self, pool: PagePool, max_batch_tokens: int) -> None:
+    """share: pages hold what they say, so a later prompt that begins alike can use them.
+
+    whole: a prompt is never cut; a step that begins one computes it all, more than its budget if it
+    must.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_batch_tokens: int, *, share: bool = True, whole: bool = False
+    ) -> None:
         assert max_batch_tokens > 0
         self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.share, self.whole = share, whole
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -70,7 +79,7 @@ class Scheduler:
         for sequence in batch:
             sequence.computed += sequence.scheduled
             full = sequence.computed // size
-            if full > sequence.registered:
+            if self.share and full > sequence.registered:
                 keys = sequence.hash_pages(size)
                 for i in range(sequence.registered, full):
                     tokens = sequence.ids[i * size : (i + 1) * size]
@@ -78,7 +87,8 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together)
+        whole = sequence.remaining if self.whole else 0
+        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together, whole)
         batch.append(sequence)
         return sequence.scheduled
 
@@ -88,7 +98,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
-            keys = sequence.hash_pages(size)
+            keys = sequence.hash_pages(size) if self.share else []
             hits = self.pool.match(keys, sequence.ids)
             if len(hits) < len(keys) and keys[len(hits)] in promised:
                 continue  # someone is computing that very page: share it when it is ready
@@ -124,4 +134,5 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
+        sequence.state = {}
         sequence.computed = sequence.scheduled = sequence.registered = 0

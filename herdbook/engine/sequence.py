@@ -14,6 +14,7 @@ from herdbook.engine.pages import chain, page_hash
 from herdbook.engine.request import Finish, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
+from herdbook.model.carried import State
 from herdbook.model.prefix import Context
 
 
@@ -35,6 +36,7 @@ class Sequence:
         self.limit = limit  # most tokens that the reply may have
         self.chooser, self.out = chooser, out
         self.pages: list[int] = []
+        self.state: State = {}  # of a model that keeps its own instead of what is in pages
         self.keys: list[bytes] = []  # hashes of the full pages of `ids`
         self.computed = 0
         self.scheduled = 0

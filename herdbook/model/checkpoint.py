@@ -39,6 +39,7 @@ from herdbook.model.family import (
     source_from_gguf,
 )
 from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
+from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +47,7 @@ INDEX = "model.safetensors.index.json"
 #: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
 COMPUTED = re.compile(
     r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
     r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
 )
 #: general.file_type
@@ -111,11 +113,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     refuse_pickles(path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return _open_folder(path)
-        if (path / "model.gguf").is_file():
+        if (path / "model.gguf").is_file() and not (path / "config.json").is_file():
             return _open_gguf(path / "model.gguf")
-        raise _no_model(path)
+        return _open_folder(path)
     if not path.exists():
         raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
     return _open_gguf(path)
@@ -143,7 +143,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
     """Our name → shape, for every tensor of such a decoder."""
     with torch.device("meta"):
-        decoder = Decoder(config, headless=headless)
+        decoder = build(config, headless=headless)
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
 
 
@@ -188,15 +188,21 @@ def _check_shapes(
 
 def _open_folder(folder: Path) -> Checkpoint:
     where = folder / "config.json"
-    source = read_json(where)
+    if where.is_file():
+        source = read_json(where)
+        files, entries = _weight_files(folder)
+    else:  # some were published as bare tensors
+        files, entries = _weight_files(folder)
+        source = _sizes(folder, files, entries)
     family = by_source(source, str(where))
     config = family.config(source, str(where))
-    files, entries = _weight_files(folder)
 
     # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
     front = family.names["embed"][0].partition(".")[0] + "."
     base = not any(name.startswith(front) for name in entries)
-    head = family.hf_name("head.weight")
+    head, embed = family.hf_name("head.weight"), family.hf_name("embed.weight")
+    if family.ties_by_tensors and head in entries and embed in entries:
+        config = dataclasses.replace(config, tied=_same(files, head, embed))
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
     names = {name: family.hf_tensor(name, config) for name in expected}
@@ -205,18 +211,33 @@ def _open_folder(folder: Path) -> Checkpoint:
             name: dataclasses.replace(one, name=one.name.removeprefix(front))
             for name, one in names.items()
         }
+    if family.layout is not None and family.layout(names["embed.weight"].name) in entries:
+        names = {
+            name: dataclasses.replace(one, name=family.layout(one.name))
+            for name, one in names.items()
+        }
     found = {name: entry.shape for name, entry in entries.items()}
-    if config.tied and head in found:  # saved although it is the embedding: it must be
-        shape = found.pop(head)
-        embed = names["embed.weight"].name
-        if shape != found.get(embed) or not _same(files, head, embed):
+    embed = names["embed.weight"].name
+    for copy in (*family.copies, *([head] if config.tied else [])):
+        # saved although it is the embedding: it must be
+        if copy in found and (found.pop(copy) != found.get(embed) or not _same(files, copy, embed)):
             raise FileError(
-                f"{folder}: tensor {head!r} differs from {embed!r}",
+                f"{folder}: tensor {copy!r} differs from {embed!r}",
                 rule="but the config says that they are tied (tie_word_embeddings)",
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )
     _check_shapes(folder, source_shapes(expected, names), found)
     return Checkpoint(folder, family, config, source, headless, names, expected, files)
+
+
+def _sizes(folder: Path, files: dict[str, Path], entries: dict[str, Entry]) -> dict[str, Any]:
+    """The configuration of a model that came without, from its tensors' names and shapes."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    stem = next(iter(files.values())).stem
+    for family in families().values():
+        if family.sizes is not None and (source := family.sizes(shapes, stem)):
+            return family.source(family.config(source, str(folder)))
+    raise _no_model(folder)
 
 
 def _same(files: dict[str, Path], a: str, b: str) -> bool:
@@ -335,7 +356,7 @@ def load_decoder(
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
-        decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
+        decoder = build(checkpoint.config, headless=checkpoint.headless)
     decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
     for name in checkpoint.names:
@@ -402,6 +423,19 @@ def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) ->
 
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
+
+
+def gguf_family(decoder: Decoder) -> Family:
+    """The decoder's family, where a GGUF file can hold it."""
+    family = _family(decoder)
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="export it as a Hugging Face folder (herd export --to hf)",
+        )
+    return family
 
 
 def source_config(decoder: Decoder) -> dict[str, Any]:
@@ -490,7 +524,7 @@ def save_gguf(
     """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
     assert quant in FILE_TYPES, quant
     decoder.need_head()
-    path, family, config = Path(path), _family(decoder), decoder.config
+    path, family, config = Path(path), gguf_family(decoder), decoder.config
     said = gguf_metadata(config, family)
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,

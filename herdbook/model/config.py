@@ -62,7 +62,7 @@ class DecoderConfig:
     residual: Literal["sequential", "parallel1", "parallel2"] = "sequential"
     residual_alpha: float = 1.0  # deepnorm's α
     # position
-    position: Literal["rope", "rope2d", "alibi", "learned"] = "rope"
+    position: Literal["rope", "rope2d", "alibi", "learned", "none"] = "rope"
     position_offset: int = 0  # learned: the row of the first token
     rope_dim: int = 0  # so many dimensions of a head turn, in the half style; 0: all
     rope_base: float = 10_000.0

@@ -13,7 +13,8 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,12 @@ class Decoder(nn.Module):
     """
 
     head: Linear | None
+    #: what the engine keeps of a sequence: its keys and values in pages, or the model's own state
+    memory: Literal["pages", "state"] = "pages"
+    #: whether a prompt has to be computed in one step
+    whole_prompts = False
+    #: what PEFT calls its task
+    peft_task = "CAUSAL_LM"
 
     def __init__(self, config: DecoderConfig, *, headless: bool = False) -> None:
         super().__init__()
@@ -124,7 +131,7 @@ class Decoder(nn.Module):
         self.places = Embedding(c.max_pos + c.position_offset, c.hidden) if learned else None
         self.project_in = Linear(width, c.hidden) if c.embed_dim else None
         self.embed_norm = make_norm(c) if c.embed_norm else None
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.layers))
+        self.blocks = nn.ModuleList(self.make_block(i) for i in range(c.layers))
         self.norm = make_norm(c) if c.norm_place != "post" else None
         self.project_out = Linear(c.hidden, width) if c.embed_dim else None
         own = not (c.tied or headless)
@@ -132,6 +139,19 @@ class Decoder(nn.Module):
         turning = c.position.startswith("rope")
         self.rotary = Rotary(c) if turning else None
         self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
+
+    def make_block(self, layer: int) -> nn.Module:
+        return Block(self.config, layer)
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """What the model reads where these tokens wait for a reply."""
+        return list(ids)
+
+    def examples(
+        self, ids: Sequence[int], mask: Sequence[bool]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Rows to learn from, and what of them is trained, out of a conversation's tokens."""
+        return [(list(ids), list(mask))]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -211,5 +231,5 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Weights that the model stands for, quantised ones too; a tied head counts once."""
         with torch.device("meta"):
-            plain = Decoder(self.config, headless=self.headless)
+            plain = type(self)(self.config, headless=self.headless)
         return sum(p.numel() for p in plain.parameters())

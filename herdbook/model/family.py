@@ -3,7 +3,8 @@
 A description (one short file in families/) is:
 
 - `names`: one table, ours → (Hugging Face's, GGUF's), used to load and to save. `{n}` is the layer.
-  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`.
+  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`. A source's
+  name that ends in = is that of the tensor itself.
 - `folds`: where a source packs several of ours into one tensor, or keeps one in another order.
 - `read` and `write`: the source's configuration → axes, and axes → the keys Hugging Face uses.
   GGUF's metadata is first put under Hugging Face's keys (`GGUF_KEYS`), so that there is one reading.
@@ -507,6 +508,14 @@ class Family:
     #: rows of `names` that are others in some configurations
     renamed: Callable[[DecoderConfig], Names] = lambda config: {}
     name: str = ""  # its file's; the loader sets it
+    #: Hugging Face's name of a tensor → that in another layout in which such models are published,
+    #: and their configuration by the shapes of its tensors and the file's name, if they are such
+    layout: Callable[[str], str] | None = None
+    sizes: Callable[[Mapping[str, tuple[int, ...]], str], dict[str, Any] | None] | None = None
+    #: tensors that repeat the embedding, where a checkpoint has them
+    copies: tuple[str, ...] = ()
+    #: whether the head is the embedding, its tensor says and not the configuration
+    ties_by_tensors: bool = False
     #: the source's module → how it holds ours, where that is not one tensor as we have it
     folds: Mapping[str, Fold] = field(default_factory=dict)
 
@@ -574,8 +583,9 @@ def _template(name: str) -> tuple[str, dict[str, str]]:
 
 def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
     """The source's name of our tensor, the table's entry for its module, and layer and expert."""
-    module, numbers = _template(name)
-    found = template = table[module][side]
+    module, _, leaf = name.rpartition(".")
+    row, numbers = (module, {}) if module in table else _template(name)
+    found = template = table[row][side]
     for key, number in numbers.items():
         found = found.replace(f"{{{key}}}", number)
-    return f"{found}.{name.rpartition('.')[2]}", template, numbers
+    return (found[:-1] if found.endswith("=") else f"{found}.{leaf}"), template, numbers

@@ -176,6 +176,17 @@ class LayerNorm(nn.Module):
         return self.weight.to(dtype)
 
 
+class Vector(nn.Module):
+    """Numbers that a family keeps beside its matrices: one for each channel, or a table."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
 def make_norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
     """A norm over the hidden state, of the family's kind."""
     if config.norm == "ln":

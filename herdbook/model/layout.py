@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,7 @@ class Packed:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         assert lengths and min(lengths) > 0, "a document has at least one token"
         self.lengths = tuple(lengths)
+        self.notes: dict[str, Any] = {}  # what a model finds out about these documents at its start
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
         self._arrange([0] * len(lengths))
 
