@@ -42,6 +42,7 @@ from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.huggingface import DELTA_MARK, INDEX, LEGACY_INDEX, open_folder
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.checkpoint.saving import SHARD_BYTES, write_weights
+from herdbook.model.family import SourceTensor
 from herdbook.model.checkpoint.weights import NAMES, Part, PlainWeights, as_bytes
 from herdbook.model.fetch import BESIDE
 from herdbook.progress import Progress
@@ -126,7 +127,7 @@ def make(
     records: dict[str, dict[str, Any]] = {}
     kept: dict[str, tuple[str, tuple[int, ...]]] = {}
     places: dict[str, tuple[int, int]] = {}
-    plan, ours = _plan(tuned), {source: name for name, source in tuned.names.items()}
+    plan, sources = _plan(tuned), {source.name: source for source in tuned.names.values()}
     total = sum(math.prod(shape) for _, shape in plan.values())
     with (
         new_folder(path) as desk,
@@ -136,7 +137,7 @@ def make(
 
         def one(source: str) -> Tensor:
             target = tuned.weights.read(source, plan[source][0])
-            of_base = base.read(ours[source], base.dtype(ours[source]))
+            of_base = _of(base, sources[source])
             records[source] = {
                 "base": _hash(of_base),
                 "base_shape": list(of_base.shape),
@@ -179,13 +180,13 @@ def apply(
     record, kept = _record(delta_path)
     base, delta = open_checkpoint(base_path), open_folder(delta_path, delta=True)
     _check_pair(base, delta)
-    plan, ours = _plan(delta), {source: name for name, source in delta.names.items()}
+    plan, sources = _plan(delta), {source.name: source for source in delta.names.values()}
     total = sum(math.prod(shape) for _, shape in plan.values())
     with new_folder(path) as desk, progress.task("apply", total=total, unit="values") as task:
 
         def one(source: str) -> Tensor:
             said = record["tensors"].get(source, {})
-            of_base = base.read(ours[source], base.dtype(ours[source]))
+            of_base = _of(base, sources[source])
             if said.get("base") != _hash(of_base):
                 raise FileError(
                     f"{base_path}: tensor {source!r}, {list(of_base.shape)}",
@@ -212,8 +213,14 @@ def apply(
 
 def _plan(tuned: Checkpoint) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tuned model's tensors under its source's names: type and shape."""
-    sources = tuned.names.values()
+    sources = (one.name for one in tuned.names.values())
     return {one: (tuned.weights.dtype(one), tuned.weights.shapes[one]) for one in sources}
+
+
+def _of(base: Checkpoint, source: SourceTensor) -> Tensor:
+    """The base's values in the place of this tensor, whatever layout the base is in."""
+    parts = [base.read(name, base.dtype(name)) for name in source.ours]
+    return parts[0] if source.fold is None else source.fold.join(parts, base.config).contiguous()
 
 
 def _padded(base: Tensor, shape: torch.Size) -> Tensor:
@@ -240,11 +247,11 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
             next=next,
         )
     for name, source in tuned.names.items():
-        a, b = base.weights.shapes[base.names[name]], tuned.weights.shapes[source]
+        a, b = base.shapes[name], tuned.shapes[name]
         grown = name.startswith(("embed.", "head.")) and a[0] <= b[0]
         if a[1:] != b[1:] or (a[0] != b[0] and not grown):
             raise FileError(
-                f"{source!r} has the shape {list(b)} in {tuned.path}",
+                f"{source.name!r} has the shape {list(b)} in {tuned.path}",
                 rule=f"but {list(a)} in the base {base.path}; only a vocabulary may have grown",
                 next=next,
             )

@@ -15,11 +15,16 @@ from herdbook.errors import FamilyError, FileError
 from herdbook.files import gguf
 from herdbook.model.checkpoint.weights import GGUFWeights, Weights
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Decoder
-from herdbook.model.family import Family, unpermute
+from herdbook.model.family import Family, SourceTensor
+from herdbook.model.modules import build
 
-#: tensors that some checkpoints carry and nothing needs: they can be computed
-COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight|rope\.freqs")
+#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
+#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
+COMPUTED = re.compile(
+    r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight|rope\.freqs"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
+    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
+)
 
 
 @dataclass(frozen=True)
@@ -31,20 +36,26 @@ class Checkpoint:
     config: DecoderConfig
     source_config: dict[str, Any]  # under Hugging Face's keys
     headless: bool
-    #: our name → the source's
-    names: dict[str, str] = field(repr=False)
+    #: our name → the source's tensor that holds it
+    names: dict[str, SourceTensor] = field(repr=False)
     shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
     weights: Weights = field(repr=False)
-    #: the rows of q and k are in the order of interleaved rotation
-    interleaved: bool = False
 
     def fill(self, name: str, out: Tensor) -> None:
         """One tensor by our name, dequantised, into its final place."""
         source = self.names[name]
-        if self.interleaved and (heads := self.family.permuted_heads(name, self.config)):
-            out.copy_(unpermute(self.weights.read(source, out.dtype), heads))
+        if source.fold is None:
+            self.weights.fill(source.name, out)
         else:
-            self.weights.fill(source, out)
+            out.copy_(self._mine(name, self.weights.read(source.name, out.dtype)))
+
+    def _mine(self, name: str, tensor: Tensor) -> Tensor:
+        """Our tensor out of the source's."""
+        source = self.names[name]
+        if source.fold is None:
+            return tensor
+        rows = [self.shapes[one][0] for one in source.ours]
+        return source.fold.take(tensor, source.ours.index(name), rows, self.config)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The same, in memory of its own."""
@@ -54,21 +65,19 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """The least type that holds the tensor of this name of ours exactly."""
-        return self.weights.dtype(self.names[name])
+        return self.weights.dtype(self.names[name].name)
 
     def blocks(self, name: str) -> tuple[str, Tensor] | None:
         """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
         if not isinstance(self.weights, GGUFWeights):
             return None
-        source = self.names[name]
+        source = self.names[name].name
         tensor = self.weights.file.tensors[source]
         if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
             return None
         raw = torch.from_numpy(self.weights.file.raw(source))
-        if heads := self.family.permuted_heads(name, self.config):
-            raw = unpermute(raw, heads)
-        rows, columns = tensor.shape
-        return tensor.type, raw.view(rows, columns // gguf.BLOCK, -1)
+        whole = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
+        return tensor.type, self._mine(name, whole)
 
 
 def read_config(family: Family, source: dict[str, Any], where: str) -> DecoderConfig:
@@ -86,8 +95,21 @@ def read_config(family: Family, source: dict[str, Any], where: str) -> DecoderCo
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
     """Our name → shape, for every tensor of such a decoder."""
     with torch.device("meta"):
-        decoder = Decoder(config, headless=headless)
+        decoder = build(config, headless=headless)
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+
+
+def source_shapes(
+    expected: dict[str, tuple[int, ...]], names: dict[str, SourceTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The source's tensors of such a model, in our order, each once, and their shapes."""
+    sources = {one.name: one for one in names.values()}
+    return {
+        name: one.fold.shape([expected[ours] for ours in one.ours])
+        if one.fold
+        else expected[one.ours[0]]
+        for name, one in sources.items()
+    }
 
 
 def check_sizes(where: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
@@ -106,14 +128,12 @@ def check_sizes(where: Path, config: DecoderConfig, found: dict[str, tuple[int, 
 def check_shapes(
     where: Path,
     expected: dict[str, tuple[int, ...]],
-    names: dict[str, str],
     weights: Weights,
     found: dict[str, tuple[int, ...]],
 ) -> None:
-    """Every tensor there, none left over, each in its shape and of numbers."""
+    """Every tensor of the source there, none left over, each in its shape and of numbers."""
     next = "check that config and weights belong together, or fetch the model again"
-    for name, shape in expected.items():
-        source = names[name]
+    for source, shape in expected.items():
         if source not in found:
             raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
         if found[source] != shape:
@@ -128,7 +148,7 @@ def check_shapes(
                 rule="but weights are of real ones",
                 next="use the model's files before they were quantised, or a GGUF of it",
             )
-    left = [n for n in found if n not in set(names.values()) and not COMPUTED.fullmatch(n)]
+    left = [n for n in found if n not in expected and not COMPUTED.fullmatch(n)]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise FileError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,57 +19,55 @@ from herdbook.model.checkpoint.base import (
     check_sizes,
     expected_shapes,
     read_config,
+    source_shapes,
 )
 from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import by_gguf
-from herdbook.model.family import llama3_from_divisors, source_from_gguf
+from herdbook.model.family import Family, llama3_from_divisors, source_from_gguf
 
 
-def open_gguf(path: Path) -> Checkpoint:
-    file = gguf.read(path)
-    where = str(path)
-    family = by_gguf(file.metadata.get("general.architecture"), file.metadata, where)
-    embed = file.tensors.get(family.gguf_name("embed.weight"))
-    if embed is None or len(embed.shape) != 2:
+def understand(
+    metadata: dict[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+    """What a GGUF's metadata and its tensors' names and shapes say; the last under Hugging Face's
+    keys."""
+    family = by_gguf(metadata.get("general.architecture"), metadata, tensors, where)
+    embed = tensors.get(family.gguf_name("embed.weight"), ())
+    if len(embed) != 2:
         raise FileError(
-            f"{path}: tensor {family.gguf_name('embed.weight')!r} is missing",
+            f"{where}: tensor {family.gguf_name('embed.weight')!r} is missing",
             rule="so it is no language model (a vocabulary or an adapter alone?)",
             next="use the model's own .gguf file",
         )
 
     def has(name: str) -> bool:
-        return family.gguf_name(name) in file.tensors
+        return family.knows(name) and family.gguf_name(name) in tensors
 
     try:
-        source = source_from_gguf(file.metadata, family, embed.shape[0], has, where)
+        source = source_from_gguf(metadata, family, embed[0], has, where)
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise FamilyError(
-            f"{path}: {error}",
+            f"{where}: {error}",
             rule=f"so a key of its metadata is not what a {family.gguf} model has there",
             next="fetch the file again, or convert it anew",
         ) from error
-    config = read_config(family, source, where)
+    return family, read_config(family, source, where), source
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    file = gguf.read(path)
     weights = GGUFWeights(file)
+    family, config, source = understand(file.metadata, weights.shapes, str(path))
     check_sizes(path, config, weights.shapes)
     if "rope_freqs.weight" in file.tensors:
         config = _scaled(config, file)
     ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
     expected = expected_shapes(config)
-    names = {name: family.gguf_name(name) for name in expected}
-    check_shapes(path, expected, names, weights, weights.shapes)
+    names = {name: family.gguf_tensor(name, config) for name in expected}
+    check_shapes(path, source_shapes(expected, names), weights, weights.shapes)
     source = family.source(config) | ids
-    return Checkpoint(
-        path,
-        family,
-        config,
-        source,
-        False,
-        names,
-        expected,
-        weights,
-        interleaved=family.gguf_permuted,
-    )
+    return Checkpoint(path, family, config, source, False, names, expected, weights)
 
 
 def _scaled(config: DecoderConfig, file: gguf.GGUF) -> DecoderConfig:

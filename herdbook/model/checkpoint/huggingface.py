@@ -6,8 +6,11 @@ pytorch_model.bin or pytorch_model-00001-of-00002.bin with pytorch_model.bin.ind
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from herdbook.errors import FileError
 from herdbook.files import pickles, safetensors
@@ -19,9 +22,11 @@ from herdbook.model.checkpoint.base import (
     check_sizes,
     expected_shapes,
     read_config,
+    source_shapes,
 )
 from herdbook.model.checkpoint.weights import Part, PlainWeights
-from herdbook.model.families import by_model_type
+from herdbook.model.families import by_source, families
+from herdbook.model.family import SourceTensor
 
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"
@@ -35,32 +40,59 @@ DELTA_MARK = "herdbook_delta"
 def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
     """delta: the weights are differences from another model's, and are to be."""
     where = folder / "config.json"
-    source = read_json(where)
-    family = by_model_type(source.get("model_type"), str(where))
+    if where.is_file():
+        source = read_json(where)
+        by_source(source, str(where))  # an unknown family is told before the weights are looked at
+        weights = PlainWeights(_parts(folder, delta))
+    else:  # some were published as bare tensors
+        weights = PlainWeights(_parts(folder, delta))
+        source = _sizes(folder, weights)
+    family = by_source(source, str(where))
     config = read_config(family, source, str(where))
-    weights = PlainWeights(_parts(folder, delta))
     found = dict(weights.shapes)
     check_sizes(folder, config, found)
 
-    # a base model saved alone has no "model." in front of its names
-    base = not any(name.startswith("model.") for name in found)
-    head = family.hf_name("head.weight")
+    # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
+    front = family.names["embed"][0].partition(".")[0] + "."
+    base = not any(name.startswith(front) for name in found)
+    head, embed = family.hf_name("head.weight"), family.hf_name("embed.weight")
+    if family.ties_by_tensors and head in found and embed in found:
+        config = dataclasses.replace(config, tied=weights.same(head, embed))
     headless = not config.tied and head not in found
     expected = expected_shapes(config, headless=headless)
-    names = {name: family.hf_name(name) for name in expected}
+    names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
-        names = {name: hf.removeprefix("model.") for name, hf in names.items()}
-    if config.tied and head in found:  # saved although it is the embedding: it must be
-        del found[head]
-        embed = names["embed.weight"]
-        if embed in found and not weights.same(head, embed):
+        names = _renamed(names, lambda name: name.removeprefix(front))
+    if family.layout is not None and family.layout(names["embed.weight"].name) in found:
+        names = _renamed(names, family.layout)
+    embed = names["embed.weight"].name
+    for copy in (*family.copies, *([head] if config.tied else [])):
+        # saved although it is the embedding: it must be
+        if found.pop(copy, None) and not (embed in found and weights.same(copy, embed)):
             raise FileError(
-                f"{folder}: tensor {head!r} differs from {embed!r}",
+                f"{folder}: tensor {copy!r} differs from {embed!r}",
                 rule="but the config says that they are tied (tie_word_embeddings)",
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )
-    check_shapes(folder, expected, names, weights, found)
+    check_shapes(folder, source_shapes(expected, names), weights, found)
     return Checkpoint(folder, family, config, source, headless, names, expected, weights)
+
+
+def _renamed(
+    names: dict[str, SourceTensor], rename: Callable[[str], str]
+) -> dict[str, SourceTensor]:
+    return {
+        ours: dataclasses.replace(source, name=rename(source.name))
+        for ours, source in names.items()
+    }
+
+
+def _sizes(folder: Path, weights: PlainWeights) -> dict[str, Any]:
+    """The configuration of a model that came without, from its tensors' names and shapes."""
+    for family in families().values():
+        if family.sizes and (source := family.sizes(weights.shapes, weights.files[0].stem)):
+            return family.source(family.config(source, str(folder)))
+    raise no_model(folder)
 
 
 def _parts(folder: Path, delta: bool) -> dict[str, list[Part]]:

@@ -11,6 +11,7 @@ from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
+from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
 
@@ -24,8 +25,8 @@ def load_decoder(
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
-        decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
-    decoder.family = checkpoint.family.model_type
+        decoder = build(checkpoint.config, headless=checkpoint.headless)
+    decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
     places: dict[str, Tensor] = {}  # first all of them: what is held besides then leaves no holes
     for name, shape in checkpoint.shapes.items():

@@ -25,10 +25,12 @@ from herdbook.model.checkpoint.base import (
     check_sizes,
     expected_shapes,
     read_config,
+    source_shapes,
 )
 from herdbook.model.checkpoint.weights import Part, PlainWeights
 from herdbook.model.families import families
-from herdbook.model.family import Keys
+from herdbook.model.family import Keys, SourceTensor
+from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
 
 PARAMS = "params.json"
 SHARDS = "consolidated.*.pth"
@@ -93,11 +95,17 @@ def open_meta(folder: Path) -> Checkpoint:
     config = read_config(family, source, str(where))
     check_sizes(folder, config, weights.shapes)
     expected = expected_shapes(config)
-    names = {name: meta_name(name) for name in expected}
-    check_shapes(folder, expected, names, weights, weights.shapes)
-    return Checkpoint(
-        folder, family, config, source, False, names, expected, weights, interleaved=True
-    )
+    names = {name: SourceTensor(meta_name(name), (name,), _fold(name)) for name in expected}
+    check_shapes(folder, source_shapes(expected, names), weights, weights.shapes)
+    return Checkpoint(folder, family, config, source, False, names, expected, weights)
+
+
+def _fold(name: str) -> Fold | None:
+    """q and k have their rotating rows as pairs side by side."""
+    for end, order in (("attention.q.weight", Q_ROTATING), ("attention.k.weight", K_ROTATING)):
+        if name.endswith(end):
+            return Fold((name,), order)
+    return None
 
 
 def meta_name(name: str) -> str:

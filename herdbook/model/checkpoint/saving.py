@@ -9,16 +9,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from herdbook.errors import FamilyError
 from herdbook.files import gguf, safetensors
 from herdbook.files.atomic import write_json
-from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes
+from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, source_shapes
+from herdbook.model.checkpoint.ggufs import understand
 from herdbook.model.checkpoint.huggingface import INDEX
 from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
-from herdbook.model.family import Family, gguf_metadata, permute
+from herdbook.model.family import Family, SourceTensor, gguf_metadata, refuse_unsaid
 from herdbook.model.layers import rope_divisors
 
 #: of a file of weights, as transformers has it
@@ -49,8 +51,27 @@ def one_tensor(decoder: Decoder, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.detach().cpu()
 
 
+def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the source, made of ours."""
+    parts = [one_tensor(decoder, name, dtype) for name in source.ours]
+    return parts[0] if source.fold is None else source.fold.join(parts, decoder.config)
+
+
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
+
+
+def gguf_family(decoder: Decoder) -> Family:
+    """The decoder's family, where a GGUF file can hold it."""
+    family = _family(decoder)
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="export it as a Hugging Face folder (herd export --to hf)",
+        )
+    return family
 
 
 def source_config(decoder: Decoder) -> dict[str, Any]:
@@ -80,11 +101,15 @@ def save_hf(
     folder, family = Path(folder), _family(decoder)
     of = dtype if callable(dtype) else (lambda name: dtype)
     shapes = expected_shapes(decoder.config, headless=decoder.headless)
-    ours = {family.hf_name(name): name for name in shapes}
+    names = {name: family.hf_tensor(name, decoder.config) for name in shapes}
+    sources = {one.name: one for one in names.values()}
     write_weights(
         folder,
-        {hf: (of(name), shapes[name]) for hf, name in ours.items()},
-        lambda hf: one_tensor(decoder, ours[hf], of(ours[hf])),
+        {
+            hf: (of(sources[hf].ours[0]), shape)
+            for hf, shape in source_shapes(shapes, names).items()
+        },
+        lambda hf: source_tensor(decoder, sources[hf], of(sources[hf].ours[0])),
         shard_bytes=shard_bytes,
     )
     if tokenizer is not None:
@@ -139,22 +164,23 @@ def write_weights(
 class _Waiting:
     """A tensor of a decoder that the GGUF writer asks for when its turn comes."""
 
-    def __init__(self, decoder: Decoder, family: Family, name: str, shape: tuple[int, ...]) -> None:
-        self.decoder, self.name, self.shape = decoder, name, shape
-        self.heads = family.permuted_heads(name, decoder.config)
+    def __init__(self, decoder: Decoder, source: SourceTensor, shape: tuple[int, ...]) -> None:
+        self.decoder, self.source, self.shape = decoder, source, shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = one_tensor(self.decoder, self.name, torch.float32).numpy()
-        return permute(values, self.heads) if self.heads else values
+        tensor = source_tensor(self.decoder, self.source, torch.float32)
+        if self.source.ours == ("head.weight",) and self.decoder.config.head_norm:
+            tensor = nn.functional.normalize(tensor)  # llama.cpp would not norm it
+        return tensor.contiguous().numpy()
 
 
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     """How a tensor of ours is stored in a file of this quantisation.
 
-    Vectors stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
-    every word; rows that do not fill blocks of 32 stay F16.
+    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8
+    bits, as they decide every word; rows that do not fill blocks of 32 stay F16.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name == "places.weight":
         return "F32"
     if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
         quant = "Q8_0"
@@ -168,7 +194,8 @@ def save_gguf(
     """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
     assert quant in FILE_TYPES, quant
     decoder.need_head()
-    path, family, config = Path(path), _family(decoder), decoder.config
+    path, family, config = Path(path), gguf_family(decoder), decoder.config
+    said = gguf_metadata(config, family)
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,
         "general.type": "model",
@@ -176,7 +203,12 @@ def save_gguf(
         "general.file_type": FILE_TYPES[quant],
         "general.quantization_version": 2,
     }
-    metadata |= gguf_metadata(config, family)
+    expected = expected_shapes(config)
+    names = {name: family.gguf_tensor(name, config) for name in expected}
+    sources = {one.name: one for one in names.values()}
+    shapes = source_shapes(expected, names)
+    metadata |= said
+    refuse_unsaid(config, understand(metadata, shapes, str(path))[1])
     if tokenizer is not None:
         metadata |= tokenizer.gguf_metadata(config.vocab)
         check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
@@ -185,7 +217,7 @@ def save_gguf(
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         divisors = rope_divisors(plain, config.rope_scaling, config)
         found.append(("rope_freqs.weight", "F32", divisors.numpy()))
-    for name, shape in expected_shapes(config).items():
-        waiting = _Waiting(decoder, family, name, shape)
-        found.append((family.gguf_name(name), gguf_type(name, shape, quant), waiting))
+    for name, shape in shapes.items():
+        waiting = _Waiting(decoder, sources[name], shape)
+        found.append((name, gguf_type(sources[name].ours[0], shape, quant), waiting))
     gguf.write(path, metadata, found)
