@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import os
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from herdbook.errors import FileError
+from herdbook.files.atomic import replacing
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -277,6 +277,11 @@ def dequantise(raw: np.ndarray, type: str) -> np.ndarray:
     """uint8 [rows…, bytes a row] → float32 [rows…, columns]; F16 stays float16 (it is exact)."""
     if type in ("F32", "F16"):
         return raw.view(np.float32 if type == "F32" else np.float16)
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale that is not finite gives NaN
+        return _dequantise(raw, type)
+
+
+def _dequantise(raw: np.ndarray, type: str) -> np.ndarray:
     if type in ("Q4_0", "Q4_1"):
         head = 2 if type == "Q4_0" else 4
         blocks = raw.reshape(-1, head + BLOCK // 2)
@@ -388,26 +393,19 @@ def write(
     def pad(file: BinaryIO) -> None:
         file.write(b"\0" * (-file.tell() % alignment))
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(head)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(head)
+        pad(file)
+        for name, type, array in tensors:
+            floats = np.asarray(array)
+            if not np.isfinite(floats).all():
+                raise FileError(
+                    f"tensor {name!r} holds values that are not finite",
+                    rule="and no model file can be made of them",
+                    next="train again with a lower learning rate",
+                )
+            raw = quantise(floats, type)
+            file.write(raw.data if raw.flags.c_contiguous else raw.tobytes())
             pad(file)
-            for name, type, array in tensors:
-                floats = np.asarray(array)
-                if not np.isfinite(floats).all():
-                    raise FileError(
-                        f"tensor {name!r} holds values that are not finite",
-                        rule="and no model file can be made of them",
-                        next="train again with a lower learning rate",
-                    )
-                raw = quantise(floats, type)
-                file.write(raw.data if raw.flags.c_contiguous else raw.tobytes())
-                pad(file)
-                if said is not None:
-                    said(raw.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if said is not None:
+                said(raw.nbytes)

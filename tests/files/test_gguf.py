@@ -67,6 +67,17 @@ def test_dequantise_is_that_of_the_gguf_package(type: str) -> None:
     np.testing.assert_array_equal(gguf.dequantise(raw, type), want)
 
 
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_scales_that_are_not_finite_give_values_that_are_not(type: str) -> None:
+    """Without a warning of numpy's: the file is at fault, not the arithmetic."""
+    kind = peer.GGMLQuantizationType[type]
+    values, size = peer.GGML_QUANT_SIZES[kind]
+    raw = np.full((1, size), 0xFF, np.uint8)  # every float16 in it is NaN
+    raw[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    found = gguf.dequantise(raw, type)
+    assert found.shape == (1, values) and not np.isfinite(found).any()
+
+
 def test_q4_1_is_no_worse_than_the_gguf_packages() -> None:
     values = matrix(64, 256)
     kind = peer.GGMLQuantizationType.Q4_1
