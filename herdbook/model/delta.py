@@ -42,8 +42,8 @@ from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.huggingface import DELTA_MARK, INDEX, LEGACY_INDEX, open_folder
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.checkpoint.saving import SHARD_BYTES, write_weights
-from herdbook.model.family import SourceTensor
 from herdbook.model.checkpoint.weights import NAMES, Part, PlainWeights, as_bytes
+from herdbook.model.family import SourceTensor
 from herdbook.model.fetch import BESIDE
 from herdbook.progress import Progress
 

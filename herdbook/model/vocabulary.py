@@ -23,7 +23,6 @@ from herdbook.book.book import Artifact, Book
 from herdbook.book.step import Bench, Input, Step, require
 from herdbook.errors import ConfigError
 from herdbook.files import gguf
-from herdbook.files.safetensors import read_header
 from herdbook.model.checkpoint import (
     Checkpoint,
     check_vocabulary,
