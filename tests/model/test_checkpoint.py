@@ -123,10 +123,13 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(FileError, match="holds no model"):
         open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
+    (tmp_path / "README.md").touch()
     with pytest.raises(
         FileError, match=r"no config\.json with \.safetensors or pytorch_model\.bin"
     ):
+        open_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileError, match="it is no whole file of pickled weights"):
         open_checkpoint(tmp_path)
 
 

@@ -151,7 +151,7 @@ def test_links(folder: Path, tmp_path: Path) -> None:
         open_checkpoint(folder / "m.gguf")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    with pytest.raises(FileError, match="holds no model"):
+    with pytest.raises(FileError, match=r"holds no model|is no file"):
         open_checkpoint(folder)
 
 
