@@ -129,5 +129,5 @@ def test_what_peft_has_no_place_for_is_refused(decoder: Decoder, tmp_path: Path)
     peft_format.save(decoder, tmp_path, base="base")
     config = json.loads((tmp_path / peft_format.CONFIG).read_text())
     (tmp_path / peft_format.CONFIG).write_text(json.dumps(config | {"rank_pattern": {"a|b": 3}}))
-    with pytest.raises(FileError, match="rank_pattern is .* but must give ends of modules' names"):
+    with pytest.raises(FileError, match=r"rank_pattern is .* but must give ends of modules' names"):
         peft_format.load(decoder, tmp_path)
