@@ -29,6 +29,7 @@ from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
+from herdbook.model.prefix import find_context
 
 if TYPE_CHECKING:
     from herdbook.tokens.tokenizer import Tokenizer
@@ -123,11 +124,13 @@ class Engine:
         room = self.most_tokens - len(ids)
         if room < 1:
             raise self._too_long(len(ids))
+        config = self.decoder.config
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
             out=TextOut(self.tokenizer.stream() if self.tokenizer else None, sampling.stop),
+            context=find_context(ids, config) if config.prefix else None,
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)

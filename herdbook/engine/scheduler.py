@@ -11,7 +11,8 @@ Neither starves: no more sequences run than a step has tokens, so while one is i
 most `max_batch_tokens - 1` others can decode, and at least one token of the budget is left for it.
 
 A sequence gets the pages of its whole prompt when it is admitted and one page at a time while it
-decodes. When none is left, the last-in is preempted: it gives its pages back and returns to the
+decodes. The context of a prefix model's prompt is never cut: a step that begins one computes it all,
+more tokens than `max_batch_tokens` if it must. When none is left, the last-in is preempted: it gives its pages back and returns to the
 head of the queue, its prompt now being all its tokens (most of which it finds again in the cache).
 The oldest can always go on, since alone it fits (checked at submit): so every request ends.
 """
@@ -57,7 +58,7 @@ class Scheduler:
         budget -= len(batch)
         assert budget >= 0
         for sequence in self.running:
-            if budget and not sequence.scheduled:
+            if budget > 0 and not sequence.scheduled:
                 budget -= self._schedule(sequence, budget, batch)
         if preemptions == self.preemptions:
             self._admit(budget, batch)
@@ -77,7 +78,7 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        sequence.scheduled = min(sequence.remaining, budget)
+        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together)
         batch.append(sequence)
         return sequence.scheduled
 
@@ -85,7 +86,7 @@ class Scheduler:
         size = self.pool.page_tokens
         promised = {key for one in self.running for key in one.keys[one.registered :]}
         for sequence in list(self.waiting):
-            if not budget or len(self.running) == self.max_batch_tokens:
+            if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
             keys = sequence.hash_pages(size)
             hits = self.pool.match(keys, sequence.ids)

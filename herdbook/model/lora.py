@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
-        outputs, inputs = weight.shape
+        outputs, inputs = self.outputs, self.inputs = weight.shape
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
@@ -183,14 +183,14 @@ def apply_lora(
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
         for target in TARGETS:
-            for place in _places(blocks[number], target) if target in targets else ():
+            for place in places_of(blocks[number], target) if target in targets else ():
                 name = f"blocks.{number}.{place}"
                 adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
 
 
-def _places(block: nn.Module, target: str) -> list[str]:
+def places_of(block: nn.Module, target: str) -> list[str]:
     """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
     room, _, leaf = TARGETS[target].rpartition(".")
     found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")
