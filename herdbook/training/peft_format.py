@@ -40,7 +40,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import SourceTensor
 from herdbook.model.folds import Fold
-from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places_of, put_adapter
+from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places, put_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -151,7 +151,7 @@ def _matrices(decoder: Decoder) -> dict[str, SourceTensor]:
     names of modules."""
     family, found = families()[decoder.family], {}
     for number, block in enumerate(decoder.blocks):
-        for place in (one for target in TARGETS for one in places_of(block, target)):
+        for place in (one for target in TARGETS for one in places(block, target)):
             source = family.hf_tensor(f"blocks.{number}.{place}.weight", decoder.config)
             found[f"blocks.{number}.{place}"] = SourceTensor(
                 source.name.removesuffix(".weight"),
