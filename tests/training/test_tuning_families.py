@@ -132,9 +132,7 @@ def test_bits(decoder: Decoder, quant: str, tmp_path: Path) -> None:
     kept = load_decoder(path, torch.float32, quantised=True)
     assert type(kept.blocks[0].attention.q).__name__ in ("Int8Linear", "Int4Linear")
     near = {"Q8_0": 0.1, "Q4_1": 0.6}[quant]
-    if decoder.config.experts:  # what is rounded may choose another expert
-        near = max(near, 0.3)
-    assert (logits(dense) - before).abs().mean() <= near * before.std()
+    assert (logits(dense) - before).abs().median() <= near * before.std()  # a router may flip
     rounding = (logits(kept) - logits(dense)).abs().mean()  # the int4 kernel computes in bfloat16
     assert rounding <= 0.05 * before.std()
 
