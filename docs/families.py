@@ -1,0 +1,76 @@
+"""Writes docs/families.md: a row a family, from the descriptions and from the tests that hold them.
+
+python docs/families.py            writes it; a test keeps it up to date
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import sys
+from pathlib import Path
+
+from herdbook.model.config import DecoderConfig
+from herdbook.model.families import by_source, families
+from herdbook.model.family import Family
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# Families
+
+Written by `python docs/families.py` from the descriptions in `herdbook/model/families/` and the tests.
+
+Every family is checked with each of its fixtures (`tests/model/families/*.json`): names and packing go both ways
+without loss, the configuration is written and read again, and the engine (chunked prefill, batches, cached decoding)
+gives the tokens of a plain pass. Those of the one decoder are also tuned with LoRA, merged, carried over PEFT's layout
+and, where GGUF can hold them, quantised to 8 and 4 bits (`tests/training/test_tuning_families.py`). The last column
+names what compares a family with other implementations: transformers, llama.cpp, the golden files of the original
+code, or a computation written straight from the paper.
+
+| family | model_type | GGUF | computed by | fixtures | compared with others in |
+|---|---|---|---|---|---|
+"""
+
+
+def about(name: str) -> str:
+    """The first sentence of the description's own words."""
+    module = sys.modules[f"herdbook.model.families.{name}"]
+    text = " ".join((inspect.getdoc(module) or "").split("\n\n")[0].split())
+    return re.split(r"(?<=[^.]):|(?<=\w)\.(?= |$)", text, maxsplit=1)[0].rstrip(".")
+
+
+def oracles(name: str, family: Family) -> list[str]:
+    """The tests of tests/oracles that speak of it."""
+    stem = re.sub(
+        r"(ForCausalLM|LMHeadModel|ForConditionalGeneration|Model)$", "", family.architecture
+    )
+    words = {re.escape(name), re.escape(family.model_type)}
+    pattern = re.compile(
+        rf"\"({'|'.join(sorted(words))})\b|\b{stem}(ForCausalLM|LMHeadModel|Config)\b|\"{stem}\""
+    )
+    files = sorted((ROOT / "tests" / "oracles").glob("test_[!t]*.py"))
+    files += sorted((ROOT / "tests" / "oracles").glob("test_t[!o]*.py"))  # not the tokenizers
+    return [path.stem for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+
+
+def table() -> str:
+    """The whole page."""
+    fixtures: dict[str, list[str]] = {}
+    computed: dict[str, str] = {}
+    for path in sorted((ROOT / "tests" / "model" / "families").glob("*.json")):
+        source = json.loads(path.read_text(encoding="utf-8"))
+        family = by_source(source, path.name)
+        fixtures.setdefault(family.name, []).append(path.stem)
+        config = family.config(source, path.name)
+        own = type(config) is not DecoderConfig
+        computed[family.name] = type(config).__name__.removesuffix("Config") if own else "Decoder"
+    rows = [
+        f"| {about(name)} | `{family.model_type}` | {f'`{family.gguf}`' if family.gguf else '–'} "
+        f"| {computed[name]} | {', '.join(fixtures[name])} | {', '.join(oracles(name, family)) or '–'} |"
+        for name, family in families().items()
+    ]
+    return HEAD + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "families.md").write_text(table(), encoding="utf-8")
