@@ -20,6 +20,7 @@ from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import sha256_once
 
 ROWS = (".json", ".jsonl")
+PASSAGE = 4_000  # characters
 
 
 @dataclass
@@ -35,6 +36,19 @@ class Corpus:
 
     def lines(self) -> Iterator[str]:
         return (line for text in self for line in text.split("\n") if line.strip())
+
+    def passages(self) -> Iterator[str]:
+        """All the text in parts of at most PASSAGE characters, cut at a newline or blank if there is
+        one: trainers take a line of a million characters for a word of that length."""
+        for text in self:
+            at = 0
+            while at < len(text):
+                end = at + PASSAGE
+                if end < len(text):
+                    cut = max(text.rfind("\n", at, end), text.rfind(" ", at, end))
+                    end = cut if cut > at else end
+                yield text[at:end]
+                at = end
 
 
 def read(files: Sequence[Path | str] = (), datasets: Sequence[Path] = ()) -> Corpus:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +25,7 @@ from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import write_bytes, write_text
 from herdbook.tokens import bytebpe
 from herdbook.tokens.bytebpe import Cut
-from herdbook.tokens.corpus import Corpus, TextStep
+from herdbook.tokens.corpus import PASSAGE, Corpus, TextStep
 from herdbook.tokens.tokenizer import Tokenizer
 
 Algorithm = Literal["bpe", "unigram", "bytes"]
@@ -87,11 +86,11 @@ def train(corpus: Corpus, algorithm: Algorithm, size: int, work: Path) -> Tokeni
 
 def _pieces(corpus: Corpus, algorithm: str, size: int) -> bytes:
     """A serialised SentencePiece model, made with LLaMA's settings."""
-    longest = max(len(line.encode()) for line in corpus.lines())
+    passages = (line for part in corpus.passages() for line in part.split("\n") if line.strip())
     out = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus.lines()),
+            sentence_iterator=passages,
             model_writer=out,
             model_type=algorithm,
             vocab_size=size,
@@ -100,7 +99,7 @@ def _pieces(corpus: Corpus, algorithm: str, size: int) -> bytes:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            max_sentence_length=longest + 1,  # longer lines would be left out
+            max_sentence_length=4 * PASSAGE + 1,  # bytes; longer lines would be left out
             num_threads=1,  # how sums are split over threads would show in the scores
             minloglevel=2,
         )
@@ -130,11 +129,7 @@ def _bytes(corpus: Corpus, size: int) -> Library:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-
-    def texts() -> Iterator[str]:
-        yield from corpus
-
-    library.train_from_iterator(texts(), trainer)
+    library.train_from_iterator(corpus.passages(), trainer)
     found = library.get_vocab_size()
     if found < size:
         raise _too_large(size, found)

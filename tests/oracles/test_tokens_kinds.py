@@ -119,6 +119,10 @@ def test_ties_are_read_from_the_model_file(shared_data: SharedData, tmp_path: Pa
     again = Tokenizer.load(tmp_path)
     for text in [*real_texts(shared_data), *odd_texts(500)]:
         assert again.encode(text) == library.encode(text), text[:80]
+    (tmp_path / "tokenizer.model").rename(tmp_path / "away")
+    translated = Tokenizer.load(tmp_path)
+    poems = real_texts(shared_data)[1].split("\n")
+    assert any(translated.encode(poem) != library.encode(poem) for poem in poems)
 
 
 def test_world_as_a_plain_twin_reads_it(shared_data: SharedData) -> None:

@@ -31,6 +31,14 @@ def test_files_and_datasets_are_read(tmp_path: Path) -> None:
     assert "" not in found.lines()
 
 
+def test_passages_are_the_text_in_parts() -> None:
+    lines = "word " * 1_000 + "\n" + "字" * 9_000 + "\nend"
+    passages = list(corpus.Corpus(texts=[lines, "short"]).passages())
+    assert "".join(passages) == lines + "short"
+    assert max(map(len, passages)) == corpus.PASSAGE
+    assert all(part.startswith((" ", "\n", "字")) for part in passages[1:-1])
+
+
 def test_what_holds_no_text_is_refused(tmp_path: Path) -> None:
     def message(name: str) -> str:
         with pytest.raises(DataError) as caught:
