@@ -142,3 +142,4 @@ def write(
             data = tensor(name)
             assert data.nbytes == end - begin, f"{name}: {data.nbytes} bytes, planned {end - begin}"
             file.write(data)
+            del data  # before the next tensor is asked for

@@ -179,7 +179,9 @@ def test_the_same_bytes_each_time_and_the_sources_own_keys(folder: Path) -> None
 
 
 @pytest.mark.parametrize("shard_bytes", [5_000_000_000, 60_000])
-@pytest.mark.parametrize("most", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "most", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn]
+)
 def test_saved_back_with_the_sources_bytes(
     most: torch.dtype, shard_bytes: int, folder: Path, tmp_path: Path
 ) -> None:

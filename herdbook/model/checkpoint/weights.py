@@ -92,14 +92,15 @@ class PlainWeights(Weights):
         return DTYPES[self.parts[name][0].entry.dtype]
 
     def fill(self, name: str, out: Tensor) -> None:
-        at = 0
-        for part in self.parts[name]:
-            into = out
-            if name in self.axes:
-                width = part.entry.shape[self.axes[name]]
-                into = out.narrow(self.axes[name], at, width)
-                at += width
-            _read_into(into, part, self.dtype(name))
+        stored, parts = self.dtype(name), self.parts[name]
+        if name not in self.axes:  # one part, or each machine has the whole
+            _read_into(out, parts[0], stored)
+            return
+        axis, at = self.axes[name], 0
+        for part in parts:
+            width = part.entry.shape[axis]
+            _read_into(out.narrow(axis, at, width), part, stored)
+            at += width
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same bytes."""
