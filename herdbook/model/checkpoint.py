@@ -81,8 +81,12 @@ class Checkpoint:
         if self.gguf is None:
             with safe_open(self.files[source], "pt") as file:
                 tensor: Tensor = self._mine(name, file.get_tensor(source))
-        else:
+        elif len(self.shapes[name]) == 1:
             tensor = self._mine(name, torch.from_numpy(self.gguf.array(source)))
+        else:  # our rows alone are dequantised: of stacked experts, one
+            mine = self._mine(name, torch.from_numpy(self.gguf.raw(source)))
+            type = self.gguf.tensors[source].type
+            tensor = torch.from_numpy(gguf.dequantise(mine.contiguous().numpy(), type))
         return tensor.to(dtype, copy=True).contiguous()
 
     def _mine(self, name: str, tensor: Tensor) -> Tensor:
