@@ -27,6 +27,7 @@ from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
 from herdbook.model.lora import TARGETS, adapters_of, apply_lora, bypass
+from herdbook.model.mlp import Experts
 from herdbook.model.precision import compute_dtype
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
@@ -52,10 +53,15 @@ class NextToken:
     Anchors are not learnt but kept: on each of their tokens the loss is KL(base ‖ tuned), the base
     being the same decoder with its adapters bypassed. To train on the base's own answers instead
     would sharpen the model (they are its likeliest words), and its perplexity rises.
+
+    In a mixture of experts each token of the weight also pays `balance` times how unevenly the
+    routers send the pack (see `mlp.Experts`), lest a few experts get everything and learn alone.
     """
 
-    def __init__(self, decoder: Decoder, anchor: float = 1.0) -> None:
+    def __init__(self, decoder: Decoder, anchor: float = 1.0, balance: float = 0.0) -> None:
         self.decoder, self.anchor = decoder, anchor
+        self.balance = balance
+        self.mixtures = [one for one in decoder.modules() if isinstance(one, Experts)]
         adapted = (int(name.split(".")[1]) for name in adapters_of(decoder))
         self.first_adapted = min(adapted, default=0)  # below, base and tuned model are the same
 
@@ -78,6 +84,18 @@ class NextToken:
         decoder, first = self.decoder, self.first_adapted
         shared = decoder.through(decoder.start(ids, layout), layout, 0, first)
         hidden = decoder.finish(decoder.through(shared, layout, first))  # [T, H]
+        uneven = self._uneven() * self.weight(pack) if self.mixtures and self.balance else 0.0
+        return self._loss(pack, layout, shared, hidden) + uneven
+
+    def _uneven(self) -> Tensor:
+        """balance · mean over the layers of their routers' imbalance in the pass just made."""
+        found = [one.imbalance for one in self.mixtures if one.imbalance is not None]
+        assert len(found) == len(self.mixtures), "the decoder is training"
+        return self.balance * torch.stack(found).mean()
+
+    def _loss(self, pack: Pack, layout: Packed, shared: Tensor, hidden: Tensor) -> Tensor:
+        """Of the words. shared: what the first adapted block reads; hidden: the end, both [T, H]."""
+        decoder, first, where = self.decoder, self.first_adapted, hidden.device
         if isinstance(pack, AnchorPack):
             with bypass(decoder), torch.no_grad():
                 base = decoder.finish(decoder.through(shared, layout, first))
@@ -137,6 +155,8 @@ class Tune(Step):
     anchor: float = 3.0
     #: of the adapter's start, the order of rows, and dropout
     seed: int = 0
+    #: in a mixture of experts, the weight of an even load (Mixtral's own: 0.02); elsewhere unused
+    balance: float = 0.02
     #: optimiser steps between two saved states
     save_every: int = 20
 
@@ -155,7 +175,7 @@ class Tune(Step):
             decoder = load_decoder(source.path, dtype=dtype)
             parameters = self._parameters(decoder)
             state = loop.train(
-                NextToken(decoder, self.anchor),
+                NextToken(decoder, self.anchor, self.balance),
                 parameters,
                 rows,
                 self._plan(),

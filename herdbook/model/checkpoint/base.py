@@ -46,6 +46,12 @@ class Checkpoint:
         source = self.names[name]
         if source.fold is None:
             self.weights.fill(source.name, out)
+        elif isinstance(self.weights, GGUFWeights) and out.ndim > 1:
+            # our rows alone are dequantised: of stacked experts, one
+            file = self.weights.file
+            raw = self._mine(name, torch.from_numpy(file.raw(source.name))).contiguous()
+            values = gguf.dequantise(raw.numpy(), file.tensors[source.name].type)
+            out.copy_(torch.from_numpy(values))
         else:
             out.copy_(self._mine(name, self.weights.read(source.name, out.dtype)))
 
