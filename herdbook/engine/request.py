@@ -93,6 +93,7 @@ class Request:
 
     ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # besides sampling.stop: what ends a turn in this prompt's format
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
 
 

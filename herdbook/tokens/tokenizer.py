@@ -35,7 +35,7 @@ from tokenizers import Tokenizer as Library
 from herdbook.errors import FileError
 from herdbook.files import gguf
 from herdbook.files.atomic import write_bytes, write_json, write_text
-from herdbook.tokens import bytebpe, sentence
+from herdbook.tokens import bytebpe, sentence, templates
 from herdbook.tokens.sentence import (
     BYTE,
     CONTROL,
@@ -67,9 +67,13 @@ ENDS = frozenset(
     ]
 )
 #: how a turn's delimiter looks where a file calls it an ordinary added token
-_DELIMITER = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>")
+_DELIMITER = re.compile(
+    r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>"
+    r"|<reserved_\d+>|\[g?MASK\]|<?[se]op>?"
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 
 #: where a folder keeps its tokenizer, in the order in which they are looked for
 FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
@@ -106,7 +110,11 @@ class Tokenizer:
         self.add_bos = add_bos  # whether the model expects BOS before plain text
         self.special_ids = frozenset(special_ids.values())
         named = [id for text, id in special_ids.items() if text in ENDS]
+        said = templates.stop_strings(chat_template)
+        named += [special_ids[text] for text in said if text in special_ids]
         self.stop_ids = frozenset([*ends, *named, *([] if eos_id is None else [eos_id])])
+        #: texts that end an answer of the chat template, where no token does
+        self.stop_strings = tuple(text for text in said if text not in special_ids)
         self._special_ids = dict(special_ids)
         self._special = _pattern(specials)
         self._pieces, self._config = pieces, dict(config or {})
@@ -147,13 +155,16 @@ class Tokenizer:
         return path.is_file() and path.suffix in (".json", ".model")
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder, a .gguf, a .model or a tokenizer.json."""
+    def load(cls, path: Path, template: str | None = None) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder, a .gguf, a .model or a tokenizer.json.
+
+        template: the source of a chat template to use instead of the one that it brings.
+        """
         path = Path(path)
         if path.is_dir():
             for name in FILES:
                 if (path / name).is_file():
-                    return cls.load(path / name)
+                    return cls.load(path / name, template)
             raise FileError(
                 f"{path}",
                 rule=f"holds no tokenizer ({', '.join(FILES[:-1])} or {FILES[-1]})",
@@ -166,13 +177,15 @@ class Tokenizer:
                 next="give a folder, .gguf, .model or tokenizer.json",
             )
         if path.suffix == ".gguf":
-            return cls.from_gguf(gguf.read(path).metadata, path)
+            return cls.from_gguf(gguf.read(path).metadata, path, template)
         if path.suffix == ".model":
-            return _from_model(path)
-        return _from_json(path)
+            return _from_model(path, template)
+        return _from_json(path, template)
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], path: Path, template: str | None = None
+    ) -> Tokenizer:
         """From GGUF metadata (`path` for messages)."""
         own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
         get = {key.removeprefix("tokenizer.ggml."): value for key, value in own.items()}.get
@@ -183,7 +196,8 @@ class Tokenizer:
                 rule="holds no tokenizer (no tokenizer.ggml.tokens)",
                 next="use it by token ids, or load a folder that has a tokenizer.json",
             )
-        template = own.get("tokenizer.chat_template")
+        brought = {"chat_template": own.get("tokenizer.chat_template")}
+        template = template or _template(path, brought, path.stem, metadata.get("general.name"))
         types = list(get("token_type") or [NORMAL] * len(tokens))
         if len(types) != len(tokens):
             raise FileError(
@@ -192,7 +206,7 @@ class Tokenizer:
                 next="get the file again; it may be damaged",
             )
         for id, kind in enumerate(types):
-            if kind == USER_DEFINED and _delimits(tokens[id], template):
+            if kind in (NORMAL, USER_DEFINED) and _delimits(tokens[id], template):
                 types[id] = CONTROL
         special = {tokens[id]: id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
         specials = {text: AddedToken(text, normalized=False, special=True) for text in special}
@@ -653,18 +667,23 @@ def _beside(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or in tokenizer_config.json ("default" of several)."""
-    file = path.parent / "chat_template.jinja"
+def _template(path: Path, config: Mapping[str, Any], *names: str | None) -> str | None:
+    """The chat template: chat_template.jinja, or in tokenizer_config.json ("default" of several).
+
+    Where the model brings none: one of ours that fits one of its names.
+    """
+    file = path.parent / TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
     found = config.get("chat_template") or _beside(path, "chat_template.json").get("chat_template")
     if isinstance(found, list):
         found = {one["name"]: one["template"] for one in found}.get("default")
-    return found
+    return found or templates.find(*names)
 
 
-def _settings(path: Path) -> tuple[dict[str, Any], str | None, str | None, str | None, list[int]]:
+def _settings(
+    path: Path, template: str | None
+) -> tuple[dict[str, Any], str | None, str | None, str | None, list[int]]:
     """tokenizer_config.json, the texts of BOS and EOS, the template, the ids that end a reply."""
     config = {**_beside(path, "special_tokens_map.json"), **_beside(path, _CONFIG)}
 
@@ -678,10 +697,12 @@ def _settings(path: Path) -> tuple[dict[str, Any], str | None, str | None, str |
         if found is not None:
             ends = list(found) if isinstance(found, list) else [found]
             break
-    return config, text("bos_token"), text("eos_token"), _template(path, config), ends
+    names = templates.folder_name(path.parent), _beside(path, "config.json").get("_name_or_path")
+    template = template or _template(path, config, *names)
+    return config, text("bos_token"), text("eos_token"), template, ends
 
 
-def _from_json(path: Path) -> Tokenizer:
+def _from_json(path: Path, template: str | None) -> Tokenizer:
     source = path.read_text(encoding="utf-8")
     try:
         library = Library.from_str(source)
@@ -691,7 +712,7 @@ def _from_json(path: Path) -> Tokenizer:
             rule=f"is no tokenizer.json that the tokenizers library reads: {error}",
             next="get the file again, or update tokenizers",
         ) from error
-    config, bos, eos, template, ends = _settings(path)
+    config, bos, eos, template, ends = _settings(path, template)
     beside = config.get("added_tokens_decoder", {})
     extra = [
         AddedToken(
@@ -741,7 +762,7 @@ def _from_json(path: Path) -> Tokenizer:
     )
 
 
-def _from_model(path: Path) -> Tokenizer:
+def _from_model(path: Path, template: str | None) -> Tokenizer:
     try:
         pieces = PieceModel.parse(path.read_bytes())
     except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
@@ -750,7 +771,7 @@ def _from_model(path: Path) -> Tokenizer:
             rule=f"is no SentencePiece model: {error}",
             next="get the file again; it may be damaged",
         ) from error
-    config, bos, eos, template, ends = _settings(path)
+    config, bos, eos, template, ends = _settings(path, template)
     declared = {
         int(id): (one["content"], CONTROL if one.get("special") else USER_DEFINED)
         for id, one in config.get("added_tokens_decoder", {}).items()
@@ -763,7 +784,7 @@ def _from_model(path: Path) -> Tokenizer:
         pieces.scores.append(0.0)
         pieces.types.append(kind)
     for id, kind in enumerate(pieces.types):
-        if kind == USER_DEFINED and _delimits(pieces.pieces[id], template):
+        if kind in (NORMAL, USER_DEFINED) and _delimits(pieces.pieces[id], template):
             pieces.types[id] = CONTROL
     special = {
         pieces.pieces[id]: id for id, kind in enumerate(pieces.types) if kind in (CONTROL, UNKNOWN)
