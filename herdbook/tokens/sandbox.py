@@ -30,6 +30,7 @@ from collections.abc import (
     Iterator,
     KeysView,
     Mapping,
+    Sequence,
     ValuesView,
 )
 from datetime import datetime
@@ -123,14 +124,16 @@ def _size(value: Any) -> int:
     return total
 
 
-def _bounded(name: str, arguments: Iterable[Any]) -> None:
+def _bounded(name: str, arguments: Sequence[Any]) -> None:
     """Refuse an operation whose result may be too long, before it is made."""
     sizes = [1, 1]
     for one in arguments:
         number = isinstance(one, int) and not isinstance(one, bool)
         sizes.append(abs(one) if number else _size(one))
-        if name.startswith("format") and isinstance(one, str):  # "%99999d", "{:99999}"
-            sizes += [int(found[:20]) for found in re.findall(r"\d+", one)]
+    if name.startswith("format") and isinstance(form := arguments[0], str):
+        sizes += [int(found[:20]) for found in re.findall(r"\d+", form)]  # "%99d", "{:99}"
+        if re.search(r"\*|\{[^}]*\{", form):  # widths that stand elsewhere: "%*d", "{:{}}"
+            raise _too_much()
     if name in _WIDE and math.prod(sorted(sizes)[-2:]) > CHARACTERS:
         raise _too_much()
 
@@ -158,6 +161,11 @@ class _Turns:
 
     def __len__(self) -> int:
         return len(self._items)
+
+
+def _shown(value: Any) -> Any:
+    """What is put out: a container is paid for before it becomes text, a text when it is joined."""
+    return value if isinstance(value, str) else _paid(value)
 
 
 def _joined(parts: Iterable[str]) -> str:
@@ -211,7 +219,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,  # nothing is computed while compiling
-            finalize=_paid,
+            finalize=_shown,
             extensions=[_Generation, jinja2.ext.loopcontrols],
         )
         self.filters["tojson"] = _tojson
@@ -248,7 +256,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         sequence = isinstance(left, (str, list, tuple)) or isinstance(right, (str, list, tuple))
         if operator == "%" and isinstance(left, str):
-            _bounded("format", [left, right, *(right if isinstance(right, tuple) else ())])
+            _bounded("format", [left, right])
         elif operator == "*" and sequence:
             _bounded("join", [left, right])  # both times what the two make of each other
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):

@@ -109,4 +109,5 @@ def folder_name(folder: Path) -> str:
 def stop_strings(template: str | None) -> tuple[str, ...]:
     """What ends an answer besides the EOS token, as the template itself says."""
     said = sandbox.constant(template, "stop_strings") if template else None
-    return tuple(one for one in said if isinstance(one, str) and one) if said else ()
+    found = said if isinstance(said, list) else []
+    return tuple(one for one in found if isinstance(one, str) and one)
