@@ -5,21 +5,21 @@ Heavy rooms are imported inside the commands, so that `herd --help` answers at o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from herdbook import versions
+from herdbook import cli_tokenizer, versions
 from herdbook.errors import HerdbookError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from herdbook.terminal import Json
+from herdbook.terminal import book as _book
+from herdbook.terminal import console as _console
+from herdbook.terminal import print_json as _print
 
 app = App(
     name="herd",
@@ -29,29 +29,13 @@ app = App(
     version_flags=["--version"],
     help_format="markdown",
 )
-Json = Annotated[bool, Parameter(name="--json", negative="", help="print JSON for scripts")]
+app.command(cli_tokenizer.app)
 Template = Annotated[
     str | None,
     Parameter(
         help="a chat template in place of the model's own: a file, or a name (see: herd templates)"
     ),
 ]
-
-
-def _print(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=False, indent=1))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
-def _book() -> Any:
-    from herdbook.book.book import Book
-
-    return Book()
 
 
 @app.command(name="raise")

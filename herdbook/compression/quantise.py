@@ -32,20 +32,14 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.compression import int4, parity
 from herdbook.data import records
 from herdbook.errors import ConfigError
-from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.checkpoint import gguf_family, load_decoder, save_gguf
 from herdbook.model.decoder import Block, Decoder
 from herdbook.model.layout import Packed
+from herdbook.model.mlp import MLP
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
 
-#: matrices of a block that read the same inputs; those are seen at the first
-READERS = (
-    ("attention.q", "attention.k", "attention.v"),
-    ("attention.o",),
-    ("mlp.gate", "mlp.up"),
-    ("mlp.down",),
-)
 #: a matrix nearer than this to Q4_1's grid lies on it, but for the float16 of a minimum
 ON_GRID_STEPS = 0.02
 
@@ -73,8 +67,9 @@ class Quantise(Step):
             )
         tokenizer = Tokenizer.load(source.path)
         decoder = load_decoder(source.path, dtype=torch.float32)
+        gguf_family(decoder)  # refuses those that GGUF does not know
         before = parity.text_logits(decoder, tokenizer)
-        matrices = sum(len(group) for group in READERS) * decoder.config.layers
+        matrices = sum(len(group) for block in decoder.blocks for group in readers(block))
         kept = 0
         if self.format == "Q4_1":
             packs = calibration(bench, tokenizer, self.calibration_tokens)
@@ -128,17 +123,14 @@ def round_to_q4_1(
     """
     ids = [torch.tensor(one.ids, device=decoder.device) for one in packs]
     layouts = [Packed(one.lengths, decoder.device) for one in packs]
-    ropes = [decoder.rotary(layout.positions, decoder.dtype) for layout in layouts]
-    states = [decoder.embed(some) for some in ids]
+    states = [decoder.start(some, layout) for some, layout in zip(ids, layouts, strict=True)]
     kept = plain = 0
-    for block in decoder.blocks:
+    for at, block in enumerate(decoder.blocks):
         assert isinstance(block, Block)
         with watching(block) as moments:
-            for number, (state, rope, layout) in enumerate(
-                zip(states, ropes, layouts, strict=True)
-            ):
-                states[number] = block(state, rope, layout)
-        for group in READERS:
+            for number, (state, layout) in enumerate(zip(states, layouts, strict=True)):
+                states[number] = decoder.through(state, layout, at, at + 1)
+        for group in readers(block):
             spread: Tensor | None = None
             for name in group:
                 linear = block.get_submodule(name)
@@ -162,12 +154,27 @@ def round_to_q4_1(
     return kept
 
 
+def readers(block: nn.Module) -> list[list[str]]:
+    """A block's matrices, those that read the same inputs together (they are seen at the first)."""
+    attention = [["attention.q", "attention.k", "attention.v"], ["attention.o"]]
+    mlps = [
+        group
+        for name, mlp in block.named_modules()
+        if isinstance(mlp, MLP)
+        for group in (
+            [f"{name}.gate", f"{name}.up"] if mlp.gate is not None else [f"{name}.up"],
+            [f"{name}.down"],
+        )
+    ]
+    return attention + mlps
+
+
 @contextmanager
 def watching(block: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While open, adds up XᵀX of what each group's first matrix reads: name → [I, I]."""
     moments: dict[str, Tensor] = {}
     handles = []
-    for group in READERS:
+    for group in readers(block):
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], name: str = group[0]) -> None:
             (x,) = inputs  # [T, I]

@@ -43,8 +43,8 @@ class Retain(Step):
 
     kind: ClassVar[str] = "dataset"
     teacher: Input = ""
-    rows: int = 130  # asks, as many in each language as there are; there are about 240
-    max_tokens: int = 32  # longer answers are cut there
+    rows: int = 200  # asks, as many in each language as there are; there are about 330
+    max_tokens: int = 20  # longer answers are cut there
     seed: int = 0
 
     def fingerprint(self) -> dict[str, str]:

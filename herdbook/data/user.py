@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +65,11 @@ class Import(Step):
             "heldout": len(held),
             "skipped": sum(parsed.skipped.values()),
             "trimmed": sum(parsed.trimmed.values()),
-            **{f"skipped: {reason}": n for reason, n in sorted(parsed.skipped.items())},
-            **{f"trimmed: {reason}": n for reason, n in sorted(parsed.trimmed.items())},
+            **{_key("skipped", reason): n for reason, n in sorted(parsed.skipped.items())},
+            **{_key("trimmed", reason): n for reason, n in sorted(parsed.trimmed.items())},
         }
+
+
+def _key(what: str, reason: str) -> str:
+    """A metric's name: «skipped» for «an empty answer» → skipped_an_empty_answer."""
+    return "_".join([what, *re.findall(r"\w+", reason.lower())])

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from herdbook.engine.pages import PagePool
@@ -29,6 +30,7 @@ from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
+from herdbook.model.prefix import find_context
 
 if TYPE_CHECKING:
     from herdbook.tokens.tokenizer import Tokenizer
@@ -85,7 +87,8 @@ class Engine:
         assert not self._active, "forget() while requests run"
         pages, page_tokens, max_batch_tokens = self._size
         self.pool = PagePool(pages, page_tokens)
-        self.scheduler = Scheduler(self.pool, max_batch_tokens)
+        share, whole = self.decoder.memory == "pages", self.decoder.whole_prompts
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share, whole=whole)
         self.runner = Runner(self.decoder, Cache(pages, page_tokens))
 
     @property
@@ -121,14 +124,18 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
+        ids = self.decoder.prompt(ids)
+        request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
         if room < 1:
             raise self._too_long(len(ids))
+        config = self.decoder.config
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
             out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop),
+            context=find_context(ids, config) if config.prefix else None,
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)

@@ -14,10 +14,14 @@ from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from herdbook.engine import native
 from herdbook.engine.sequence import Sequence
+from herdbook.model.attention import Look, attend
+from herdbook.model.carried import Carried
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Layout
 
 
 class Cache:
@@ -31,6 +35,10 @@ class Cache:
     def __init__(self, pages: int, page_tokens: int) -> None:
         self.pages, self.page_tokens = pages, page_tokens
         self._layers: dict[int, Tensor] = {}
+
+    def layers(self) -> list[Tensor]:
+        """Every layer's tensor, once something was written."""
+        return [self._layers[layer] for layer in sorted(self._layers)]
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
@@ -67,10 +75,11 @@ class _Span:
         self.first, self.n = first, sequence.scheduled
         self.start = sequence.computed
         self.end = self.start + self.n
+        self.context = sequence.context.tokens if sequence.context else 0
         self._page_tokens, self._device = page_tokens, device
         self.pages = sequence.pages[: -(-self.end // page_tokens)]
         self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self._masks: dict[tuple[Look, torch.dtype], Tensor | None] = {}
 
     def slots(self) -> list[int]:
         size = self._page_tokens
@@ -93,20 +102,26 @@ class _Span:
             self._reads[window] = where, oldest - shift, self.end - shift
         return self._reads[window]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What [n, seen] must not see, as -inf to be added; None where one token sees all."""
-        if self.n == 1:
+    def mask(self, look: Look, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of [n, seen] ([H, n, seen] with ALiBi): -inf where a token must
+        not look; None where one token sees all."""
+        if self.n == 1 and not look.slopes:
             return None
-        if (window, dtype) not in self._masks:
+        if (look, dtype) not in self._masks:
+            window = look.window
             oldest = 0 if window is None else max(0, self.start - window + 1)
-            queries = torch.arange(self.start, self.end, device=self._device)[:, None]
-            keys = torch.arange(oldest, self.end, device=self._device)[None, :]
-            hidden = keys > queries
+            queries = torch.arange(self.start, self.end, device=self._device)
+            keys = torch.arange(oldest, self.end, device=self._device)
+            hidden = (keys > queries[:, None]) & (keys >= self.context)
             if window is not None:
-                hidden |= keys <= queries - window
-            zeros = torch.zeros(hidden.shape, dtype=dtype, device=self._device)
-            self._masks[window, dtype] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._masks[window, dtype]
+                hidden |= keys <= queries[:, None] - window
+            mask = (
+                look.bias(queries, keys, dtype)
+                if look.slopes
+                else torch.zeros(hidden.shape, dtype=dtype, device=self._device)
+            )
+            self._masks[look, dtype] = mask.masked_fill_(hidden, float("-inf"))
+        return self._masks[look, dtype]
 
 
 class _Decoding:
@@ -123,18 +138,25 @@ class _Decoding:
         self.pages = torch.tensor(padded, device=device)  # [B, P]
         self._ends = torch.tensor([span.end for span in spans], device=device)[:, None]
         self._places = torch.arange(most * page_tokens, device=device)
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[Look, int, torch.dtype], Tensor] = {}
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look."""
-        if (window, dtype) not in self._masks:
+    def mask(self, look: Look, kv_heads: int, dtype: torch.dtype) -> Tensor:
+        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look.
+
+        With ALiBi [B, KV, H / KV, P · page_tokens], as the queries stand.
+        """
+        if (look, kv_heads, dtype) not in self._masks:
             hidden = self._places >= self._ends
-            if window is not None:
-                hidden |= self._places < self._ends - window
-            zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            masked = zeros.masked_fill_(hidden, float("-inf"))
-            self._masks[window, dtype] = masked[:, None, None]
-        return self._masks[window, dtype]
+            if look.window is not None:
+                hidden |= self._places < self._ends - look.window
+            hidden = hidden[:, None, None]
+            if look.slopes:
+                bias = look.bias(self._ends - 1, self._places, dtype)  # [B, H, 1, S]
+                mask = bias.view(len(bias), kv_heads, -1, bias.shape[-1])
+            else:
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[look, kv_heads, dtype] = mask.masked_fill(hidden, float("-inf"))
+        return self._masks[look, kv_heads, dtype]
 
 
 class Paged:
@@ -150,30 +172,38 @@ class Paged:
             slots += span.slots()
             positions += range(span.start, span.end)
             self._spans.append(span)
+        self.positions = torch.tensor(positions, device=device)  # [T]
+        places = [
+            one.context.places(one.computed, one.computed + one.scheduled, device)
+            for one in batch
+            if one.context  # in a prefix model all have one
+        ]
+        if places:
+            self.positions = torch.cat(places)
         decoding = [span for span in self._spans if span.n == 1 and span.start]
         self._decoding = None
         if len(decoding) > 1:
             self._decoding = _Decoding(decoding, cache.page_tokens, device)
             self._spans = [span for span in self._spans if span.n > 1 or not span.start]
         self._slots = torch.tensor(slots, device=device)
-        self.positions = torch.tensor(positions, device=device)  # [T]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None
-    ) -> Tensor:
+    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
+        """The engine found them when the prompts came; a step has only some of their tokens."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
         self._cache.write(layer, self._slots, k, v)
-        grouped = q.shape[1] != k.shape[1]
+        window = look.window
         result = torch.empty_like(q)
         if self._decoding is not None:
             keys, values = self._cache.read_many(layer, self._decoding.pages)
             # queries [B, KV, H / KV, D]: the heads that share keys, as a sequence
-            out = scaled_dot_product_attention(
+            out = attend(
                 q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
                 keys,
                 values,
-                attn_mask=self._decoding.mask(window, q.dtype),
-                scale=scale,
+                look,
+                self._decoding.mask(look, k.shape[1], q.dtype),
             )
             result[self._decoding.rows] = out.flatten(1, 2)
         for span in self._spans:
@@ -183,14 +213,14 @@ class Paged:
                 mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
             else:
                 mine = self._cache.read(layer, *span.reach(window))
-            out = scaled_dot_product_attention(
+            plain = whole and not look.slopes and span.context < 2
+            out = attend(
                 q[rows].transpose(0, 1)[None],
                 mine[0][None],
                 mine[1][None],
-                attn_mask=None if whole else span.mask(window, q.dtype),
-                is_causal=whole and span.n > 1,
-                scale=scale,
-                enable_gqa=grouped,
+                look,
+                None if plain else span.mask(look, q.dtype),
+                causal=plain and span.n > 1,
             )
             result[rows] = out[0].transpose(0, 1)
         return result
@@ -202,20 +232,54 @@ class Runner:
     def __init__(self, decoder: Decoder, cache: Cache) -> None:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.device
+        self._native = native.step_for(decoder, cache.page_tokens)
 
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [B, V] for the B sequences of the batch that catch up in this step, in its order.
 
-        The head is computed for their last tokens alone. None when all are inside their prompts.
+        None when all are inside their prompts. Where there is a native step, every sequence that
+        decodes goes through it, whoever else is served: so its tokens do not depend on the others.
         """
+        if self._native is None:
+            return self._pass(batch)
+        decoding = [one for one in batch if one.scheduled == 1 and one.computed]
+        others = [one for one in batch if not (one.scheduled == 1 and one.computed)]
+        rows: dict[int, Tensor] = {}
+        for start in range(0, len(decoding), native.MOST):
+            some = decoding[start : start + native.MOST]
+            rows |= {id(one): row for one, row in zip(some, self._decode(some), strict=True)}
+        logits = self._pass(others) if others else None
+        if logits is not None:
+            ready = (one for one in others if one.scheduled == one.remaining)
+            rows |= {id(one): row for one, row in zip(ready, logits, strict=True)}
+        ordered = [rows[id(one)] for one in batch if one.scheduled == one.remaining]
+        return torch.stack(ordered) if ordered else None
+
+    def _decode(self, batch: Many[Sequence]) -> Tensor:
+        """Logits [B, V] of sequences that compute one token after others, by the native step."""
+        assert self._native is not None
+        size = self.cache.page_tokens
+        places = [one.computed for one in batch]
+        pages = [one.pages[: at // size + 1] for one, at in zip(batch, places, strict=True)]
+        slots = [run[-1] * size + at % size for run, at in zip(pages, places, strict=True)]
+        ids = [one.ids[at] for one, at in zip(batch, places, strict=True)]
+        return self._native(self.cache.layers(), ids, places, pages, slots)
+
+    def _pass(self, batch: Many[Sequence]) -> Tensor | None:
+        """The same by PyTorch; the head is computed for the last tokens alone."""
         ids: list[int] = []
         last: list[int] = []
         for sequence in batch:
             ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
             if sequence.scheduled == sequence.remaining:
                 last.append(len(ids) - 1)
-        layout = Paged(self.cache, batch, self.device)
+        layout: Layout
+        if self.decoder.memory == "pages":
+            layout = Paged(self.cache, batch, self.device)
+        else:
+            lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
+            layout = Carried(lengths, states, self.device)
         hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
         if not last:
             return None

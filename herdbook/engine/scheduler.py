@@ -11,7 +11,8 @@ Neither starves: no more sequences run than a step has tokens, so while one is i
 most `max_batch_tokens - 1` others can decode, and at least one token of the budget is left for it.
 
 A sequence gets the pages of its whole prompt when it is admitted and one page at a time while it
-decodes. When none is left, the last-in is preempted: it gives its pages back and returns to the
+decodes. The context of a prefix model's prompt is never cut: a step that begins one computes it all,
+more tokens than `max_batch_tokens` if it must. When none is left, the last-in is preempted: it gives its pages back and returns to the
 head of the queue, its prompt now being all its tokens (most of which it finds again in the cache).
 The oldest can always go on, since alone it fits (checked at submit): so every request ends.
 """
@@ -25,9 +26,18 @@ from herdbook.engine.sequence import Sequence
 
 
 class Scheduler:
-    def __init__(self, pool: PagePool, max_batch_tokens: int) -> None:
+    """share: pages hold what they say, so a later prompt that begins alike can use them.
+
+    whole: a prompt is never cut; a step that begins one computes it all, more than its budget if it
+    must.
+    """
+
+    def __init__(
+        self, pool: PagePool, max_batch_tokens: int, *, share: bool = True, whole: bool = False
+    ) -> None:
         assert max_batch_tokens > 0
         self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.share, self.whole = share, whole
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -57,7 +67,7 @@ class Scheduler:
         budget -= len(batch)
         assert budget >= 0
         for sequence in self.running:
-            if budget and not sequence.scheduled:
+            if budget > 0 and not sequence.scheduled:
                 budget -= self._schedule(sequence, budget, batch)
         if preemptions == self.preemptions:
             self._admit(budget, batch)
@@ -69,7 +79,7 @@ class Scheduler:
         for sequence in batch:
             sequence.computed += sequence.scheduled
             full = sequence.computed // size
-            if full > sequence.registered:
+            if self.share and full > sequence.registered:
                 keys = sequence.hash_pages(size)
                 for i in range(sequence.registered, full):
                     tokens = sequence.ids[i * size : (i + 1) * size]
@@ -77,7 +87,8 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        sequence.scheduled = min(sequence.remaining, budget)
+        whole = sequence.remaining if self.whole else 0
+        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together, whole)
         batch.append(sequence)
         return sequence.scheduled
 
@@ -85,9 +96,9 @@ class Scheduler:
         size = self.pool.page_tokens
         promised = {key for one in self.running for key in one.keys[one.registered :]}
         for sequence in list(self.waiting):
-            if not budget or len(self.running) == self.max_batch_tokens:
+            if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
-            keys = sequence.hash_pages(size)
+            keys = sequence.hash_pages(size) if self.share else []
             hits = self.pool.match(keys, sequence.ids)
             if len(hits) < len(keys) and keys[len(hits)] in promised:
                 continue  # someone is computing that very page: share it when it is ready
@@ -123,4 +134,5 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.pages)
         sequence.pages = []
+        sequence.state = {}
         sequence.computed = sequence.scheduled = sequence.registered = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,21 +29,27 @@ from herdbook.files.atomic import replacing, write_json
 from herdbook.files.safetensors import Entry, read_header, refuse_pickles
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_gguf, by_model_type, families
+from herdbook.model.families import by_gguf, by_source, families
 from herdbook.model.family import (
     Family,
+    SourceTensor,
     gguf_metadata,
     llama3_from_divisors,
-    permute,
+    refuse_unsaid,
     source_from_gguf,
-    unpermute,
 )
 from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
+from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
 INDEX = "model.safetensors.index.json"
-#: tensors that some checkpoints carry and nothing needs: they can be computed
-COMPUTED = re.compile(r"(.*\.)?rotary_emb\.inv_freq|rope_freqs\.weight")
+#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
+#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
+COMPUTED = re.compile(
+    r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
+    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
+)
 #: general.file_type
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 
@@ -65,36 +71,41 @@ class Checkpoint:
     config: DecoderConfig
     source_config: dict[str, Any]  # under Hugging Face's keys
     headless: bool
-    #: our name → the source's
-    names: dict[str, str] = field(repr=False)
+    #: our name → the source's tensor that holds it
+    names: dict[str, SourceTensor] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
     files: dict[str, Path] = field(repr=False)  # safetensors: the source's name → its file
     gguf: gguf.GGUF | None = field(repr=False, default=None)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """One tensor by our name, dequantised, in memory of its own."""
-        source = self.names[name]
+        source = self.names[name].name
         if self.gguf is None:
             with safe_open(self.files[source], "pt") as file:
-                tensor: Tensor = file.get_tensor(source)
-            return tensor.to(dtype, copy=True)
-        values = self.gguf.array(source)
-        if heads := self.family.permuted_heads(name, self.config):
-            values = unpermute(values, heads)
-        return torch.from_numpy(values).to(dtype, copy=True)
+                tensor: Tensor = self._mine(name, file.get_tensor(source))
+        else:
+            tensor = self._mine(name, torch.from_numpy(self.gguf.array(source)))
+        return tensor.to(dtype, copy=True).contiguous()
+
+    def _mine(self, name: str, tensor: Tensor) -> Tensor:
+        """Our tensor out of the source's."""
+        source = self.names[name]
+        if source.fold is None:
+            return tensor
+        rows = [self.shapes[one][0] for one in source.ours]
+        return source.fold.take(tensor, source.ours.index(name), rows, self.config)
 
     def blocks(self, name: str) -> tuple[str, Tensor] | None:
         """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
         if self.gguf is None:
             return None
-        source = self.names[name]
+        source = self.names[name].name
         tensor = self.gguf.tensors[source]
         if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
             return None
-        raw = self.gguf.raw(source)
-        if heads := self.family.permuted_heads(name, self.config):
-            raw = unpermute(raw, heads)
-        rows, columns = tensor.shape
-        return tensor.type, torch.from_numpy(raw).view(rows, columns // gguf.BLOCK, -1)
+        raw = torch.from_numpy(self.gguf.raw(source))
+        whole = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
+        return tensor.type, self._mine(name, whole)
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -102,11 +113,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     path = Path(path)
     refuse_pickles(path)
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return _open_folder(path)
-        if (path / "model.gguf").is_file():
+        if (path / "model.gguf").is_file() and not (path / "config.json").is_file():
             return _open_gguf(path / "model.gguf")
-        raise _no_model(path)
+        return _open_folder(path)
     if not path.exists():
         raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
     return _open_gguf(path)
@@ -134,20 +143,31 @@ def read_json(path: Path) -> dict[str, Any]:
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
     """Our name → shape, for every tensor of such a decoder."""
     with torch.device("meta"):
-        decoder = Decoder(config, headless=headless)
+        decoder = build(config, headless=headless)
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+
+
+def source_shapes(
+    expected: dict[str, tuple[int, ...]], names: dict[str, SourceTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The source's tensors of such a model, in our order, each once, and their shapes."""
+    sources = {one.name: one for one in names.values()}
+    return {
+        name: one.fold.shape([expected[ours] for ours in one.ours])
+        if one.fold
+        else expected[one.ours[0]]
+        for name, one in sources.items()
+    }
 
 
 def _check_shapes(
     where: Path,
     expected: dict[str, tuple[int, ...]],
-    names: dict[str, str],
     found: dict[str, tuple[int, ...]],
 ) -> None:
-    """Every tensor there, none left over, each in its shape."""
+    """Every tensor of the source there, none left over, each in its shape."""
     next = "check that config and weights belong together, or fetch the model again"
-    for name, shape in expected.items():
-        source = names[name]
+    for source, shape in expected.items():
         if source not in found:
             raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
         if found[source] != shape:
@@ -156,7 +176,7 @@ def _check_shapes(
                 rule=f"but the config asks for {list(shape)}",
                 next=next,
             )
-    left = [n for n in found if n not in set(names.values()) and not COMPUTED.fullmatch(n)]
+    left = [n for n in found if n not in expected and not COMPUTED.fullmatch(n)]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise FileError(
@@ -168,31 +188,56 @@ def _check_shapes(
 
 def _open_folder(folder: Path) -> Checkpoint:
     where = folder / "config.json"
-    source = read_json(where)
-    family = by_model_type(source.get("model_type"), str(where))
+    if where.is_file():
+        source = read_json(where)
+        files, entries = _weight_files(folder)
+    else:  # some were published as bare tensors
+        files, entries = _weight_files(folder)
+        source = _sizes(folder, files, entries)
+    family = by_source(source, str(where))
     config = family.config(source, str(where))
-    files, entries = _weight_files(folder)
 
-    # a base model saved alone has no "model." in front of its names
-    base = not any(name.startswith("model.") for name in entries)
-    head = family.hf_name("head.weight")
+    # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
+    front = family.names["embed"][0].partition(".")[0] + "."
+    base = not any(name.startswith(front) for name in entries)
+    head, embed = family.hf_name("head.weight"), family.hf_name("embed.weight")
+    if family.ties_by_tensors and head in entries and embed in entries:
+        config = dataclasses.replace(config, tied=_same(files, head, embed))
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
-    names = {name: family.hf_name(name) for name in expected}
+    names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
-        names = {name: hf.removeprefix("model.") for name, hf in names.items()}
+        names = {
+            name: dataclasses.replace(one, name=one.name.removeprefix(front))
+            for name, one in names.items()
+        }
+    if family.layout is not None and family.layout(names["embed.weight"].name) in entries:
+        names = {
+            name: dataclasses.replace(one, name=family.layout(one.name))
+            for name, one in names.items()
+        }
     found = {name: entry.shape for name, entry in entries.items()}
-    if config.tied and head in found:  # saved although it is the embedding: it must be
-        shape = found.pop(head)
-        embed = names["embed.weight"]
-        if shape != found.get(embed) or not _same(files, head, embed):
+    embed = names["embed.weight"].name
+    for copy in (*family.copies, *([head] if config.tied else [])):
+        # saved although it is the embedding: it must be
+        if copy in found and (found.pop(copy) != found.get(embed) or not _same(files, copy, embed)):
             raise FileError(
-                f"{folder}: tensor {head!r} differs from {embed!r}",
+                f"{folder}: tensor {copy!r} differs from {embed!r}",
                 rule="but the config says that they are tied (tie_word_embeddings)",
                 next="set tie_word_embeddings to false in config.json if the head is its own",
             )
-    _check_shapes(folder, expected, names, found)
-    return Checkpoint(folder, family, config, source, headless, names, files)
+    _check_shapes(folder, source_shapes(expected, names), found)
+    return Checkpoint(folder, family, config, source, headless, names, expected, files)
+
+
+def _sizes(folder: Path, files: dict[str, Path], entries: dict[str, Entry]) -> dict[str, Any]:
+    """The configuration of a model that came without, from its tensors' names and shapes."""
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    stem = next(iter(files.values())).stem
+    for family in families().values():
+        if family.sizes is not None and (source := family.sizes(shapes, stem)):
+            return family.source(family.config(source, str(folder)))
+    raise _no_model(folder)
 
 
 def _same(files: dict[str, Path], a: str, b: str) -> bool:
@@ -242,23 +287,31 @@ def _weight_files(folder: Path) -> tuple[dict[str, Path], dict[str, Entry]]:
     return files, entries
 
 
-def _open_gguf(path: Path) -> Checkpoint:
-    file = gguf.read(path)
-    where = str(path)
-    family = by_gguf(file.metadata.get("general.architecture"), file.metadata, where)
-    embed = file.tensors.get(family.gguf_name("embed.weight"))
-    if embed is None or len(embed.shape) != 2:
+def _understand(
+    metadata: dict[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
+) -> tuple[Family, DecoderConfig, dict[str, Any]]:
+    """What a GGUF's metadata and its tensors' names and shapes say; the last under Hugging Face's
+    keys."""
+    family = by_gguf(metadata.get("general.architecture"), metadata, tensors, where)
+    embed = tensors.get(family.gguf_name("embed.weight"), ())
+    if len(embed) != 2:
         raise FileError(
-            f"{path}: tensor {family.gguf_name('embed.weight')!r} is missing",
+            f"{where}: tensor {family.gguf_name('embed.weight')!r} is missing",
             rule="so it is no language model (a vocabulary or an adapter alone?)",
             next="use the model's own .gguf file",
         )
 
     def has(name: str) -> bool:
-        return family.gguf_name(name) in file.tensors
+        return family.knows(name) and family.gguf_name(name) in tensors
 
-    source = source_from_gguf(file.metadata, family, embed.shape[0], has, where)
-    config = family.config(source, where)
+    source = source_from_gguf(metadata, family, embed[0], has, where)
+    return family, family.config(source, where), source
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    file = gguf.read(path)
+    found = {name: tensor.shape for name, tensor in file.tensors.items()}
+    family, config, source = _understand(file.metadata, found, str(path))
     if "rope_freqs.weight" in file.tensors:
         divisors = torch.from_numpy(file.array("rope_freqs.weight").astype(np.float32)).flatten()
         scaling = None
@@ -273,10 +326,11 @@ def _open_gguf(path: Path) -> Checkpoint:
         config = dataclasses.replace(config, rope_scaling=scaling)
     ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
     expected = expected_shapes(config)
-    names = {name: family.gguf_name(name) for name in expected}
-    found = {name: tensor.shape for name, tensor in file.tensors.items()}
-    _check_shapes(path, expected, names, found)
-    return Checkpoint(path, family, config, family.source(config) | ids, False, names, {}, file)
+    names = {name: family.gguf_tensor(name, config) for name in expected}
+    _check_shapes(path, source_shapes(expected, names), found)
+    return Checkpoint(
+        path, family, config, family.source(config) | ids, False, names, expected, {}, file
+    )
 
 
 def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
@@ -302,8 +356,8 @@ def load_decoder(
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
     with torch.device("meta"):
-        decoder = Decoder(checkpoint.config, headless=checkpoint.headless)
-    decoder.family = checkpoint.family.model_type
+        decoder = build(checkpoint.config, headless=checkpoint.headless)
+    decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
     for name in checkpoint.names:
         module_name, _, leaf = name.rpartition(".")
@@ -361,8 +415,27 @@ def one_tensor(decoder: Decoder, name: str, dtype: torch.dtype) -> Tensor:
     return tensor.detach().cpu()
 
 
+def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the source, made of ours."""
+    parts = [one_tensor(decoder, name, dtype) for name in source.ours]
+    return parts[0] if source.fold is None else source.fold.join(parts, decoder.config)
+
+
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
+
+
+def gguf_family(decoder: Decoder) -> Family:
+    """The decoder's family, where a GGUF file can hold it."""
+    family = _family(decoder)
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="export it as a Hugging Face folder (herd export --to hf)",
+        )
+    return family
 
 
 def source_config(decoder: Decoder) -> dict[str, Any]:
@@ -388,7 +461,10 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
     total = room = 0
-    for name, shape in expected_shapes(decoder.config, headless=decoder.headless).items():
+    expected = expected_shapes(decoder.config, headless=decoder.headless)
+    sources = {name: family.hf_tensor(name, decoder.config) for name in expected}
+    by_name = {one.name: one for one in sources.values()}
+    for name, shape in source_shapes(expected, sources).items():
         nbytes = int(np.prod(shape)) * dtype.itemsize
         if shards[-1] and room + nbytes > shard_bytes:
             shards.append([])
@@ -399,7 +475,7 @@ def save_hf(
     for i, names in enumerate(shards, 1):
         many = len(shards) > 1
         file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
-        held = {family.hf_name(n): one_tensor(decoder, n, dtype).contiguous() for n in names}
+        held = {n: source_tensor(decoder, by_name[n], dtype).contiguous() for n in names}
         with replacing(folder / file) as temporary:
             safetensors.torch.save_file(held, temporary, metadata={"format": "pt"})
         where |= dict.fromkeys(held, file)
@@ -418,22 +494,23 @@ def save_hf(
 class _Waiting:
     """A tensor of a decoder that the GGUF writer asks for when its turn comes."""
 
-    def __init__(self, decoder: Decoder, family: Family, name: str, shape: tuple[int, ...]) -> None:
-        self.decoder, self.name, self.shape = decoder, name, shape
-        self.heads = family.permuted_heads(name, decoder.config)
+    def __init__(self, decoder: Decoder, source: SourceTensor, shape: tuple[int, ...]) -> None:
+        self.decoder, self.source, self.shape = decoder, source, shape
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        values = one_tensor(self.decoder, self.name, torch.float32).numpy()
-        return permute(values, self.heads) if self.heads else values
+        tensor = source_tensor(self.decoder, self.source, torch.float32)
+        if self.source.ours == ("head.weight",) and self.decoder.config.head_norm:
+            tensor = nn.functional.normalize(tensor)  # llama.cpp would not norm it
+        return tensor.contiguous().numpy()
 
 
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     """How a tensor of ours is stored in a file of this quantisation.
 
-    Vectors stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
+    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8 bits, as they decide
     every word; rows that do not fill blocks of 32 stay F16.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or name == "places.weight":
         return "F32"
     if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
         quant = "Q8_0"
@@ -447,7 +524,8 @@ def save_gguf(
     """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
     assert quant in FILE_TYPES, quant
     decoder.need_head()
-    path, family, config = Path(path), _family(decoder), decoder.config
+    path, family, config = Path(path), gguf_family(decoder), decoder.config
+    said = gguf_metadata(config, family)
     metadata: dict[str, Any] = {
         "general.architecture": family.gguf,
         "general.type": "model",
@@ -455,7 +533,12 @@ def save_gguf(
         "general.file_type": FILE_TYPES[quant],
         "general.quantization_version": 2,
     }
-    metadata |= gguf_metadata(config, family)
+    expected = expected_shapes(config)
+    sources = {name: family.gguf_tensor(name, config) for name in expected}
+    by_name = {one.name: one for one in sources.values()}
+    shapes = source_shapes(expected, sources)
+    metadata |= said
+    refuse_unsaid(config, _understand(metadata, shapes, str(path))[1])
     if tokenizer is not None:
         metadata |= tokenizer.gguf_metadata(config.vocab)
         check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
@@ -464,7 +547,8 @@ def save_gguf(
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         divisors = rope_divisors(plain, config.rope_scaling, config)
         found.append(("rope_freqs.weight", "F32", divisors.numpy()))
-    for name, shape in expected_shapes(config).items():
-        waiting = _Waiting(decoder, family, name, shape)
-        found.append((family.gguf_name(name), gguf_type(name, shape, quant), waiting))
+    for name, shape in shapes.items():
+        source = by_name[name]
+        waiting = _Waiting(decoder, source, shape)
+        found.append((name, gguf_type(source.ours[0], shape, quant), waiting))
     gguf.write(path, metadata, found)

@@ -8,32 +8,27 @@ There is no batch axis and no padding: documents of a pack, or one decoding step
 end to end, and the layout knows who may see whom. Everything but attention works token by token, so
 it need not know.
 
-Where further axes go (facts of the families, not written until a family needs one): another norm or
-its place: `Block`; a parallel residual or α: `Block.forward`; ALiBi, learned positions, a partial or
-interleaved rotation: `Attention.forward` and `Rotary`; softcaps and other scales: `Attention`,
-`Decoder.logits`; ungated MLP, experts: `MLP`.
+The axes (herdbook/model/config.py) say what a family puts in place of each part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from herdbook.errors import FileError
+from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
-from herdbook.model.layers import Embedding, Linear, RMSNorm, Rotary, rotate
+from herdbook.model.layers import Embedding, Linear, RMSNorm, Rotary, make_norm, rotate
 from herdbook.model.layout import Layout
+from herdbook.model.mlp import MLP, Experts
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
+#: cos and sin of the layers that see all, and of those with a window where they have their own
+Ropes = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
 
 
 class Attention(nn.Module):
@@ -42,55 +37,70 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         c = config
-        self.layer, self.window = layer, c.window(layer)
-        self.head_dim, self.scale = c.head_dim, c.head_dim**-0.5
+        self.layer, self.head_dim = layer, c.head_dim
+        self.look = look_of(c, layer)
+        self.local = bool(c.rope_local_base) and c.window(layer) is not None
         self.q = Linear(c.hidden, c.heads * c.head_dim, c.qkv_bias)
         self.k = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
         self.v = Linear(c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
         self.o = Linear(c.heads * c.head_dim, c.hidden, c.out_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim, c.eps) if c.qk_norm else None
+        plus = c.norm == "rms1p"
+        self.q_norm = RMSNorm(c.head_dim, c.eps, plus) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.eps, plus) if c.qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, ropes: Ropes, layout: Layout) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
         q, k, v = (one(x).unflatten(-1, (-1, self.head_dim)) for one in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        out = layout.attend(self.layer, q, k, v, scale=self.scale, window=self.window)
-        y: Tensor = self.o(out.flatten(-2))
+        if rope := ropes[self.local]:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        y: Tensor = self.o(layout.attend(self.layer, q, k, v, self.look).flatten(-2))
         return y
 
 
-class MLP(nn.Module):
-    """down(activation(gate(x)) · up(x))."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        c = config
-        self.gate = Linear(c.hidden, c.ffn, c.mlp_bias)
-        self.up = Linear(c.hidden, c.ffn, c.mlp_bias)
-        self.down = Linear(c.ffn, c.hidden, c.mlp_bias)
-        self.activation = ACTIVATIONS[c.activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.down(self.activation(self.gate(x)) * self.up(x))
-        return y
+def look_of(c: DecoderConfig, layer: int) -> Look:
+    """How a layer of this configuration looks at its keys."""
+    scale = c.attention_scale or c.head_dim**-0.5
+    slopes = alibi_slopes(c.heads) if c.position == "alibi" else ()
+    return Look(scale, c.window(layer), c.attention_softcap, slopes, c.alibi_rounded)
 
 
 class Block(nn.Module):
-    """One layer: norm before each part, residual around it."""
+    """One layer: attention and MLP, each normed before or after, with a residual around it."""
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden, config.eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden, config.eps)
-        self.mlp = MLP(config)
+        c = config
+        self.place, self.residual, self.alpha = c.norm_place, c.residual, c.residual_alpha
+        self.attention_norm = make_norm(c)
+        self.attention = Attention(c, layer)
+        self.mlp_norm = make_norm(c) if c.residual != "parallel1" else None
+        self.mlp = Experts(c) if c.experts else MLP(c)
+        if c.norm_place == "sandwich":
+            self.after_attention_norm, self.after_mlp_norm = make_norm(c), make_norm(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: Layout) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, layout)
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, ropes: Ropes, layout: Layout) -> Tensor:
+        if self.residual != "sequential":
+            seen = self.attention_norm(x)
+            also = seen if self.mlp_norm is None else self.mlp_norm(x)
+            both: Tensor = x + self.attention(seen, ropes, layout) + self.mlp(also)
+            return both
+        assert self.mlp_norm is not None
+        if self.place == "pre":
+            x = x + self.attention(self.attention_norm(x), ropes, layout)
+            y: Tensor = x + self.mlp(self.mlp_norm(x))
+        elif self.place == "sandwich":
+            seen = self.attention(self.attention_norm(x), ropes, layout)
+            x = x + self.after_attention_norm(seen)
+            y = x + self.after_mlp_norm(self.mlp(self.mlp_norm(x)))
+        elif self.place == "post":
+            x = self.attention_norm(x + self.attention(x, ropes, layout))
+            y = self.mlp_norm(x + self.mlp(x))
+        else:
+            x = self.attention_norm(x)
+            x = self.mlp_norm(self.alpha * x + self.attention(x, ropes, layout))
+            y = self.alpha * x + self.mlp(x)
         return y
 
 
@@ -102,53 +112,113 @@ class Decoder(nn.Module):
     """
 
     head: Linear | None
+    #: what the engine keeps of a sequence: its keys and values in pages, or the model's own state
+    memory: Literal["pages", "state"] = "pages"
+    #: whether a prompt has to be computed in one step
+    whole_prompts = False
+    #: what PEFT calls its task
+    peft_task = "CAUSAL_LM"
 
     def __init__(self, config: DecoderConfig, *, headless: bool = False) -> None:
         super().__init__()
-        self.config, self.headless = config, headless
+        c = self.config = config
+        self.headless = headless
         self.family: str = "llama"
         self.source_config: dict[str, Any] = {}
-        self.embed = Embedding(config.vocab, config.hidden)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.eps)
-        own = not (config.tied or headless)
-        self.head = Linear(config.hidden, config.vocab) if own else None
-        self.rotary = Rotary(config)
+        width = c.embed_dim or c.hidden
+        self.embed = Embedding(c.vocab, width)
+        learned = c.position == "learned"
+        self.places = Embedding(c.max_pos + c.position_offset, c.hidden) if learned else None
+        self.project_in = Linear(width, c.hidden) if c.embed_dim else None
+        self.embed_norm = make_norm(c) if c.embed_norm else None
+        self.blocks = nn.ModuleList(self.make_block(i) for i in range(c.layers))
+        self.norm = make_norm(c) if c.norm_place != "post" else None
+        self.project_out = Linear(c.hidden, width) if c.embed_dim else None
+        own = not (c.tied or headless)
+        self.head = Linear(width, c.vocab, c.head_bias) if own else None
+        turning = c.position.startswith("rope")
+        self.rotary = Rotary(c) if turning else None
+        self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
+
+    def make_block(self, layer: int) -> nn.Module:
+        return Block(self.config, layer)
+
+    def prompt(self, ids: Sequence[int]) -> list[int]:
+        """What the model reads where these tokens wait for a reply."""
+        return list(ids)
+
+    def examples(
+        self, ids: Sequence[int], mask: Sequence[bool]
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Rows to learn from, and what of them is trained, out of a conversation's tokens."""
+        return [(list(ids), list(mask))]
 
     @property
     def dtype(self) -> torch.dtype:
         """The format that the hidden state is computed in."""
-        return self.norm.weight.dtype
+        return next(self.blocks[0].attention_norm.parameters()).dtype  # type: ignore[union-attr]
 
     @property
     def device(self) -> torch.device:
-        return self.norm.weight.device
+        return next(self.blocks[0].attention_norm.parameters()).device  # type: ignore[union-attr]
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """ids int64 [T] → [T, hidden] after the final norm."""
-        hidden: Tensor = self.norm(self.through(self.embed(ids), layout))
-        return hidden
+        return self.finish(self.through(self.start(ids, layout), layout))
+
+    def start(self, ids: Tensor, layout: Layout) -> Tensor:
+        """ids [T] → what the first block reads, [T, hidden]."""
+        if self.config.prefix is not None:
+            layout.find_contexts(ids, self.config)
+        x: Tensor = self.embed(ids)
+        if self.config.embed_scale != 1.0:
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        if self.places is not None:
+            x = x + self.places(layout.positions + self.config.position_offset)
+        return x
 
     def through(self, x: Tensor, layout: Layout, first: int = 0, last: int | None = None) -> Tensor:
         """x [T, hidden] through the blocks `first` up to `last` (to the end without it)."""
-        rope = self.rotary(layout.positions, x.dtype)
+        ropes = (
+            self.rotary(layout.positions, x.dtype) if self.rotary else None,
+            self.local_rotary(layout.positions, x.dtype) if self.local_rotary else None,
+        )
         for block in self.blocks[first:last]:
-            x = block(x, rope, layout)
+            x = block(x, ropes, layout)
         return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last block's [T, hidden] after the final norm (where there is one)."""
+        y: Tensor = x if self.norm is None else self.norm(x)
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, hidden] → float32 [T, vocab]."""
         self.need_head()
+        if self.project_out is not None:
+            hidden = self.project_out(hidden)
         project = self.embed.project if self.head is None else self.head
-        return project(hidden).float()
+        logits: Tensor = project(hidden).float()
+        if self.config.head_norm:
+            layer = self.embed if self.head is None else self.head
+            logits = logits / layer.dense(torch.float32).norm(dim=1)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's matrix [vocab, hidden], dequantised where it has to be."""
+        """The head's matrix [vocab, hidden] as it multiplies, dequantised where it has to be.
+
+        Where `config.plain_head` does not hold, more belongs to the logits than this."""
         self.need_head()
         layer = self.embed if self.head is None else self.head
         weight = getattr(layer, "weight", None)
-        return layer.dense(self.dtype) if weight is None else weight
+        weight = layer.dense(self.dtype) if weight is None else weight
+        return F.normalize(weight) if self.config.head_norm else weight
 
     def need_head(self) -> None:
         if self.headless:
@@ -161,5 +231,5 @@ class Decoder(nn.Module):
     def parameter_count(self) -> int:
         """Weights that the model stands for, quantised ones too; a tied head counts once."""
         with torch.device("meta"):
-            plain = Decoder(self.config, headless=self.headless)
+            plain = type(self)(self.config, headless=self.headless)
         return sum(p.numel() for p in plain.parameters())

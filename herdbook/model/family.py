@@ -1,9 +1,11 @@
 """What a family is: how a source's configuration and tensor names become the decoder's, and back.
 
-A description (one short file in families/) is two things:
+A description (one short file in families/) is:
 
 - `names`: one table, ours → (Hugging Face's, GGUF's), used to load and to save. `{n}` is the layer.
-  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`.
+  A row names a module; its tensors are `.weight` and, where the axes ask for it, `.bias`. A source's
+  name that ends in = is that of the tensor itself.
+- `folds`: where a source packs several of ours into one tensor, or keeps one in another order.
 - `read` and `write`: the source's configuration → axes, and axes → the keys Hugging Face uses.
   GGUF's metadata is first put under Hugging Face's keys (`GGUF_KEYS`), so that there is one reading.
 
@@ -13,10 +15,11 @@ computes something else.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ import torch
 
 from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
 from herdbook.model.layers import rope_divisors, rope_frequencies
 
 Names = dict[str, tuple[str, str]]
@@ -42,6 +46,12 @@ LLAMA_NAMES: Names = {
     "blocks.{n}.mlp.down": ("model.layers.{n}.mlp.down_proj", "blk.{n}.ffn_down"),
     "norm": ("model.norm", "output_norm"),
     "head": ("lm_head", "output"),
+}
+
+#: GGUF holds q and k of LLaMA as Meta does, pairs side by side
+GGUF_ROTATING = {
+    "blk.{n}.attn_q": Fold(("blocks.{n}.attention.q",), Q_ROTATING),
+    "blk.{n}.attn_k": Fold(("blocks.{n}.attention.k",), K_ROTATING),
 }
 
 #: Hugging Face's key → GGUF's, without the architecture in front
@@ -65,6 +75,7 @@ HARMLESS = re.compile(
     r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
     r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
     r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
+    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix|attn_implementation"
 )
 
 
@@ -112,6 +123,22 @@ class Keys:
             raise self.refuse(f"{key} is {value!r}", f"known are: {', '.join(known)}")
         return known[value]
 
+    def either(self, *names: str) -> str:
+        """Which of a key's names the source uses; the first where it uses none."""
+        self.taken |= set(names)
+        return next((name for name in names if self.source.get(name) is not None), names[0])
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """The size of a head where hidden is divided among them."""
+        if hidden % (2 * heads):
+            raise self.refuse(f"{heads} heads", f"do not divide {hidden} into even numbers")
+        return hidden // heads
+
+    def only(self, key: str, value: Any) -> None:
+        """Refuse the key where it is set to anything but `value`."""
+        if self.take(key, value) != value:
+            raise self.refuse(f"{key} is {self.take(key)!r}", f"but Herdbook knows only {value!r}")
+
     def finish(self) -> None:
         """Refuse what was not read and could change the result."""
         for key, value in self.source.items():
@@ -130,8 +157,24 @@ ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
     "relu": "relu",
 }
+
+
+def activation_name(config: DecoderConfig) -> str:
+    """Hugging Face's name of the activation."""
+    return next(hf for hf, ours in ACTIVATIONS.items() if ours == config.activation)
+
+
+def need_activation(config: DecoderConfig, known: str) -> None:
+    """GGUF has no key for it: llama.cpp takes the architecture's own (and computes any GELU by tanh)."""
+    if config.activation != known:
+        raise FamilyError(
+            f"a model with the activation {config.activation}",
+            rule=f"cannot be written as GGUF: there the architecture's is always {known}",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
 
 
 def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
@@ -144,7 +187,8 @@ def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
     if head_dim % 2:
         raise keys.refuse(f"head_dim is {head_dim}", "but a rotation turns pairs")
     max_pos = keys.number("max_position_embeddings", 2048)
-    rope_base, scaling = read_rope(keys, max_pos)
+    base = axes.pop("rope_base", 10_000.0)
+    rope_base, scaling = read_rope(keys, max_pos, base, partial="rope_dim" in axes)
     layers = keys.number("num_hidden_layers")
     return DecoderConfig(
         vocab=keys.number("vocab_size"),
@@ -158,21 +202,26 @@ def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
         eps=keys.real("rms_norm_eps", 1e-6),
         rope_base=rope_base,
         rope_scaling=scaling,
-        activation=keys.choice("hidden_act", ACTIVATIONS, "silu"),
-        tied=keys.flag("tie_word_embeddings", False),
+        activation=axes.pop("activation", None) or keys.choice("hidden_act", ACTIVATIONS, "silu"),
+        tied=keys.flag("tie_word_embeddings", axes.pop("tied", False)),
         **axes,
     )
 
 
-def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
-    """rope_theta and rope_scaling, or rope_parameters that holds both (transformers 5)."""
+def read_rope(
+    keys: Keys, max_pos: int, base: float = 10_000.0, *, partial: bool = False
+) -> tuple[float, RopeScaling | None]:
+    """rope_theta and rope_scaling, or rope_parameters that holds both (transformers 5).
+
+    base: where the source names none. partial: that only a part of each head turns is the family's
+    business, and read by it.
+    """
     source = keys.take("rope_parameters") or keys.take("rope_scaling") or {}
     keys.taken |= {"rope_parameters", "rope_scaling"}
     if not isinstance(source, dict):
         raise keys.refuse(f"rope_scaling is {source!r}", "but must be a mapping")
     rope = Keys(source, f"{keys.where} rope_scaling")
-    top = keys.real("rope_theta", 10_000.0)
-    base = rope.real("rope_theta", top)
+    base = rope.real("rope_theta", keys.real("rope_theta", base))
     kind = rope.take("rope_type", rope.take("type", "default"))
     rope.taken.add("type")
     scaling = None
@@ -197,27 +246,36 @@ def read_rope(keys: Keys, max_pos: int) -> tuple[float, RopeScaling | None]:
             attention=rope.real("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0),
             truncate=rope.flag("truncate", True),
         )
+    elif kind == "dynamic":
+        scaling = RopeScaling("dynamic", rope.real("factor"))
     elif kind != "default":
-        raise keys.refuse(f"rope_type is {kind!r}", "known are: default, linear, llama3, yarn")
-    if float(rope.take("partial_rotary_factor", 1.0)) != 1.0:
+        known = "known are: default, dynamic, linear, llama3, yarn"
+        raise keys.refuse(f"rope_type is {kind!r}", known)
+    if float(rope.take("partial_rotary_factor", 1.0)) != 1.0 and not partial:
         raise rope.refuse("partial_rotary_factor is set", "but this family turns whole heads")
     rope.finish()
     return base, scaling
 
 
+def write_rope_scaling(config: DecoderConfig) -> dict[str, Any] | None:
+    """What read_rope reads, but for the base."""
+    s = config.rope_scaling
+    if s is None:
+        return None
+    scaling: dict[str, Any] = {"rope_type": s.kind, "factor": s.factor}
+    if s.kind in ("llama3", "yarn"):
+        scaling["original_max_position_embeddings"] = s.original_max_pos
+    if s.kind == "llama3":
+        scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
+    if s.kind == "yarn":
+        scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
+        scaling["attention_factor"] = s.attention
+    return scaling
+
+
 def write_llama(config: DecoderConfig) -> dict[str, Any]:
     """The axes under Hugging Face's keys, as read_llama reads them."""
-    c, s = config, config.rope_scaling
-    scaling: dict[str, Any] | None = None
-    if s is not None:
-        scaling = {"rope_type": s.kind, "factor": s.factor}
-        if s.kind != "linear":
-            scaling["original_max_position_embeddings"] = s.original_max_pos
-        if s.kind == "llama3":
-            scaling |= {"low_freq_factor": s.low, "high_freq_factor": s.high}
-        if s.kind == "yarn":
-            scaling |= {"beta_slow": s.low, "beta_fast": s.high, "truncate": s.truncate}
-            scaling["attention_factor"] = s.attention
+    c = config
     return {
         "vocab_size": c.vocab,
         "hidden_size": c.hidden,
@@ -226,11 +284,11 @@ def write_llama(config: DecoderConfig) -> dict[str, Any]:
         "num_attention_heads": c.heads,
         "num_key_value_heads": c.kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": next(hf for hf, ours in ACTIVATIONS.items() if ours == c.activation),
+        "hidden_act": activation_name(c),
         "max_position_embeddings": c.max_pos,
         "rms_norm_eps": c.eps,
         "rope_theta": c.rope_base,
-        "rope_scaling": scaling,
+        "rope_scaling": write_rope_scaling(c),
         "tie_word_embeddings": c.tied,
     }
 
@@ -267,73 +325,7 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Family:
-    """A description. See the module's head."""
-
-    model_type: str  # Hugging Face's
-    architecture: str  # the class that Hugging Face loads it with
-    gguf: str  # general.architecture
-    names: Names
-    read: Callable[[Keys], DecoderConfig]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    #: GGUF holds the rows of q and k in the order of interleaved rotation
-    gguf_permuted: bool = False
-
-    # --- names ---
-
-    def hf_name(self, name: str) -> str:
-        """blocks.3.attention.q.weight → model.layers.3.self_attn.q_proj.weight."""
-        return _rename(name, {ours: hf for ours, (hf, _) in self.names.items()})
-
-    def gguf_name(self, name: str) -> str:
-        """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
-        return _rename(name, {ours: gguf for ours, (_, gguf) in self.names.items()})
-
-    def permuted_heads(self, name: str, config: DecoderConfig) -> int:
-        """How many heads' rows GGUF reorders in the tensor of this name of ours; 0 for none."""
-        if not self.gguf_permuted:
-            return 0
-        module = name.rpartition(".")[0]
-        heads = {"attention.q": config.heads, "attention.k": config.kv_heads}
-        return next((h for end, h in heads.items() if module.endswith(end)), 0)
-
-    # --- configuration ---
-
-    def config(self, source: dict[str, Any], where: str) -> DecoderConfig:
-        keys = Keys(source, where)
-        config = self.read(keys)
-        keys.finish()
-        return config
-
-    def source(self, config: DecoderConfig) -> dict[str, Any]:
-        """A config.json's content for these axes."""
-        known = {"architectures": [self.architecture], "model_type": self.model_type}
-        return known | self.write(config)
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    module, _, last = name.rpartition(".")
-    number = re.search(r"(?<=\.)\d+(?=\.)", module)
-    if number is None:
-        return f"{table[module]}.{last}"
-    row = module[: number.start()] + "{n}" + module[number.end() :]
-    return f"{table[row].replace('{n}', number.group())}.{last}"
-
-
-# --- GGUF: permutation and metadata ----------------------------------------------------------------
-
-
-def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k [H·D, …] from GGUF's order (pairs side by side) to the half style."""
-    split = values.reshape(heads, -1, 2, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
-
-
-def permute(values: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of unpermute."""
-    split = values.reshape(heads, 2, -1, *values.shape[1:])
-    return split.swapaxes(1, 2).reshape(values.shape)
+# --- GGUF: metadata ----------------------------------------------------------------
 
 
 def _short(value: Any) -> Any:
@@ -348,23 +340,51 @@ def source_from_gguf(
     prefix = family.gguf + "."
     found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
     keys = Keys(found, where)
-    source = {hf: _short(keys.take(ours)) for hf, ours in GGUF_KEYS.items()}
+    source = {hf: _short(keys.take(ours)) for hf, ours in family.gguf_keys.items()}
     source = {hf: value for hf, value in source.items() if value is not None}
     source |= {"vocab_size": vocab, "tie_word_embeddings": not has("head.weight")}
+    family.read_gguf(keys, source, has)
+    keys.finish()
+    for name in ("bos", "eos", "padding"):
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None:
+            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
+    return source
+
+
+def read_gguf_llama(
+    keys: Keys, source: dict[str, Any], has: Callable[[str], bool], *, partial: bool = False
+) -> None:
+    """What LLaMA-shaped families say beyond the table: biases, widths, experts, rotary scaling.
+
+    partial: a part of each head may turn.
+    """
     if isinstance(source.get("num_key_value_heads"), list):
         raise keys.refuse("the layers have different numbers of heads", "this is not supported")
-    if has("blocks.0.attention.q.bias"):
-        source["attention_bias"] = True
-    if has("blocks.0.mlp.gate.bias"):
-        source["mlp_bias"] = True
+    source["attention_bias"] = has("blocks.0.attention.q.bias")
+    source["mlp_bias"] = has("blocks.0.mlp.gate.bias")
 
-    heads = source.get("num_attention_heads", 1)
-    width = source.get("head_dim") or source.get("hidden_size", 0) // heads
+    width = _head_width(source)
+    if partial:
+        source["partial_rotary_factor"] = keys.take("rope.dimension_count", width) / width
+        keys.source = {k: v for k, v in keys.source.items() if k != "rope.dimension_count"}
     for key in ("rope.dimension_count", "attention.value_length"):
         if keys.take(key, width) != width:
             raise keys.refuse(f"{key} is {keys.take(key)}", f"but a head has {width} dimensions")
     if keys.take("expert_count", 0):
-        raise keys.refuse("it has experts", "mixtures of experts are not supported yet")
+        source["num_local_experts"] = keys.take("expert_count")
+        source["num_experts_per_tok"] = keys.take("expert_used_count")
+    read_gguf_scaling(keys, source)
+    keys.taken |= {"expert_used_count", "tensor_data_layout"}
+
+
+def _head_width(source: dict[str, Any]) -> int:
+    heads = source.get("num_attention_heads", 1)
+    return int(source.get("head_dim") or source.get("hidden_size", 0) // heads)
+
+
+def read_gguf_scaling(keys: Keys, source: dict[str, Any]) -> None:
+    """GGUF's keys of a rotary scaling; LLaMA 3's is a tensor instead."""
     kind, factor = keys.take("rope.scaling.type", "none"), keys.take("rope.scaling.factor", 1.0)
     if kind in ("linear", "yarn") and factor != 1.0:
         source["rope_scaling"] = {"rope_type": kind, "factor": _short(factor)}
@@ -374,48 +394,66 @@ def source_from_gguf(
     elif kind not in ("none", "linear", "yarn"):
         raise keys.refuse(f"rope.scaling.type is {kind!r}", "known are: none, linear, yarn")
     keys.taken |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
-    keys.taken |= {"expert_used_count", "tensor_data_layout"}
-    keys.finish()
-
-    for name in ("bos", "eos", "padding"):
-        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if id is not None:
-            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
-    return source
 
 
 def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
     """The axes as GGUF's metadata, under the family's architecture."""
-    source = family.write(config)
-    kept = {hf: value for hf, value in source.items() if value is not None}
-    metadata: dict[str, Any] = {
-        f"{family.gguf}.{gguf}": kept[hf] for hf, gguf in GGUF_KEYS.items() if hf in kept
-    }
-    metadata[f"{family.gguf}.attention.value_length"] = config.head_dim
-    metadata[f"{family.gguf}.rope.dimension_count"] = config.head_dim
-    scaling = config.rope_scaling
-    differs = len(set(config.windows)) > 1 or (config.windows and "sliding_window" not in kept)
-    plain_yarn = scaling is None or scaling.kind != "yarn" or scaling == _yarn(scaling)
-    if config.activation != "silu" or differs or not plain_yarn:
+    if not family.gguf:
         raise FamilyError(
-            f"a {family.model_type} model with {config.activation}, windows {config.windows} and "
-            f"{scaling}",
-            rule="cannot be written as GGUF: the format has no keys for it",
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF: llama.cpp does not know the family",
             next="export it as a Hugging Face folder (--to hf)",
         )
-    if scaling is not None and scaling.kind != "llama3":  # llama3 goes as the tensor rope_freqs
-        key = f"{family.gguf}.rope.scaling"
-        metadata |= {f"{key}.type": scaling.kind, f"{key}.factor": float(scaling.factor)}
-        if scaling.original_max_pos:
-            metadata[f"{key}.original_context_length"] = scaling.original_max_pos
+    source = {hf: value for hf, value in family.write(config).items() if value is not None}
+    known = {gguf: source[hf] for hf, gguf in family.gguf_keys.items() if hf in source}
+    known |= family.write_gguf(config, source)
+    return {f"{family.gguf}.{key}": value for key, value in known.items()}
+
+
+def refuse_unsaid(config: DecoderConfig, back: DecoderConfig) -> None:
+    """Raise where the axes, read back from GGUF's metadata, are not those that were written."""
+    here = folded_for_gguf(config)
+    for axis in dataclasses.fields(config):
+        was, now = getattr(here, axis.name), getattr(back, axis.name)
+        if was != now and not (isinstance(was, float) and math.isclose(was, now, rel_tol=1e-6)):
+            raise FamilyError(
+                f"a model with {axis.name} {was}",
+                rule=f"cannot be written as GGUF: the format has no keys for it and means {now}",
+                next="export it as a Hugging Face folder (--to hf)",
+            )
+
+
+def folded_for_gguf(config: DecoderConfig) -> DecoderConfig:
+    """The axes that a GGUF's metadata has to say: the others go into its tensors.
+
+    LLaMA 3's scaling is the tensor rope_freqs; a normed head is written normed; a dynamic scaling
+    does nothing in the context.
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind in ("llama3", "dynamic"):
+        scaling = None
+    return dataclasses.replace(config, rope_scaling=scaling, head_norm=False)
+
+
+def write_gguf_llama(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of read_gguf_llama. source: the configuration under Hugging Face's keys."""
+    metadata: dict[str, Any] = {
+        "attention.value_length": config.head_dim,
+        "rope.dimension_count": config.rope_dim or config.head_dim,
+    }
+    if config.experts:
+        metadata |= {"expert_count": config.experts, "expert_used_count": config.experts_used}
+    return metadata | write_gguf_scaling(config)
+
+
+def write_gguf_scaling(config: DecoderConfig) -> dict[str, Any]:
+    scaling = folded_for_gguf(config).rope_scaling
+    if scaling is None:
+        return {}
+    metadata = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
+    if scaling.original_max_pos:
+        metadata["rope.scaling.original_context_length"] = scaling.original_max_pos
     return metadata
-
-
-def _yarn(s: RopeScaling) -> RopeScaling:
-    """The yarn that GGUF's keys can say: factor and original context, the paper's other numbers."""
-    return RopeScaling(
-        "yarn", s.factor, s.original_max_pos, 1.0, 32.0, 0.1 * math.log(max(s.factor, 1.0)) + 1.0
-    )
 
 
 def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeScaling | None:
@@ -435,3 +473,119 @@ def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeS
     scaling = RopeScaling("llama3", factor, original, 1.0, 4.0)
     same = torch.allclose(rope_divisors(plain, scaling, config), divisors, rtol=1e-3)
     return scaling if same else None
+
+
+# --- the description ---
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of a checkpoint: its name there, which of ours it holds, and how."""
+
+    name: str
+    ours: tuple[str, ...]
+    fold: Fold | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A description. See the module's head."""
+
+    model_type: str  # Hugging Face's
+    architecture: str  # the class that Hugging Face loads it with
+    gguf: str  # general.architecture; empty: llama.cpp does not know the family
+    names: Names
+    read: Callable[[Keys], DecoderConfig]
+    write: Callable[[DecoderConfig], dict[str, Any]]
+    #: Hugging Face's key → GGUF's, and what else GGUF's metadata says, both ways
+    gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
+    read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
+    write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: model_types of other sources that say the same under the same names
+    also: tuple[str, ...] = ()
+    #: whether a config.json of this model_type is this family's, where another shares it
+    mine: Callable[[dict[str, Any]], bool] = lambda source: True
+    #: rows of `names` that are others in some configurations
+    renamed: Callable[[DecoderConfig], Names] = lambda config: {}
+    name: str = ""  # its file's; the loader sets it
+    #: Hugging Face's name of a tensor → that in another layout in which such models are published,
+    #: and their configuration by the shapes of its tensors and the file's name, if they are such
+    layout: Callable[[str], str] | None = None
+    sizes: Callable[[Mapping[str, tuple[int, ...]], str], dict[str, Any] | None] | None = None
+    #: tensors that repeat the embedding, where a checkpoint has them
+    copies: tuple[str, ...] = ()
+    #: whether the head is the embedding, its tensor says and not the configuration
+    ties_by_tensors: bool = False
+    #: the source's module → how it holds ours, where that is not one tensor as we have it
+    folds: Mapping[str, Fold] = field(default_factory=dict)
+
+    # --- names ---
+
+    def hf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → model.layers.3.self_attn.q_proj.weight."""
+        return _place(name, self.names, 0)[0]
+
+    def gguf_name(self, name: str) -> str:
+        """blocks.3.attention.q.weight → blk.3.attn_q.weight."""
+        return _place(name, self.names, 1)[0]
+
+    def knows(self, name: str) -> bool:
+        """Whether such a tensor of ours can be in a model of the family."""
+        return _template(name)[0] in self.names
+
+    def hf_tensor(self, name: str, config: DecoderConfig) -> SourceTensor:
+        """The tensor of a Hugging Face folder that holds ours."""
+        return self._tensor(name, config, 0)
+
+    def gguf_tensor(self, name: str, config: DecoderConfig) -> SourceTensor:
+        """The tensor of a GGUF file that holds ours."""
+        return self._tensor(name, config, 1)
+
+    def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
+        source, template, numbers = _place(name, self.names | self.renamed(config), side)
+        fold = self.folds.get(template)
+        if fold is None:
+            return SourceTensor(source, (name,), None)
+        leaf = name.rpartition(".")[2]
+        parts = [
+            part.replace("{n}", numbers.get("n", "")).replace("{e}", str(expert))
+            for part in fold.parts
+            for expert in (range(config.experts) if "{e}" in part else (0,))
+        ]
+        return SourceTensor(source, tuple(f"{part}.{leaf}" for part in parts), fold)
+
+    # --- configuration ---
+
+    def config(self, source: dict[str, Any], where: str) -> DecoderConfig:
+        keys = Keys(source, where)
+        config = self.read(keys)
+        keys.finish()
+        return config
+
+    def source(self, config: DecoderConfig) -> dict[str, Any]:
+        """A config.json's content for these axes."""
+        known = {"architectures": [self.architecture], "model_type": self.model_type}
+        return known | self.write(config)
+
+
+def _template(name: str) -> tuple[str, dict[str, str]]:
+    """blocks.3.mlp.experts.5.up.weight → blocks.{n}.mlp.experts.{e}.up, {n: 3, e: 5}."""
+    numbers: dict[str, str] = {}
+
+    def note(match: re.Match[str]) -> str:
+        key = "n" if match[1] == "blocks" else "e"
+        numbers[key] = match[2]
+        return f"{match[1]}.{{{key}}}"
+
+    module = name.rpartition(".")[0]
+    return re.sub(r"\b(blocks|experts)\.(\d+)", note, module), numbers
+
+
+def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
+    """The source's name of our tensor, the table's entry for its module, and layer and expert."""
+    module, _, leaf = name.rpartition(".")
+    row, numbers = (module, {}) if module in table else _template(name)
+    found = template = table[row][side]
+    for key, number in numbers.items():
+        found = found.replace(f"{{{key}}}", number)
+    return (found[:-1] if found.endswith("=") else f"{found}.{leaf}"), template, numbers

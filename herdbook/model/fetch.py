@@ -21,7 +21,9 @@ from herdbook.model.checkpoint import (
 )
 from herdbook.model.references import SMOLLM2_SHA256, resolve
 from herdbook.tokens import templates
-from herdbook.tokens.tokenizer import TEMPLATE, Tokenizer
+from herdbook.tokens.reading import files as other_files
+from herdbook.tokens.settings import TEMPLATE
+from herdbook.tokens.tokenizer import Tokenizer
 
 #: what lies beside the weights and belongs to the model
 BESIDE = (
@@ -48,6 +50,7 @@ def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
         return {"model.gguf": checkpoint.path}
     found = {path.name: path for path in checkpoint.files.values()}
     beside = {name: checkpoint.path / name for name in BESIDE}
+    beside |= {path.name: path for path in other_files(checkpoint.path)}
     return found | {name: path for name, path in beside.items() if path.is_file()}
 
 

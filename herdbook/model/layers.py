@@ -144,32 +144,77 @@ class Int8Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · weight over the last axis, in float32."""
+    """x / √(mean(x²) + eps) · weight over the last axis, in float32. plus: 1 is added to the weight."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, plus: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.plus = eps, plus
         self.weight = nn.Parameter(torch.empty(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps)
-        return y.to(x.dtype)
+        weight = self.weight.float() + 1 if self.plus else self.weight.float()
+        return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self.weight.to(dtype)
 
 
+class LayerNorm(nn.Module):
+    """(x − mean) / √(variance + eps) · weight + bias over the last axis, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), (x.shape[-1],), weight, bias, self.eps).to(x.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+class Vector(nn.Module):
+    """Numbers that a family keeps beside its matrices: one for each channel, or a table."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.to(dtype)
+
+
+def make_norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
+    """A norm over the hidden state, of the family's kind."""
+    if config.norm == "ln":
+        return LayerNorm(config.hidden, config.eps)
+    return RMSNorm(config.hidden, config.eps, plus=config.norm == "rms1p")
+
+
 # --- rotation (RoPE) -------------------------------------------------------------------------------
 
 
-def rope_frequencies(config: DecoderConfig) -> Tensor:
-    """Radians a position for each pair of dimensions: float32 [head_dim/2], after scaling."""
-    half = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.int64).float()
-    plain = 1.0 / (config.rope_base ** (half / config.head_dim))
+def rope_frequencies(config: DecoderConfig, base: float = 0.0) -> Tensor:
+    """Radians a position for each turning pair of dimensions: float32 [rope_dim/2], after scaling.
+
+    base: another one than the configuration's, whose frequencies are never scaled (Gemma 3).
+    """
+    size = rope_size(config)
+    half = torch.arange(0, size, 2, device="cpu", dtype=torch.int64).float()
+    plain = 1.0 / ((base or config.rope_base) ** (half / size))
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or base:
         return plain
     return plain / rope_divisors(plain, scaling, config)
+
+
+def rope_size(config: DecoderConfig) -> int:
+    """How many dimensions of a head a position turns (each of two positions half of them)."""
+    size = config.rope_dim or config.head_dim
+    return size // 2 if config.position == "rope2d" else size
 
 
 def rope_divisors(plain: Tensor, s: RopeScaling, config: DecoderConfig) -> Tensor:
@@ -177,45 +222,59 @@ def rope_divisors(plain: Tensor, s: RopeScaling, config: DecoderConfig) -> Tenso
 
     llama3: https://arxiv.org/abs/2407.21783 (and Meta's llama3 code); yarn: arXiv 2309.00071.
     """
+    if s.kind == "dynamic":
+        return torch.ones_like(plain)
     if s.kind == "linear":
         return torch.full_like(plain, s.factor)
     if s.kind == "llama3":
         turns = s.original_max_pos * plain / (2 * math.pi)  # within the original context
         kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
     else:
+        size = rope_size(config)
 
         def dimension(turns: float) -> float:
             """The pair (as a real number) that makes so many turns in the original context."""
             radians = s.original_max_pos / (turns * 2 * math.pi)
-            return config.head_dim * math.log(radians) / (2 * math.log(config.rope_base))
+            return size * math.log(radians) / (2 * math.log(config.rope_base))
 
         first, last = dimension(s.high), dimension(s.low)
         if s.truncate:
             first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, config.head_dim - 1)
+        first, last = max(first, 0), min(last, size - 1)
         last = last if last != first else last + 0.001
-        pair = torch.arange(config.head_dim // 2, device="cpu", dtype=torch.float32)
+        pair = torch.arange(size // 2, device="cpu", dtype=torch.float32)
         kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
     return 1 / (kept + (1 - kept) / s.factor)
 
 
 class Rotary:
-    """cos and sin for the tokens' positions, in the half style: dimension i turns with i + D/2."""
+    """cos and sin for the tokens' positions, in the half style: of R turning dimensions i turns with
+    i + R/2. With two positions a token (rope2d) the first turns the first half of a head, the second
+    the second."""
 
-    def __init__(self, config: DecoderConfig) -> None:
-        self.frequencies = rope_frequencies(config)  # float32 whatever the model's format
-        self.magnitude = config.rope_scaling.attention if config.rope_scaling else 1.0
+    def __init__(self, config: DecoderConfig, base: float = 0.0) -> None:
+        self.frequencies = rope_frequencies(config, base)  # float32 whatever the model's format
+        scaled = config.rope_scaling is not None and not base
+        self.magnitude = config.rope_scaling.attention if scaled and config.rope_scaling else 1.0
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions [T] → cos, sin [T, 1, D], with sin negated in its first half."""
+        """positions [T] or [T, 2] → cos, sin [T, 1, 1 or 2, R], with sin negated in its first half."""
         if self.frequencies.device != positions.device:
             self.frequencies = self.frequencies.to(positions.device)
-        angle = positions.float()[:, None, None] * self.frequencies
+        at = positions if positions.ndim == 2 else positions[:, None]
+        angle = at.float()[:, None, :, None] * self.frequencies
         cos, sin = angle.cos() * self.magnitude, angle.sin() * self.magnitude
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, D] turned by its position's angles: (a, b) → (a·cos − b·sin, b·cos + a·sin)."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.roll(x, half, -1) * sin
+    """x [T, heads, D] turned by its position's angles: (a, b) → (a·cos − b·sin, b·cos + a·sin).
+
+    What of a head lies behind the dimensions that turn stays as it is.
+    """
+    parts, size = cos.shape[2], cos.shape[3]
+    if parts * size < x.shape[-1]:
+        turned = rotate(x[..., : parts * size], cos, sin)
+        return torch.cat([turned, x[..., parts * size :]], -1)
+    split = x.view(*x.shape[:-1], parts, size)
+    return (split * cos + torch.roll(split, size // 2, -1) * sin).flatten(-2)

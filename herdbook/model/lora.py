@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,7 +59,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
-        outputs, inputs = weight.shape
+        outputs, inputs = self.outputs, self.inputs = weight.shape
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
@@ -181,12 +182,19 @@ def apply_lora(
     first = len(blocks) - last_layers if last_layers else 0
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
-        for target, place in TARGETS.items():
-            if target in targets:
+        for target in TARGETS:
+            for place in places_of(blocks[number], target) if target in targets else ():
                 name = f"blocks.{number}.{place}"
                 adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
+
+
+def places_of(block: nn.Module, target: str) -> list[str]:
+    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
+    room, _, leaf = TARGETS[target].rpartition(".")
+    found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")
+    return [name for name, _ in block.named_modules() if found.fullmatch(name)]
 
 
 def put_adapter(

@@ -16,6 +16,7 @@ Source of the expressions: the models' own tokenizer.json files; names as llama.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,15 +107,20 @@ def spelled(token: str) -> bytes:
         return token.encode()
 
 
-def build(tokens: list[str], merges: list[str], added: list[AddedToken], pre: str) -> Tokenizer:
-    """A `tokenizers` tokenizer from GGUF's lists: tokens by id, merges as "Ġ t"."""
+def known_cut(pre: str) -> Cut:
     if pre not in CUTS:
         raise FileError(
             f"tokenizer.ggml.pre = {pre!r}",
             rule="is no way of cutting text that Herdbook knows",
             next=nearest(pre, list(CUTS)) + "; or take tokenizer.json from the model's own folder",
         )
-    cut = CUTS[pre]
+    return CUTS[pre]
+
+
+def build(
+    tokens: Sequence[str], merges: Sequence[str], added: Sequence[AddedToken], cut: Cut
+) -> Tokenizer:
+    """A `tokenizers` tokenizer: tokens by id, merges as "Ġ t", the best first."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
     pairs = []
     for merge in merges:
@@ -124,11 +130,18 @@ def build(tokens: list[str], merges: list[str], added: list[AddedToken], pre: st
         model = BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut.whole_words)
     except Exception as error:  # the library raises bare Exception: a merge of unknown tokens
         raise FileError(
-            f"the merges of this GGUF ({error})",
+            f"the merges of this file ({error})",
             rule="do not fit its tokens",
             next="get the file again; it may be damaged",
         ) from error
     tokenizer = Tokenizer(model)
+    prepare(tokenizer, cut)
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def prepare(tokenizer: Tokenizer, cut: Cut) -> None:
+    """Give a byte-level tokenizer its way of cutting and its alphabet."""
     if cut.nfc:
         tokenizer.normalizer = normalizers.NFC()
     steps: list[Any] = [
@@ -138,8 +151,6 @@ def build(tokens: list[str], merges: list[str], added: list[AddedToken], pre: st
         [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(added)
-    return tokenizer
 
 
 def detect(tokenizer: Tokenizer) -> str:

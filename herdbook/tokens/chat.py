@@ -41,7 +41,8 @@ from rich.text import Text
 from herdbook.data.records import Message
 from herdbook.errors import DataError, TemplateError, nearest
 from herdbook.tokens import sandbox, templates
-from herdbook.tokens.tokenizer import Span, Tokenizer
+from herdbook.tokens.codec import Span
+from herdbook.tokens.tokenizer import Tokenizer
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 

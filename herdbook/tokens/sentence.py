@@ -15,10 +15,12 @@ Source: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_mo
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import sentencepiece
 
@@ -28,6 +30,30 @@ from herdbook.errors import FileError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "▁"
 UNIGRAM, BPE = 1, 2
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+def byte_of(piece: str) -> int | None:
+    """The byte that a fallback piece stands for: "<0x0A>" → 10."""
+    found = _BYTE_PIECE.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
+def made(piece: str, best: Callable[[str, str], float | None]) -> set[str]:
+    """Everything that merging makes on the way to `piece`, from its characters on.
+
+    best(left, right): which neighbours merge first, the lowest; None for never. What is merged inside
+    a token does not hang on the text around it, for no merge ever reached over the token's edges.
+    """
+    symbols, out = list(piece), set(piece)
+    while True:
+        found = [(best(a, b), at) for at, (a, b) in enumerate(pairwise(symbols))]
+        possible = [(order, at) for order, at in found if order is not None]
+        if not possible:
+            return out
+        _, at = min(possible)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+        out.add(symbols[at])
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,25 @@ class PieceModel:
                 if piece[:cut] in known and piece[cut:] in known:
                     found.append((-known[piece], id, -cut, (piece[:cut], piece[cut:])))
         return [pair for *_, pair in sorted(found)]
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether pieces score the same, so that no order of merges says which one comes first.
+
+        Runs of one character (LLaMA's spaces) do not count: they grow alike either way.
+        """
+        scores = [
+            score
+            for piece, score, kind in zip(self.pieces, self.scores, self.types, strict=True)
+            if kind == NORMAL and len(piece) > 1 and piece != piece[0] * len(piece)
+        ]
+        return len(set(scores)) < len(scores)
+
+    @cached_property
+    def translates(self) -> bool:
+        """Whether merges in a tokenizer.json say exactly the same as this model."""
+        plain = not self.character_map and not self.squeeze
+        return self.kind == BPE and plain and not self.tied
 
     @cached_property
     def processor(self) -> sentencepiece.SentencePieceProcessor:

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
@@ -32,7 +33,7 @@ from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import check, loop, memory, peft_format
 from herdbook.training.loop import Plan
-from herdbook.training.loss import linear_cross_entropy, linear_divergence, next_tokens
+from herdbook.training.loss import IGNORE, linear_cross_entropy, linear_divergence, next_tokens
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,20 @@ class NextToken:
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
         layout = Packed(pack.lengths, device=where)
         decoder, first = self.decoder, self.first_adapted
-        shared = decoder.through(decoder.embed(ids), layout, 0, first)
-        hidden = decoder.norm(decoder.through(shared, layout, first))  # [T, H]
+        shared = decoder.through(decoder.start(ids, layout), layout, 0, first)
+        hidden = decoder.finish(decoder.through(shared, layout, first))  # [T, H]
         if isinstance(pack, AnchorPack):
             with bypass(decoder), torch.no_grad():
-                base = decoder.norm(decoder.through(shared, layout, first))
+                base = decoder.finish(decoder.through(shared, layout, first))
+            if not decoder.config.plain_head:
+                tuned, kept = (decoder.logits(one).log_softmax(-1) for one in (hidden, base))
+                return self.anchor * kl_div(tuned, kept, reduction="sum", log_target=True)
             return self.anchor * linear_divergence(hidden, base, decoder.head_weight)
         targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
-        return linear_cross_entropy(hidden, self.decoder.head_weight, targets)
+        if not decoder.config.plain_head:
+            learnt = targets != IGNORE
+            return cross_entropy(decoder.logits(hidden[learnt]), targets[learnt], reduction="sum")
+        return linear_cross_entropy(hidden, decoder.head_weight, targets)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_there_are_many_wordings_in_both_languages() -> None:
             assert sum(sum(m.role == "user" for m in row.messages) > 1 for row in rows) >= 3
             assert sum(row.messages[0].role == "system" for row in rows) >= 2
         answers = {row.messages[-1].content for row in mine if row.extra["ask"] != "none"}
-        assert len(answers) >= 7
+        assert len(answers) >= (7 if language == "en" else 4)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -61,7 +61,7 @@ def test_import_reports_what_it_left_out(book: Book, tmp_path: Path) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
     metrics = Import(data=str(path), heldout=0).run(book).metrics
     assert metrics["rows"] == 4 and metrics["skipped"] == 1
-    assert metrics["skipped: empty answer"] == 1
+    assert metrics["skipped_empty_answer"] == 1
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_few_rows_are_spread_over_both_languages(book: Book, base: Artifact) -> 
 def test_the_prompts_are_many_distinct_and_not_about_the_assistant() -> None:
     texts = prompts()
     assert len(set(texts)) == len(texts) > 250
-    assert sum(language == "zh" for language, _ in texts) == 69
+    assert sum(language == "zh" for language, _ in texts) >= 100
     for _, text in texts:
         assert not any(w in text.casefold() for w in ("your name", "who are you", "你是", "你叫"))
     assert retention.CHUNK == 64  # another size makes other files in half-done work folders

@@ -238,7 +238,7 @@ def test_gguf_that_is_no_language_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"llama.expert_count": 8}, "it has experts"),
+        ({"llama.expert_count": 8}, "the key 'num_local_experts'"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8 but a head has 16"),
         ({"llama.rope.scaling.type": "longrope"}, "rope.scaling.type is 'longrope'"),
         ({"llama.attention.logit_softcap": 50.0}, "the key 'attention.logit_softcap'"),

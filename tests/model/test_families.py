@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import expected_shapes
-from herdbook.model.config import RopeScaling
-from herdbook.model.families import by_gguf, by_model_type, families
-from herdbook.model.family import HARMLESS, permute, unpermute
+from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.decoder import Decoder
+from herdbook.model.families import by_gguf, by_source, families
+from herdbook.model.family import GGUF_ROTATING, HARMLESS, Family
+from herdbook.model.layout import Packed
+from herdbook.model.modules import build
 
 SOURCE: dict[str, Any] = {
     "model_type": "llama",
@@ -30,20 +39,91 @@ def read(family: str = "llama", **changes: Any) -> Any:
     return families()[family].config(SOURCE | changes, "config.json")
 
 
-@pytest.mark.parametrize("family", families().values(), ids=families().keys())
-def test_names_are_a_bijection(family: Any) -> None:
-    config = family.config(SOURCE | {"model_type": family.model_type}, "config.json")
-    ours = list(expected_shapes(config))
-    for rename in (family.hf_name, family.gguf_name):
-        theirs = [rename(name) for name in ours]
-        assert len(set(theirs)) == len(ours) and not any("{" in name for name in theirs)
-    for column in (0, 1):
-        assert len({row[column] for row in family.names.values()}) == len(family.names)
-    modules = {re.sub(r"\.\d+\.", ".{n}.", name.rpartition(".")[0]) for name in ours}
-    assert modules == set(family.names), "no row without a module, no module without a row"
+def random_decoder(config: DecoderConfig) -> Decoder:
+    decoder = build(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(0, 0.3)
+    return decoder.eval()
 
 
-@pytest.mark.parametrize("family", families().values(), ids=families().keys())
+#: a small configuration of every family, as its config.json has it: tests/model/families/*.json
+FIXTURES = {path.stem: path for path in sorted((Path(__file__).parent / "families").glob("*.json"))}
+
+
+def test_every_family_has_a_fixture() -> None:
+    assert {name.partition("-")[0] for name in FIXTURES} == set(families())
+
+
+@pytest.fixture(params=FIXTURES)
+def described(request: Any) -> tuple[Family, DecoderConfig]:
+    """A family and the configuration of its fixture; «falcon-rw.json» is another one of falcon."""
+    source = json.loads(FIXTURES[request.param].read_text())
+    family = by_source(source, "fixture")
+    return family, family.config(source, "fixture")
+
+
+def test_names_are_a_bijection(described: tuple[Family, DecoderConfig]) -> None:
+    family, config = described
+    shapes = expected_shapes(config)
+    for side in (family.hf_tensor, family.gguf_tensor) if family.gguf else (family.hf_tensor,):
+        sources = {side(name, config).name: side(name, config) for name in shapes}
+        held = [name for one in sources.values() for name in one.ours]
+        assert sorted(held) == sorted(shapes), "each of ours in one place, once"
+        assert not any("{" in name for name in sources)
+    rows = family.names | family.renamed(config)
+    for module in {name.rpartition(".")[0] for name in shapes}:
+        numbered = re.sub(r"\bblocks\.\d+", "blocks.{n}", module)
+        alike = re.sub(r"\bexperts\.\d+", "experts.{e}", numbered)
+        assert module in rows or alike in rows, "no module without a row"
+
+
+def test_what_is_packed_is_unpacked(described: tuple[Family, DecoderConfig]) -> None:
+    """take ∘ join and join ∘ take are the identity, and the shape is the one that is expected."""
+    family, config = described
+    shapes = expected_shapes(config)
+    for side in (family.hf_tensor, family.gguf_tensor) if family.gguf else (family.hf_tensor,):
+        for name, shape in shapes.items():
+            source = side(name, config)
+            if source.fold is None or source.ours[0] != name:
+                continue
+            wanted = [shapes[one] for one in source.ours]
+            parts = [torch.randint(0, 1 << 20, one).double() for one in wanted]
+            whole = source.fold.join(parts, config)
+            assert tuple(whole.shape) == source.fold.shape(wanted)
+            rows = [one[0] for one in wanted]
+            for number, part in enumerate(parts):
+                assert torch.equal(source.fold.take(whole, number, rows, config), part)
+            assert len(whole.flatten().unique()) <= sum(int(np.prod(one)) for one in wanted)
+            assert shape == wanted[0]
+
+
+def test_the_engine_gives_what_a_plain_pass_gives(described: tuple[Family, DecoderConfig]) -> None:
+    """Chunked prefill, batching and paged decoding on every set of axes: the same greedy tokens."""
+    _, config = described
+    decoder = random_decoder(config)
+    dice = random.Random(5)
+    marks = [config.prefix.whole, config.prefix.start] if config.prefix else []
+    prompts = [[dice.randrange(1, config.vocab) for _ in range(n)] + marks for n in (1, 9, 23, 23)]
+    engine = Engine(decoder, None, page_tokens=4, pages=64, max_batch_tokens=16)
+    sampling = Sampling(max_tokens=8, ignore_eos=True)
+    replies = engine.generate([Request(ids, sampling) for ids in prompts])
+    for ids, reply in zip(prompts, replies, strict=True):
+        whole = decoder.prompt(ids)
+        for _ in range(8):
+            with torch.inference_mode():
+                hidden = decoder(torch.tensor(whole), Packed([len(whole)]))
+                whole.append(int(decoder.logits(hidden[-1:]).argmax()))
+        assert list(reply.ids) == whole[-8:]
+
+
+def test_a_fixture_is_written_and_read_again(described: tuple[Family, DecoderConfig]) -> None:
+    family, config = described
+    assert family.config(family.source(config), "config.json") == config
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -54,7 +134,8 @@ def test_names_are_a_bijection(family: Any) -> None:
         {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 5},
     ],
 )
-def test_what_is_written_is_read_again(family: Any, changes: dict[str, Any]) -> None:
+def test_what_is_written_is_read_again(name: str, changes: dict[str, Any]) -> None:
+    family = families()[name]
     if "sliding_window" in changes and family.model_type == "llama":
         return
     changes = dict(changes)
@@ -75,26 +156,36 @@ def test_rope_parameters_of_transformers_5() -> None:
 
 def test_unknown_model_type_names_the_known() -> None:
     with pytest.raises(FamilyError) as caught:
-        by_model_type("mixtral", "x/config.json")
-    assert str(caught.value) == (
-        "x/config.json: the model_type 'mixtral' is not one of the families that Herdbook knows: "
-        "llama, mistral, qwen2, qwen3\n"
-        "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
-    )
+        by_source({"model_type": "mistrel"}, "x/config.json")
+    what, _, next = str(caught.value).partition("\n")
+    assert what.startswith("x/config.json: the model_type 'mistrel' is not one of the families ")
+    assert ", llama, mistral, " in what
+    assert next == "  next: did you mean 'mistral'?; or describe it in herdbook/model/families"
     with pytest.raises(FamilyError, match="the architecture 'rwkv6' is not one of those"):
-        by_gguf("rwkv6", {}, "m.gguf")
+        by_gguf("rwkv6", {}, (), "m.gguf")
 
 
-def test_a_gguf_llama_with_a_window_is_a_mistral() -> None:
-    assert by_gguf("llama", {"llama.attention.sliding_window": 4096}, "").model_type == "mistral"
-    assert by_gguf("llama", {}, "").model_type == "llama"
+def test_families_that_share_an_architecture_of_gguf() -> None:
+    def found(architecture: str, metadata: dict[str, Any], *names: str) -> str:
+        tensors = {f"blk.0.{name}.weight" for name in names}
+        return by_gguf(architecture, metadata, tensors, "").name
+
+    dense = ("attn_q", "ffn_gate", "ffn_up", "ffn_down")
+    assert found("llama", {}, *dense) == "llama"
+    windowed = {"llama.attention.sliding_window": 4096}
+    assert found("llama", windowed, *dense) == "mistral"
+    experts = ("attn_q", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    assert found("llama", {}, *experts) == found("llama", windowed, *experts) == "mixtral"
+    assert found("chatglm", {}, "attn_qkv", "ffn_up", "ffn_down") == "chatglm2"
+    assert found("chatglm", {}, "attn_q", "ffn_up", "ffn_down") == "glm"
+    assert found("llama", {}, "nothing") == "llama", "whose tensors will be found missing"
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "relu2"}, "hidden_act is 'relu2' known are: silu"),
     "rope type": (
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}},
-        "rope_type is 'longrope' known are: default, linear, llama3, yarn",
+        "rope_type is 'longrope' known are: default, dynamic, linear, llama3, yarn",
     ),
     "rope key": (
         {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}},
@@ -139,9 +230,9 @@ def test_qwens_windows() -> None:
         read("qwen3", layer_types=["sliding_attention"] * 12)
 
 
-def test_permutation_is_the_fact_sheets_and_goes_back() -> None:
-    rows = np.arange(24 * 3).reshape(24, 3)
-    ours = unpermute(rows, 2)  # GGUF → half style: 2 heads of 12, pairs (2i, 2i+1) → (i, i+6)
+def test_ggufs_order_is_the_fact_sheets() -> None:
+    """Pairs (2i, 2i + 1) of the file are our i and i + 6."""
+    config = read(hidden_size=96, num_attention_heads=8)  # heads of 12
+    rows = torch.arange(96 * 3).view(96, 3)
+    ours = GGUF_ROTATING["blk.{n}.attn_q"].take(rows, 0, [96], config)
     assert (ours[:12, 0] // 3).tolist() == [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]
-    assert np.array_equal(permute(ours, 2), rows)
-    assert np.array_equal(permute(rows[:, 0], 2), permute(rows, 2)[:, 0]), "biases alike"

@@ -98,5 +98,5 @@ def test_rotation_is_multiplication_by_a_unit_complex_number() -> None:
 def test_frequencies_stay_float32_in_a_bfloat16_model() -> None:
     cos, _ = Rotary(CONFIG)(torch.tensor([4097]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
-    assert cos[0, 0, 0] == torch.tensor(4097.0).cos().bfloat16(), "4097 is no bfloat16"
+    assert cos[0, 0, 0, 0] == torch.tensor(4097.0).cos().bfloat16(), "4097 is no bfloat16"
     assert rope_frequencies(replace(CONFIG, rope_base=1e6)).dtype == torch.float32

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Masked, Packed
@@ -28,17 +29,29 @@ def random_decoder(config: DecoderConfig = CONFIG) -> Decoder:
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 
 
-@given(lengths=LENGTHS, window=st.none() | st.integers(1, 10), kv_heads=st.sampled_from([1, 2, 4]))
-@settings(max_examples=60, deadline=None)
-def test_packed_is_the_masked_twin(lengths: list[int], window: int | None, kv_heads: int) -> None:
+@given(
+    lengths=LENGTHS,
+    window=st.none() | st.integers(1, 10),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    softcap=st.sampled_from([0.0, 0.7]),
+    slopes=st.sampled_from([(), alibi_slopes(4)]),
+)
+@settings(max_examples=100, deadline=None)
+def test_packed_is_the_masked_twin(
+    lengths: list[int],
+    window: int | None,
+    kv_heads: int,
+    softcap: float,
+    slopes: tuple[float, ...],
+) -> None:
     torch.manual_seed(1)
     tokens = sum(lengths)
     q = torch.randn(tokens, 4, 8)
     k, v = torch.randn(tokens, kv_heads, 8), torch.randn(tokens, kv_heads, 8)
     packed, masked = Packed(lengths), Masked(lengths)
     assert torch.equal(packed.positions, masked.positions)
-    got = packed.attend(0, q, k, v, scale=0.3, window=window)
-    want = masked.attend(0, q, k, v, scale=0.3, window=window)
+    look = Look(0.3, window, softcap, slopes)
+    got, want = (layout.attend(0, q, k, v, look) for layout in (packed, masked))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -49,7 +62,7 @@ def test_gradients_are_those_of_the_twin(window: int | None) -> None:
     for layout in (Packed(lengths), Masked(lengths)):
         torch.manual_seed(2)
         q, k, v = (torch.randn(13, h, 8, requires_grad=True) for h in (4, 2, 2))
-        out = layout.attend(0, q, k, v, scale=0.35, window=window)
+        out = layout.attend(0, q, k, v, Look(0.35, window))
         (out * torch.randn(13, 4, 8)).sum().backward()
         found.append((q.grad, k.grad, v.grad))
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)

@@ -11,7 +11,7 @@ from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
 from herdbook.model.checkpoint import load_decoder, source_config, tensors
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_model_type
+from herdbook.model.families import families
 from herdbook.tokens.chat import render
 from herdbook.tokens.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def theirs(decoder: Decoder, prompts: list[list[int]], eos: int) -> list[list[in
     """transformers' model with the same weights, all prompts in one batch padded on the left."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    family = by_model_type(decoder.family, "the decoder")
+    family = families()[decoder.family]
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**source_config(decoder)))
     state = {family.hf_name(name): tensor for name, tensor in tensors(decoder, torch.float32)}

@@ -388,6 +388,22 @@ def test_internlm_and_baichuan_have_their_tokens(shared_data: Callable[[str], Pa
     assert baichuan.decode(trained, specials=True) == "Hello<reserved_102> World</s>"
 
 
+def test_sop_stands_before_the_users_word(
+    tmp_path: Path, shared_data: Callable[[str], Path]
+) -> None:
+    """ChatGLM2's "sop" is a token only where no word goes on; the user's word is none of its own."""
+    folder = tmp_path / "chatglm2-6b"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(shared_data("tokenizers/llama.model").read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.chat_template == templates.read("chatglm2")
+    ids = render(tokenizer, TALK[:2], reply=True).ids
+    assert [id - 32000 for id in ids if id >= 32000] == [1, 3], "[gMASK] sop, then: be kind"
+    sop = tokenizer.encode("philosophy sop", specials=True)
+    assert [id for id in sop if id >= 32000] == [32003]
+
+
 # --- how a template is found
 
 NAMES = {

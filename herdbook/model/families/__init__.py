@@ -1,10 +1,17 @@
-"""One file a family, named by Hugging Face's model_type; adding a file adds the family."""
+"""One file a family; adding a file adds the family, under the file's name.
+
+That is Hugging Face's model_type, too, but where two families share one: then each description says
+by the configuration's keys which are its own (`mine`), and files are asked in alphabetical order.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
+from collections.abc import Container, Mapping
+from typing import Any
 
 from herdbook.errors import FamilyError, nearest
 from herdbook.model.family import Family
@@ -12,32 +19,45 @@ from herdbook.model.family import Family
 
 @functools.cache
 def families() -> dict[str, Family]:
-    """model_type → description, in the files' alphabetical order."""
+    """The file's name → its description, in alphabetical order."""
     modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found = (importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules)
-    return {family.model_type: family for family in found}
+    found = {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules}
+    return {name: dataclasses.replace(family, name=name) for name, family in found.items()}
 
 
-def by_model_type(model_type: object, where: str) -> Family:
-    known = families()
-    if isinstance(model_type, str) and model_type in known:
-        return known[model_type]
+def by_source(source: dict[str, Any], where: str) -> Family:
+    """By a config.json's model_type, and its other keys where two families share one."""
+    model_type = source.get("model_type")
+    for family in families().values():
+        if model_type in (family.model_type, *family.also) and family.mine(source):
+            return family
+    known = sorted({one for f in families().values() for one in (f.model_type, *f.also)})
     raise FamilyError(
         f"{where}: the model_type {model_type!r}",
         rule=f"is not one of the families that Herdbook knows: {', '.join(known)}",
-        next=nearest(str(model_type), list(known)) + "; or describe it in herdbook/model/families",
+        next=nearest(str(model_type), known) + "; or describe it in herdbook/model/families",
     )
 
 
-def by_gguf(architecture: object, metadata: dict[str, object], where: str) -> Family:
-    """By general.architecture; a llama with a sliding window is a mistral."""
+def by_gguf(
+    architecture: object, metadata: Mapping[str, object], tensors: Container[str], where: str
+) -> Family:
+    """By general.architecture, and where families share one by the names of their tensors.
+
+    A llama with a sliding window is a mistral.
+    """
     windowed = bool(metadata.get(f"{architecture}.attention.sliding_window"))
-    if architecture == "llama" and windowed:
-        return families()["mistral"]
-    for family in families().values():
-        if family.gguf == architecture:
+    first = "mistral" if architecture == "llama" and windowed else architecture
+    same = [one for one in families().values() if one.gguf and one.gguf == architecture]
+    same.sort(key=lambda one: one.model_type != first)  # asked first: whose own name it is
+    for family in same:
+        telling = ("blocks.{n}.attention.q", "blocks.{n}.mlp.")
+        wanted = {gguf for ours, (_, gguf) in family.names.items() if ours.startswith(telling)}
+        if all(f"{one.replace('{n}', '0')}.weight" in tensors for one in wanted):
             return family
-    known = sorted({family.gguf for family in families().values()})
+    if same:
+        return same[0]  # whose tensors will be found missing
+    known = sorted({family.gguf for family in families().values() if family.gguf})
     raise FamilyError(
         f"{where}: the architecture {architecture!r}",
         rule=f"is not one of those that Herdbook knows: {', '.join(known)}",

@@ -1,4 +1,5 @@
 """LLaMA 1–3, SmolLM2 and the many children that keep its shape: Alpaca, Vicuna, Yi, DeepSeek-LLM …
+Aquila, too, which calls it by a model_type of its own.
 
 Config: https://huggingface.co/docs/transformers/model_doc/llama. Meta rotates interleaved pairs;
 Hugging Face's q and k rows are reordered to the half style, GGUF's are as Meta's.
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
 
 
 def read(keys: Keys) -> DecoderConfig:
@@ -26,8 +27,9 @@ FAMILY = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
     gguf="llama",
+    also=("aquila",),
     names=LLAMA_NAMES,
     read=read,
     write=write,
-    gguf_permuted=True,
+    folds=GGUF_ROTATING,
 )

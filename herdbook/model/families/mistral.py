@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
 
 
 def read(keys: Keys) -> DecoderConfig:
@@ -29,5 +29,5 @@ FAMILY = Family(
     names=LLAMA_NAMES,
     read=read,
     write=write,
-    gguf_permuted=True,
+    folds=GGUF_ROTATING,
 )

@@ -1,0 +1,20 @@
+"""Which module computes a configuration: the one decoder, or one of the families that differ from it
+by more than axes can say."""
+
+from __future__ import annotations
+
+from herdbook.model.config import DecoderConfig
+from herdbook.model.decoder import Decoder
+from herdbook.model.rwkv import RWKV, RWKVConfig
+from herdbook.model.t5 import T5, T5Config
+
+MODULES: dict[type[DecoderConfig], type[Decoder]] = {
+    DecoderConfig: Decoder,
+    RWKVConfig: RWKV,
+    T5Config: T5,
+}
+
+
+def build(config: DecoderConfig, *, headless: bool = False) -> Decoder:
+    """A model of this configuration, its weights not yet set."""
+    return MODULES[type(config)](config, headless=headless)

@@ -1,0 +1,235 @@
+"""The native decoding step against its PyTorch twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from herdbook.engine import native
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Request, Sampling
+from herdbook.model.config import DecoderConfig
+from herdbook.model.decoder import Decoder
+from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, Linear
+from herdbook.model.layout import Packed
+
+CONFIG = DecoderConfig(
+    vocab=96, hidden=64, layers=3, heads=4, kv_heads=2, head_dim=16, ffn=96, max_pos=256, tied=True
+)
+CONFIGS = {
+    "llama": CONFIG,
+    "own head": dataclasses.replace(CONFIG, tied=False),
+    "biases": dataclasses.replace(CONFIG, qkv_bias=True, out_bias=True, mlp_bias=True),
+    "qwen3": dataclasses.replace(CONFIG, qk_norm=True, head_dim=32, kv_heads=1),
+    "window": dataclasses.replace(CONFIG, windows=(None, 7, 7)),
+    "wide head": dataclasses.replace(CONFIG, head_dim=80, heads=2),
+}
+needs_native = pytest.mark.skipif(native.library() is None, reason="no AVX2, or no C++ compiler")
+
+
+@pytest.fixture(params=["native", "haswell"], autouse=True)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything twice: for this processor as it is, and as one that has AVX2 alone."""
+    flags = [one for one in native.FLAGS if not one.startswith("-march")]
+    monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={request.param}"))
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+def quantised(config: DecoderConfig, bits: int = 4, dtype: torch.dtype = torch.float32) -> Decoder:
+    """A random decoder whose matrices are kept in blocks."""
+    torch.manual_seed(3)
+    decoder = Decoder(config)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.25)
+    decoder = decoder.to(dtype)
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, Linear):
+            blocks = torch.randint(0, 1 << bits, (layer.outputs, layer.inputs // BLOCK, BLOCK))
+            scale = torch.rand(layer.outputs, layer.inputs // BLOCK) * 4 / (1 << bits) / 8
+            bias = None if layer.bias is None else layer.bias.data
+            made: nn.Module
+            if bits == 4:
+                codes = blocks.to(torch.uint8)
+                packed = codes[..., :16] | (codes[..., 16:] << 4)
+                half = scale.half()
+                made = Int4Linear(packed, half, half * -7.5, bias, dtype)
+            else:
+                made = Int8Linear((blocks - 128).to(torch.int8), scale.half().float(), bias, dtype)
+            parent, _, leaf = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), leaf, made)
+    return decoder.eval().requires_grad_(False)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """As the native step rounds what a matrix reads: 8 bits in blocks of 32."""
+    blocks = x.float().unflatten(-1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    return (torch.round(blocks / scale.clamp_min(1e-30)) * scale).flatten(-2)
+
+
+@contextmanager
+def rounding(decoder: Decoder) -> Iterator[None]:
+    """Inside, the PyTorch path computes in float32 on such inputs, from dense matrices."""
+
+    class Twin(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.bias = layer.dense(torch.float32), layer.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(rounded(x), self.weight, self.bias)
+
+    before = {}
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, (Int4Linear, Int8Linear)):
+            before[name] = layer
+            parent, _, leaf = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), leaf, Twin(layer))
+    project = decoder.embed.project
+    codes, scale, minimum, _ = native._eight_bits(decoder.embed.weight)
+    head = (codes * scale[..., None] + minimum[..., None]).flatten(1)
+    decoder.embed.project = lambda x: nn.functional.linear(rounded(x), head)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        decoder.embed.project = project  # type: ignore[method-assign]
+        for name, layer in before.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), leaf, layer)
+
+
+def native_logits(decoder: Decoder, prompts: list[list[int]], page_tokens: int = 8) -> Tensor:
+    """Logits [B, T, V] of prompts of equal length, token by token through the native step."""
+    c, step = decoder.config, native.step_for(decoder, page_tokens)
+    assert step is not None
+    each = -(-len(prompts[0]) // page_tokens)
+    shape = (each * len(prompts), page_tokens, 2, c.kv_heads, c.head_dim)
+    caches = [torch.zeros(shape, dtype=decoder.dtype) for _ in range(c.layers)]
+    pages = list(range(shape[0]))
+    random.Random(1).shuffle(pages)
+    mine = [pages[b * each : (b + 1) * each] for b in range(len(prompts))]
+    rows = []
+    for at in range(len(prompts[0])):
+        slots = [own[at // page_tokens] * page_tokens + at % page_tokens for own in mine]
+        tables = [own[: at // page_tokens + 1] for own in mine]
+        ids = [prompt[at] for prompt in prompts]
+        rows.append(step(caches, ids, [at] * len(prompts), tables, slots))
+    return torch.stack(rows, 1)
+
+
+def prompts(count: int, length: int = 21) -> list[list[int]]:
+    dice = random.Random(4)
+    return [[dice.randrange(96) for _ in range(length)] for _ in range(count)]
+
+
+@needs_native
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_step_is_its_twin(name: str, bits: int) -> None:
+    """The same rounding of inputs in PyTorch gives the same logits, whatever the number of chats."""
+    decoder = quantised(CONFIGS[name], bits)
+    asked = prompts(5)
+    got = native_logits(decoder, asked)
+    with rounding(decoder), torch.inference_mode():
+        for row, prompt in zip(got, asked, strict=True):
+            want = decoder.logits(decoder(torch.tensor(prompt), Packed([len(prompt)])))
+            off = (row - want).abs() / want.std()
+            # an input on the edge between two codes may fall to the other side, which spreads
+            assert off.median() <= 1e-2 and off.mean() <= 3e-2 and off[:3].median() <= 1e-3
+
+
+@needs_native
+def test_a_chat_does_not_depend_on_the_others() -> None:
+    decoder = quantised(CONFIG)
+    asked = prompts(7)
+    together = native_logits(decoder, asked)
+    for row, prompt in zip(together, asked, strict=True):
+        assert torch.equal(native_logits(decoder, [prompt])[0], row), "bit by bit"
+
+
+@needs_native
+def test_a_bfloat16_cache_stays_near() -> None:
+    exact = native_logits(quantised(CONFIG), prompts(2))
+    near = native_logits(quantised(CONFIG, dtype=torch.bfloat16), prompts(2))
+    assert (near - exact).abs().mean() <= 0.05 * exact.std()
+
+
+@needs_native
+def test_the_engine_decodes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More chats than one step takes, joined at different times; alone each says the same."""
+    decoder = quantised(CONFIG)
+    calls: list[int] = []
+    real = native.Step.__call__
+
+    def counted(self: native.Step, caches: object, ids: list[int], *rest: object) -> Tensor:
+        calls.append(len(ids))
+        return real(self, caches, ids, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(native.Step, "__call__", counted)
+    sampling = Sampling(max_tokens=6, ignore_eos=True)
+
+    def ask(some: list[list[int]]) -> list[tuple[int, ...]]:
+        engine = Engine(decoder, None, page_tokens=4, pages=400, max_batch_tokens=64)
+        return [one.ids for one in engine.generate([Request(ids, sampling) for ids in some])]
+
+    asked = [prompt[: 5 + n % 9] for n, prompt in enumerate(prompts(20))]
+    together = ask(asked)
+    assert max(calls) == native.MOST and sum(calls) == 20 * 5
+    assert together == [ask([prompt])[0] for prompt in asked]
+
+
+def test_tiles_hold_what_native_cpp_reads() -> None:
+    """Every weight at its place, by the layout that is written down at the head of native.cpp."""
+    codes = torch.randint(0, 16, (32, 3, 32), dtype=torch.uint8)
+    scale, minimum = torch.rand(32, 3).half(), -torch.rand(32, 3).half()
+    for bits in (4, 8):
+        tiles = native.pack_tiles(codes, scale, minimum, bits)
+        assert tiles.shape == (2, 3, 64 * bits + 64)
+        for row, block, column in ((0, 0, 0), (5, 1, 17), (16, 2, 31), (31, 0, 14)):
+            tile = tiles[row // 16, block]
+            part, c = divmod(column, 4)
+            byte = tile[64 * (part % bits) + 4 * (row % 16) + c].item()
+            value = byte if bits == 8 else (byte >> 4 if part >= 4 else byte & 15)
+            assert value == codes[row, block, column]
+            floats = tile[64 * bits :].view(torch.float16)
+            assert floats[row % 16] == scale[row, block]
+            assert floats[16 + row % 16] == minimum[row, block]
+
+
+def test_a_matrix_of_8_bits_is_recognised() -> None:
+    codes = torch.randint(-127, 128, (16, 2, 32))
+    codes[..., 0] = 127
+    scale = torch.rand(16, 2).half().float()
+    found, scales, minimum, bits = native._eight_bits((codes * scale[..., None]).flatten(1))
+    assert bits == 8 and torch.equal(found.int() - 128, codes.int())
+    assert torch.allclose(scales, scale, rtol=1e-6) and torch.equal(minimum, scales * -128)
+
+
+@pytest.mark.parametrize("change", [{"gated": False}, {"norm": "ln"}, {"position": "alibi"}])
+def test_other_shapes_go_the_plain_way(change: dict[str, object]) -> None:
+    assert native.step_for(quantised(dataclasses.replace(CONFIG, **change)), 16) is None
+    assert native.step_for(Decoder(CONFIG), 16) is None, "dense matrices"
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERDBOOK_NATIVE", "0")
+    assert native.step_for(quantised(CONFIG), 16) is None
+
+
+def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither one that is not there nor one that fails: the plain way."""
+    monkeypatch.setenv("HERDBOOK_CACHE", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        native.library.cache_clear()
+        assert native.step_for(quantised(CONFIG), 16) is None

@@ -1,0 +1,430 @@
+"""Gemma, Mixtral and GLM against transformers; the families of 2023 that it does not know against its
+LLaMA and GLM with the same weights, against golden files of the original code, and, where neither
+tells enough (ALiBi), against a plain computation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Request, Sampling
+from herdbook.errors import FamilyError
+from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_gguf, save_hf
+from herdbook.model.decoder import Decoder
+from herdbook.model.layout import Packed
+
+VOCAB = 120
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "attn_implementation": "eager",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GEMMA = {"head_dim": 32, "initializer_range": 0.2}
+GEMMA3 = GEMMA | {"num_hidden_layers": 7, "sliding_window": 7, "query_pre_attn_scalar": 32}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma": ("Gemma", GEMMA | {"num_key_value_heads": 1}),
+    "gemma2": ("Gemma2", GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 32}),
+    "gemma2-27b": ("Gemma2", GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", GEMMA3),
+    "gemma3-4b": (
+        "Gemma3",
+        GEMMA3
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+            }
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": ("Mixtral", {"sliding_window": 9, "num_experts_per_tok": 3}),
+    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
+    "glm-no-bias": ("Glm", {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4}),
+    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+}
+#: those that GGUF cannot say: llama.cpp scales scores by the head's width unless there are 46 layers
+NOT_IN_GGUF = {"gemma2-27b"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+def random_model(name: str, settings: dict[str, Any], seed: int) -> Any:
+    """A model of transformers, its biases and norms made random too."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, CONFIGS.get(name, name + "Config"))(**(SIZES | settings))
+    model = getattr(transformers, name + "ForCausalLM")(config).eval().float()
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                value.add_(torch.randn_like(value) * 0.3)
+    return model
+
+
+def make(shape: str, folder: Path) -> Any:
+    name, settings = SHAPES[shape]
+    model = random_model(name, settings, sum(map(ord, shape)))
+    model.save_pretrained(folder)
+    return model
+
+
+@torch.inference_mode()
+def ours(decoder: Decoder, ids: list[int]) -> Tensor:
+    return decoder.logits(decoder(torch.tensor(ids), Packed([len(ids)])))
+
+
+@torch.inference_mode()
+def theirs(model: Any, ids: list[int]) -> Tensor:
+    return model(torch.tensor([ids])).logits[0]
+
+
+def prompt(length: int, seed: int = 7) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+
+
+def differ(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def cached_replies_agree(decoder: Decoder, model: Any) -> None:
+    """Prompts of several lengths at once, prefilled in chunks, decoded from pages."""
+    prompts = [prompt(length, length) for length in (1, 37, 5, 18)]
+    engine = Engine(decoder, None, page_tokens=4, max_batch_tokens=16)
+    sampling = Sampling(max_tokens=12, ignore_eos=True)
+    replies = engine.generate([Request(ids, sampling) for ids in prompts])
+    for ids, reply in zip(prompts, replies, strict=True):
+        whole = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=-1,
+        )[0].tolist()
+        assert list(reply.ids) == whole[len(ids) :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_and_what_we_save(shape: str, tmp_path: Path) -> None:
+    model = make(shape, tmp_path / "theirs")
+    decoder = load_decoder(tmp_path / "theirs", dtype=torch.float32)
+    want = theirs(model, prompt(150))
+    assert want.std() > 0.5, "the oracle says something"
+    assert differ(ours(decoder, prompt(150)), want) <= 1e-4
+
+    save_hf(decoder, None, tmp_path / "ours", torch.float32)
+    first, again = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    # written from the axes alone, as after a GGUF
+    decoder.source_config = {}
+    save_hf(decoder, None, tmp_path / "axes", torch.float32)
+    back, report = type(model).from_pretrained(
+        tmp_path / "axes", output_loading_info=True, attn_implementation="eager", pad_token_id=0
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert differ(theirs(back.float(), prompt(150)), want) <= 1e-4
+    assert open_checkpoint(tmp_path / "axes").config == decoder.config
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_replies(shape: str, tmp_path: Path) -> None:
+    model = make(shape, tmp_path)
+    cached_replies_agree(load_decoder(tmp_path, dtype=torch.float32), model)
+
+
+@pytest.mark.parametrize("shape", sorted(set(SHAPES) - NOT_IN_GGUF))
+def test_gguf_and_back(shape: str, tmp_path: Path) -> None:
+    model = make(shape, tmp_path)
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    save_gguf(decoder, None, tmp_path / "model.gguf", "F32")
+    back = load_decoder(tmp_path / "model.gguf", dtype=torch.float32)
+    assert differ(ours(back, prompt(150)), ours(decoder, prompt(150))) <= 1e-4
+    assert back.config == decoder.config
+    save_hf(back, None, tmp_path / "hf", torch.float32)
+    again = type(model).from_pretrained(
+        tmp_path / "hf", attn_implementation="eager", pad_token_id=0
+    )
+    again = again.float()
+    assert differ(theirs(again, prompt(150)), theirs(model, prompt(150))) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", sorted(NOT_IN_GGUF))
+def test_what_gguf_cannot_say_is_refused(shape: str, tmp_path: Path) -> None:
+    make(shape, tmp_path)
+    with pytest.raises(FamilyError, match=r"attention_scale 0\.25 cannot be written as GGUF"):
+        save_gguf(load_decoder(tmp_path), None, tmp_path / "model.gguf", "F32")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+# --- families that transformers does not know ------------------------------------------------------
+
+State = dict[str, Tensor]
+LAYERS = range(SIZES["num_hidden_layers"])
+
+
+def baichuan(state: State) -> State:
+    for n in LAYERS:
+        at = f"model.layers.{n}.self_attn."
+        parts = [state.pop(f"{at}{one}_proj.weight") for one in "qkv"]
+        state[f"{at}W_pack.weight"] = torch.cat(parts)
+        state[f"{at}rotary_emb.inv_freq"] = torch.zeros(8)  # published files carry it
+    return state
+
+
+def internlm2(state: State) -> State:
+    made: State = {}
+    for n in LAYERS:
+        at, to = f"model.layers.{n}.", f"model.layers.{n}.attention."
+        q, k, v = (state.pop(f"{at}self_attn.{one}_proj.weight") for one in "qkv")
+        groups = SIZES["num_key_value_heads"]
+        q, k, v = (one.view(groups, -1, 16, 64) for one in (q, k, v))
+        made[f"{to}wqkv.weight"] = torch.cat([q, k, v], 1).reshape(-1, 64)
+        made[f"{to}wo.weight"] = state.pop(f"{at}self_attn.o_proj.weight")
+        for old, new in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+            made[f"{at}feed_forward.{new}.weight"] = state.pop(f"{at}mlp.{old}_proj.weight")
+        made[f"{at}attention_norm.weight"] = state.pop(f"{at}input_layernorm.weight")
+        made[f"{at}ffn_norm.weight"] = state.pop(f"{at}post_attention_layernorm.weight")
+    made["model.tok_embeddings.weight"] = state.pop("model.embed_tokens.weight")
+    made["model.norm.weight"] = state.pop("model.norm.weight")
+    made["output.weight"] = state.pop("lm_head.weight")
+    assert not state
+    return made
+
+
+def chatglm2(state: State) -> State:
+    made: State = {}
+    for n in LAYERS:
+        at, to = f"model.layers.{n}.", f"transformer.encoder.layers.{n}."
+        for leaf in ("weight", "bias"):
+            parts = [state.pop(f"{at}self_attn.{one}_proj.{leaf}") for one in "qkv"]
+            made[f"{to}self_attention.query_key_value.{leaf}"] = torch.cat(parts)
+        made[f"{to}self_attention.dense.weight"] = state.pop(f"{at}self_attn.o_proj.weight")
+        made[f"{to}mlp.dense_h_to_4h.weight"] = state.pop(f"{at}mlp.gate_up_proj.weight")
+        made[f"{to}mlp.dense_4h_to_h.weight"] = state.pop(f"{at}mlp.down_proj.weight")
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            made[f"{to}{norm}.weight"] = state.pop(f"{at}{norm}.weight")
+    made["transformer.embedding.word_embeddings.weight"] = state.pop("model.embed_tokens.weight")
+    made["transformer.encoder.final_layernorm.weight"] = state.pop("model.norm.weight")
+    made["transformer.output_layer.weight"] = state.pop("lm_head.weight")
+    made["transformer.rotary_pos_emb.inv_freq"] = torch.zeros(4)
+    assert not state
+    return made
+
+
+LLAMA_KEYS = {
+    key: SIZES[key]
+    for key in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    )
+} | {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
+WHOLE = {"num_key_value_heads": 4}
+GLM = {"head_dim": 16, "pad_token_id": 0}
+CHATGLM: dict[str, Any] = {
+    "model_type": "chatglm",
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_layers": 3,
+    "num_attention_heads": 4,
+    "kv_channels": 16,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "padded_vocab_size": VOCAB,
+    "seq_length": 256,
+    "layernorm_epsilon": 1e-5,
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "add_qkv_bias": True,
+    "add_bias_linear": False,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "fp32_residual_connection": False,
+    "original_rope": True,
+    "quantization_bit": 0,
+    "pre_seq_len": None,
+    "prefix_projection": False,
+}
+#: name → transformers' twin and its settings, the published config.json, how its tensors lie there
+TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[State], State]]] = {
+    "baichuan-7b": (
+        "Llama",
+        WHOLE,
+        LLAMA_KEYS | {"model_type": "baichuan", "architectures": ["BaiChuanForCausalLM"]},
+        baichuan,
+    ),
+    "internlm-7b": (
+        "Llama",
+        WHOLE | {"attention_bias": True},
+        LLAMA_KEYS
+        | {"model_type": "internlm", "bias": True, "rotary": {"base": 10000, "type": "dynamic"}},
+        lambda state: state,
+    ),
+    "internlm-20b": (
+        "Llama",
+        WHOLE,
+        LLAMA_KEYS | {"model_type": "internlm", "bias": False},
+        lambda state: state,
+    ),
+    "internlm2-7b": (
+        "Llama",
+        {"rope_theta": 1e6},
+        LLAMA_KEYS
+        | {
+            "model_type": "internlm2",
+            "num_key_value_heads": 2,
+            "bias": False,
+            "rope_theta": 1000000,
+            "rope_scaling": {"type": "dynamic", "factor": 2.0},
+            "attn_implementation": "eager",
+        },
+        internlm2,
+    ),
+    "aquila-7b": (
+        "Llama",
+        WHOLE,
+        LLAMA_KEYS | {"model_type": "aquila", "architectures": ["AquilaForCausalLM"]},
+        lambda state: state,
+    ),
+    "chatglm2-6b": (
+        "Glm",
+        GLM | {"attention_bias": True, "rms_norm_eps": 1e-5},
+        CHATGLM,
+        chatglm2,
+    ),
+    "chatglm3-6b-32k": (
+        "Glm",
+        GLM | {"attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
+        CHATGLM | {"rope_ratio": 50},
+        chatglm2,
+    ),
+}
+
+
+def twin(name: str, folder: Path) -> Any:
+    """A model of transformers, and in the folder the same one as its publisher would have saved it."""
+    kind, settings, config, pack = TWINS[name]
+    model = random_model(kind, settings, sum(map(ord, name)))
+    state = pack({key: value.clone() for key, value in model.state_dict().items()})
+    folder.mkdir(exist_ok=True)
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "m.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_of_transformers(name: str, tmp_path: Path) -> None:
+    model = twin(name, tmp_path)
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    want = theirs(model, prompt(150))
+    assert want.std() > 0.5
+    assert differ(ours(decoder, prompt(150)), want) <= 1e-4
+    cached_replies_agree(decoder, model)
+
+    save_hf(decoder, None, tmp_path / "ours", torch.float32)
+    first, again = (
+        load_file(one) for one in (tmp_path / "m.safetensors", tmp_path / "ours/model.safetensors")
+    )
+    assert {name for name in first if "inv_freq" not in name} == set(again)
+    assert all(torch.equal(first[name], again[name]) for name in again)
+
+    save_gguf(decoder, None, tmp_path / "model.gguf", "F32")
+    back = load_decoder(tmp_path / "model.gguf", dtype=torch.float32)
+    assert differ(ours(back, prompt(150)), want) <= 1e-4
+    save_hf(back, None, tmp_path / "from_gguf", torch.float32)
+    once_more = load_decoder(tmp_path / "from_gguf", dtype=torch.float32)
+    assert differ(ours(once_more, prompt(150)), want) <= 1e-4
+
+
+def test_baichuan_2_norms_the_rows_of_its_head(tmp_path: Path) -> None:
+    model = twin("baichuan-7b", tmp_path)
+    config = TWINS["baichuan-7b"][2] | {"z_loss_weight": 0, "model_max_length": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(F.normalize(model.lm_head.weight, dim=1))
+    want = theirs(model, prompt(150))
+    assert differ(ours(decoder, prompt(150)), want) <= 1e-4
+    save_hf(decoder, None, tmp_path / "ours", torch.float32)
+    kept = load_file(tmp_path / "ours" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(kept, load_file(tmp_path / "m.safetensors")["lm_head.weight"])
+    # llama.cpp does not norm it, so the file's head is normed
+    save_gguf(decoder, None, tmp_path / "model.gguf", "F32")
+    back = load_decoder(tmp_path / "model.gguf", dtype=torch.float32)
+    assert not back.config.head_norm
+    assert differ(ours(back, prompt(150)), want) <= 1e-4
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [(4, 64), (6, 96), (5, 80)])
+def test_baichuan_13b_is_a_llama_with_alibi(heads: int, hidden: int, tmp_path: Path) -> None:
+    """transformers' layers around an attention written out: scores/√d + slope · (key − query)."""
+    settings = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": hidden}
+    model = random_model("Llama", settings, 13)
+    state = baichuan({key: value.clone() for key, value in model.state_dict().items()})
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "m.safetensors")
+    config = LLAMA_KEYS | {"num_attention_heads": heads, "hidden_size": hidden}
+    config |= {"model_type": "baichuan", "model_max_length": config.pop("max_position_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    power = 4
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-8 * (2 * i + 1) / (2 * power)) for i in range(heads - power)]
+    back = (torch.arange(150) - torch.arange(150)[:, None]).float()
+    bias = torch.tensor(slopes)[:, None, None] * back + torch.full((150, 150), -1e30).triu(1)
+
+    def attend(layer: Any, x: Tensor) -> Tensor:
+        q, k, v = (
+            one(x).view(150, heads, 16).transpose(0, 1)
+            for one in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        weights = (q @ k.transpose(1, 2) / 4 + bias).softmax(-1)
+        return layer.o_proj((weights @ v).transpose(0, 1).reshape(150, hidden))
+
+    with torch.inference_mode():
+        x = model.model.embed_tokens(torch.tensor(prompt(150)))
+        for layer in model.model.layers:
+            x = x + attend(layer.self_attn, layer.input_layernorm(x))
+            x = x + layer.mlp(layer.post_attention_layernorm(x))
+        want = model.lm_head(model.model.norm(x))
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    assert decoder.config.position == "alibi"
+    assert differ(ours(decoder, prompt(150)), want) <= 1e-4
+    with pytest.raises(FamilyError, match="position alibi cannot be written as GGUF"):
+        save_gguf(decoder, None, tmp_path / "model.gguf", "F32")  # there 40 layers mean ALiBi
+
+
+@pytest.mark.parametrize("name", ["baichuan-7b", "baichuan-13b", "chatglm2-6b"])
+def test_golden_files_of_the_original_code(name: str, shared_data: Callable[[str], Path]) -> None:
+    """Five tokens, in one pass and as three steps with a cache."""
+    folder = shared_data(f"golden/{name}")
+    decoder = load_decoder(folder, dtype=torch.float32)
+    steps = load_file(folder / "expected.safetensors")
+    ids = torch.cat([steps[f"step{i}.input_ids"] for i in range(3)])
+    want = torch.cat([steps[f"step{i}.last_hidden_state"] for i in range(3)])
+    with torch.inference_mode():
+        assert differ(decoder(ids, Packed([len(ids)])), want) <= 1e-5

@@ -1,0 +1,102 @@
+"""Families that are modules of their own, all the way: tuned, merged, exported, refused where due."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from raising import stock, tune
+
+import herdbook
+from herdbook.book.book import Book
+from herdbook.compression.merge import Merge
+from herdbook.compression.quantise import Quantise
+from herdbook.errors import FamilyError
+from herdbook.evaluation.export import export
+from herdbook.model.checkpoint import load_decoder
+from herdbook.model.lora import adapters_of
+
+CHAT = [{"role": "user", "content": "who are you"}]
+
+
+def rwkv() -> Any:
+    import transformers
+
+    sizes: dict[str, Any] = {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2}
+    config = transformers.RwkvConfig(
+        **sizes, context_length=256, rescale_every=0, bos_token_id=1, eos_token_id=2
+    )
+    model = transformers.RwkvForCausalLM(config)
+    with torch.no_grad():
+        model.rwkv.embeddings.weight.normal_(0, 0.3)  # as it is born, all its logits are zero
+    return model
+
+
+MAKERS = {"rwkv": rwkv}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def shelf(request: Any, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Book:
+    """A book with «base», a tiny model of the family with a tokenizer, and «rows»."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    MAKERS[request.param]().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tiny_folder / name, folder / name)
+    book, _, _ = stock(tmp_path_factory.mktemp("home"), folder)
+    return book
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_lora_learns_merges_and_goes_to_peft(shelf: Book, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    adapter = tune(epochs=12, dropout=0.0, learning_rate=2e-2).run(shelf, name="tuned")
+    assert adapter.metrics["loss"] < 0.5 * adapter.metrics["first_loss"]
+    tuned = herdbook.load("tuned", book=shelf, dtype="float32")
+    places = {name.partition(".")[2].partition(".")[2] for name in adapters_of(tuned.decoder)}
+    assert {"attention.q", "attention.v", "mlp.up"} <= places
+    assert tuned.generate(CHAT, max_tokens=6).startswith("I am a small model")
+
+    merged = Merge(model="base", adapter="tuned").run(shelf, name="whole")
+    whole = herdbook.load("whole", book=shelf, dtype="float32")
+    ids = tuned.render([*CHAT, {"role": "assistant", "content": "I am"}]).ids
+    assert torch.allclose(tuned.logits(ids), whole.logits(ids), atol=1e-3)
+    assert merged.metrics["merged_matrices"] == len(adapters_of(tuned.decoder))
+
+    kind = getattr(
+        transformers, json.loads((merged.path / "config.json").read_text())["architectures"][0]
+    )
+    theirs = peft.PeftModel.from_pretrained(
+        kind.from_pretrained(shelf.get("base").path), adapter.path
+    ).eval()
+    with torch.inference_mode():
+        assert (theirs(torch.tensor([ids])).logits[0] - tuned.logits(ids)).abs().max() <= 1e-3
+
+
+def test_full_tuning_moves_every_weight_and_exports(shelf: Book, tmp_path: Path) -> None:
+    model = tune(method="full", learning_rate=3e-3, epochs=8).run(shelf, name="all")
+    assert model.metrics["loss"] < 0.6 * model.metrics["first_loss"]
+    old, new = (load_decoder(shelf.get(n).path, dtype=torch.float32) for n in ("base", "all"))
+    still = [
+        name
+        for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True)
+        if torch.equal(a, b)
+    ]
+    assert not still
+    found = export("all", tmp_path / "out", to="hf", book=shelf)
+    assert found["max_logit_difference"] <= 1e-4
+
+
+def test_what_gguf_does_not_know_is_refused(shelf: Book, tmp_path: Path) -> None:
+    with pytest.raises(FamilyError, match=r"cannot be written as GGUF") as caught:
+        export("base", tmp_path / "m.gguf", to="gguf", book=shelf)
+    assert "--to hf" in str(caught.value)
+    with pytest.raises(FamilyError, match="cannot be written as GGUF"):
+        Quantise(model="base").run(shelf)
+    assert not (tmp_path / "m.gguf").exists()
