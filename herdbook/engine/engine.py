@@ -128,7 +128,7 @@ class Engine:
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
-            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop),
+            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop, request.trim),
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)
