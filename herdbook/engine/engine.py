@@ -134,7 +134,7 @@ class Engine:
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
-            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop),
+            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop, request.trim),
             context=find_context(ids, config) if config.prefix else None,
         )
         self._active[request.id] = sequence

@@ -135,7 +135,7 @@ class LoadedModel:
     def ask(self, messages: Messages, sampling: Sampling) -> Request:
         """The request for the next turn of a conversation."""
         ids = self.render(messages, reply=True).ids
-        return Request(ids, sampling, stop=self.tokenizer.stop_strings)
+        return Request(ids, sampling, stop=self.tokenizer.stop_strings, trim=True)
 
     def as_teacher(self) -> EngineTeacher:
         """This model as a source of answers for data generation and evaluation."""

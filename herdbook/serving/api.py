@@ -287,13 +287,14 @@ async def _answer(
     """Run `ask.choices` requests for each prompt, and write the reply, streamed or whole."""
     requests: list[Request] = []
     tokenizer = worker.engine.tokenizer
-    stop = tokenizer.stop_strings if tokenizer and isinstance(shape, ChatShape) else ()
+    chat = isinstance(shape, ChatShape)
+    stop = tokenizer.stop_strings if tokenizer and chat else ()
     for ids in prompts:
         tokens = _budget(worker.engine, len(ids), limit, shape.prompt_key)
         for choice in range(ask.choices):
             sampling = ask.sampling(max_tokens=tokens, choice=choice)
             id = f"{shape.id}-{len(requests)}"
-            requests.append(Request(ids, sampling, stop=stop, id=id))
+            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id))
     usage = Usage(prompts, ask.choices)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:

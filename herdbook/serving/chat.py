@@ -111,7 +111,7 @@ class Talk:
                 rule=f"and the context holds {engine.most_tokens}, the reply included",
                 next="start anew (/reset in the chat), or say it in fewer words",
             )
-        return Request(ids, self.sampling, stop=engine.tokenizer.stop_strings)
+        return Request(ids, self.sampling, stop=engine.tokenizer.stop_strings, trim=True)
 
 
 def _reply_once(talk: Talk, prompt: str, as_json: bool) -> None:
