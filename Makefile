@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test lint fuzz large bench clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +38,15 @@ lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Hostile files by the thousand against every loader, for so many seconds.
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/.tested
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_loaders.py
+
+# The peak memory and the speed of loading 1 GB in every layout.
+large: $(VENV)/.tested
+	$(BIN)/python -m pytest -s tests/fuzz/large_checkpoints.py
 
 $(BENCH)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH)

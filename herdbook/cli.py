@@ -222,6 +222,67 @@ def export(
     print(f"{path}: " + ", ".join(human_metric(name, value) for name, value in done.items()))
 
 
+delta = App(
+    name="delta",
+    help="Keep a tuned model as its difference from the base: make one, or apply it.\n\n"
+    "Example: herd delta make llama-7b vicuna-7b vicuna-7b-delta",
+    help_format="markdown",
+)
+app.command(delta)
+
+
+@delta.command(name="make")
+def delta_make(base: str, tuned: str, path: Path, /, *, json: Json = False) -> None:
+    """Write the difference of a tuned model from its base, exact to the last bit.
+
+    Example: herd delta make llama-7b vicuna-7b vicuna-7b-delta
+
+    Parameters
+    ----------
+    base
+        any reference to the model that was tuned
+    tuned
+        any reference to what it became: a Hugging Face folder or a model in the book
+    path
+        the folder to write; must not be there yet
+    """
+    _delta("make", base, tuned, path, json)
+
+
+@delta.command(name="apply")
+def delta_apply(base: str, difference: str, path: Path, /, *, json: Json = False) -> None:
+    """Make the tuned model again of its base and the difference; another base is refused.
+
+    Example: herd delta apply llama-7b vicuna-7b-delta vicuna-7b
+
+    Parameters
+    ----------
+    base
+        any reference to the model that the difference was made from
+    difference
+        the folder that herd delta make wrote
+    path
+        the folder to write; must not be there yet
+    """
+    _delta("apply", base, difference, path, json)
+
+
+def _delta(what: str, base: str, other: str, path: Path, as_json: bool) -> None:
+    from herdbook.model import delta as deltas
+    from herdbook.model.references import resolve
+    from herdbook.progress import for_terminal
+
+    book, progress = _book(), for_terminal()
+    do = {"make": deltas.make, "apply": deltas.apply}[what]
+    done = do(resolve(base, book), resolve(other, book), path, progress=progress)
+    if as_json:
+        _print(done)
+        return
+    from herdbook.book.tree import human_metric
+
+    print(f"{path}: " + ", ".join(human_metric(name, value) for name, value in done.items()))
+
+
 @app.command(name="list")
 def list_command(*, kind: str | None = None, json: Json = False) -> None:
     """List the artifacts of the book, oldest first.

@@ -16,9 +16,10 @@ from herdbook.book.book import Book
 from herdbook.tokens import templates
 
 COMMANDS = (
-    "raise", "chat", "serve", "eval", "export", "list", "show", "tree", "verify", "recipes", "doctor",
-    "templates",
+    "raise", "chat", "serve", "eval", "export", "delta", "list", "show", "tree", "verify", "recipes",
+    "doctor", "templates", "tokenizer",
 )  # fmt: skip
+TOKENIZER = ("train", "extend", "prune", "fertility")
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,45 @@ def test_every_command_teaches_with_an_example(herd: Herd, command: str) -> None
     done = herd(command, "--help")
     assert done.code == 0
     assert f"Example: herd {command}" in done.out
+
+
+@pytest.mark.parametrize("command", TOKENIZER)
+def test_every_command_about_tokenizers_teaches_too(herd: Herd, command: str) -> None:
+    assert f"{command} " in herd("tokenizer", "--help").out
+    assert f"Example: herd tokenizer {command}" in herd("tokenizer", command, "--help").out
+
+
+def test_tokenizers_from_text_to_comparison(herd: Herd, home: Path, tmp_path: Path) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("one fish, two fish, red fish, blue fish\n一鱼，二鱼，红鱼，蓝鱼\n" * 3)
+    for algorithm, name in (("bpe", "pieces"), ("bytes", "raw")):
+        size = "--size=290" if name == "pieces" else "--size=275"
+        done = herd("tokenizer", "train", str(text), size, "--algorithm", algorithm, "--name", name)
+        assert done.code == 0 and done.out.startswith(f"{name}@1: vocabulary "), done.err
+        assert Path(done.out.splitlines()[1], "tokenizer.json").is_file()
+    done = herd(
+        "tokenizer", "fertility", str(text), "--before", "raw", "--after", "pieces", "--json"
+    )
+    found = json.loads(done.out)
+    for which in ("before", "after"):
+        assert list(found[which]) == ["all", "Latin", "Han"]
+        assert found[which]["all"]["characters"] == len(text.read_text())
+    assert found["after"]["Han"]["tokens"] < found["before"]["Han"]["tokens"]
+    table = herd("tokenizer", "fertility", str(text), "--before", "raw", "--after", "pieces").out
+    assert "before: raw, 275 tokens\nafter: pieces, 290 tokens" in table and "Latin" in table
+    few = tmp_path / "few.txt"
+    few.write_text("one fish")
+    made = json.loads(herd("tokenizer", "prune", "pieces", str(few), "--json").out)
+    assert (made["ref"], made["kind"], made["step"]) == (
+        "pieces-pruned@1",
+        "tokenizer",
+        "PruneTokenizer",
+    )
+    done = herd("tokenizer", "extend", "pieces-pruned", "pieces", "--name", "again")
+    assert "vocabulary 290" in done.out, done.err
+    assert [one.name for one in Book(home).entries("tokenizer")] == [
+        *("pieces", "raw", "pieces-pruned", "again"),
+    ]
 
 
 def test_as_a_process(home: Path) -> None:
@@ -105,6 +145,16 @@ def test_help_imports_nothing_heavy() -> None:
         (("export", "x", "y", "--to", "onnx"), "onnx"),
         (("export", "x", "/dev/null/y", "--to", "hf"), "/dev/null/.y"),
         (("eval", "smollm2", "--text", "/"), "herd: /"),
+        (("delta", "make", "no", "none", "x"), "'no' is no model in the book"),
+        (("delta", "aply", "no", "none", "x"), 'Did you mean "apply"?'),
+        (("tokenizer", "train"), "traintokenizer has no text"),
+        (("tokenizer", "train", "none.txt"), "none.txt is not there"),
+        (("tokenizer", "train", "/"), "/ is a folder; expected a file"),
+        (("tokenizer", "train", "none.txt", "--algorithm", "wordpiece"), "wordpiece"),
+        (("tokenizer", "extend", "x.model", "y.model"), "'x.model' is no model in the book"),
+        (("tokenizer", "prune", "nobody", "none.txt"), "'nobody' is no model in the book"),
+        (("tokenizer", "fertility", "--before", "x"), "nothing holds no text"),
+        (("tokenizer", "prnue"), "prune"),
     ],
 )
 def test_wrong_input_is_told_and_leaves_no_trace(
@@ -115,6 +165,23 @@ def test_wrong_input_is_told_and_leaves_no_trace(
     assert done.code in (1, 2)
     assert done.out == ""
     assert Book(home).entries() == []
+
+
+def test_delta_there_and_back(herd: Herd, tiny_folder: Path, tmp_path: Path) -> None:
+    base, delta, again = str(tiny_folder), str(tmp_path / "delta"), str(tmp_path / "again")
+    made = herd("delta", "make", base, base, delta)
+    assert made.code == 0 and made.out.startswith(f"{delta}: tensors 29, values ")
+    done = herd("delta", "apply", base, delta, again, "--json")
+    assert json.loads(done.out)["tensors"] == 29
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tiny_folder / name).read_bytes()
+    refused = herd("chat", delta, "-p", "hello")
+    assert refused.code == 1 and f"next: herd delta apply BASE {delta} PATH" in refused.err
+
+
+@pytest.mark.parametrize("command", ["make", "apply"])
+def test_delta_teaches_with_an_example(herd: Herd, command: str) -> None:
+    assert f"Example: herd delta {command}" in herd("delta", command, "--help").out
 
 
 def test_plan_prints_the_resolved_configuration(herd: Herd) -> None:

@@ -11,14 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from herdbook.book.book import Book
 from herdbook.compression import parity
 from herdbook.engine.loaded import LoadedModel, load
 from herdbook.errors import ConfigError, FileError, GateError, UnknownName, nearest
 from herdbook.files.atomic import sha256_file, sync_folder, sync_tree
-from herdbook.model.checkpoint import save_gguf, save_hf
+from herdbook.model.checkpoint import open_checkpoint, save_gguf, save_hf
 from herdbook.model.lora import adapters_of
 from herdbook.model.references import resolve
 from herdbook.training.peft_format import CONFIG, WEIGHTS
@@ -87,7 +85,8 @@ def _peft(ref: str, target: Path, book: Book) -> dict[str, Any]:
 
 def _hf(ref: str, target: Path, book: Book) -> dict[str, Any]:
     original = _load(ref, book)
-    save_hf(original.decoder, original.maybe_tokenizer, target, torch.float32)
+    source = open_checkpoint(original.path)  # each tensor goes back in the type that it came in
+    save_hf(original.decoder, original.maybe_tokenizer, target, source.dtype)
     return _compare(original, target, EXACT["F32"])
 
 

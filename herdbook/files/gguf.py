@@ -14,17 +14,18 @@ values. With d, m float16 and codes c:
     Q8_0  d, 32 int8    x = d·c
 
 The file is foreign: magic, version, counts, lengths and extents are checked before they are used, so
-that a broken or hostile file ends in a FileError and never in a huge allocation.
+that a broken or hostile file ends in a FileError and never in a huge allocation. What is read of a
+tensor lies in memory of its own; nothing stays mapped.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
+import math
 import mmap
-import os
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from herdbook.errors import FileError
+from herdbook.files.atomic import replacing
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -50,6 +52,9 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
     12: "<d",
 }
 _U32, _I32, _F32, _BOOL, _STRING, _ARRAY, _U64, _I64 = 4, 5, 6, 7, 8, 9, 10, 11
+# What a header may hold. Large ones (Gemma 3: 262,144 tokens, 514,906 merges) have 1.3 million values
+# in 20 MB, under 50 keys; models of 500 experts name some 1,000 tensors.
+_KEYS, _TENSORS, _VALUES, _HEADER_BYTES = 10_000, 100_000, 8_000_000, 256_000_000
 
 
 @dataclass(frozen=True)
@@ -63,23 +68,35 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUF:
-    """A file that was read: metadata in memory, tensors mapped from disk."""
+    """A file whose header was read; tensors stay on disk."""
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
-    _map: mmap.mmap = field(repr=False)
 
     def raw(self, name: str) -> np.ndarray:
-        """The tensor's bytes as they lie in the file: uint8 [rows…, bytes a row], memory-mapped."""
+        """The tensor's bytes as they lie in the file: uint8 [rows…, bytes a row]."""
         t = self.tensors[name]
-        flat = np.frombuffer(self._map, np.uint8, t.nbytes, t.offset)
-        return flat.reshape(*t.shape[:-1], row_bytes(t.type, t.shape[-1]))
+        return self.rows(name, 0, rows_of(t.shape)).reshape(*t.shape[:-1], -1)
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` of the tensor, all axes but the last taken as one: uint8 [n, bytes]."""
+        t = self.tensors[name]
+        width = row_bytes(t.type, t.shape[-1])
+        count, at = (last - first) * width, t.offset + first * width
+        found = np.fromfile(self.path, np.uint8, count, offset=at)
+        if len(found) < count:
+            raise FileError(f"{self.path}", rule="became shorter meanwhile", next="try again")
+        return found.reshape(-1, width)
 
     def array(self, name: str) -> np.ndarray:
         """The tensor dequantised: float32 in its shape (float16 when stored so)."""
         t = self.tensors[name]
         return dequantise(self.raw(name), t.type).reshape(t.shape)
+
+
+def rows_of(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
 
 
 def row_bytes(type: str, columns: int) -> int:
@@ -96,6 +113,8 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at, self.size = path, data, 0, len(data)
+        self.end = min(self.size, _HEADER_BYTES)
+        self.values = 0  # in arrays, so far
 
     def fail(self, what: str) -> FileError:
         return FileError(
@@ -105,9 +124,10 @@ class _Reader:
         )
 
     def need(self, count: int) -> None:
-        if count > self.size - self.at:
+        if count > self.end - self.at:
             raise self.fail(
-                f"the header wants {count:,} bytes at {self.at:,}, the file has {self.size:,}"
+                f"the header wants {count:,} bytes at {self.at:,}, the file has {self.size:,} and "
+                f"a header at most {_HEADER_BYTES:,}"
             )
 
     def scalar(self, kind: int) -> Any:
@@ -130,11 +150,11 @@ class _Reader:
 
     def strings(self, count: int) -> list[str]:
         """As `string`, a hundred thousand times (a vocabulary and its merges) in a tenth of the time."""
-        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
+        data, at, end, length_at = self.data, self.at, self.end, struct.Struct("<Q").unpack_from
         out = []
         for _ in range(count):
-            (length,) = length_at(data, at) if at + 8 <= size else (size,)
-            if at + 8 + length > size:
+            (length,) = length_at(data, at) if at + 8 <= end else (end,)
+            if at + 8 + length > end:
                 break
             try:
                 out.append(data[at + 8 : at + 8 + length].decode("utf-8"))
@@ -154,6 +174,9 @@ class _Reader:
         if kind != _ARRAY:
             raise self.fail(f"metadata of the unknown type {kind}")
         inner, count = self.scalar(_U32), self.scalar(_U64)
+        self.values += count
+        if self.values > _VALUES:
+            raise self.fail(f"its arrays should have {self.values:,} values, at most {_VALUES:,}")
         if inner == _STRING:
             self.need(count * 8)  # each string has at least its length
             return self.strings(count)
@@ -173,14 +196,15 @@ def read(path: Path | str) -> GGUF:
     'llama'
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            # a private map: arrays over it may be written to without touching the file
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except FileNotFoundError:
-        raise FileError(f"{path}", rule="is no file", next="check the path") from None
-    except ValueError:  # an empty file cannot be mapped
-        raise FileError(f"{path}", rule="is empty", next="fetch it again") from None
+    if not path.is_file():
+        raise FileError(f"{path}", rule="is no file", next="check the path")
+    if not path.stat().st_size:  # an empty file cannot be mapped
+        raise FileError(f"{path}", rule="is empty", next="fetch it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _read(path, data)
+
+
+def _read(path: Path, data: mmap.mmap) -> GGUF:
     r = _Reader(path, data)
     if data[:4] != MAGIC:
         raise FileError(
@@ -198,6 +222,8 @@ def read(path: Path | str) -> GGUF:
         )
     tensor_count, key_count = r.scalar(_U64), r.scalar(_U64)
     r.need(tensor_count * 24 + key_count * 13)  # the least that so many entries take
+    if tensor_count > _TENSORS or key_count > _KEYS:
+        raise r.fail(f"{tensor_count:,} tensors and {key_count:,} keys, no model has so many")
 
     metadata: dict[str, Any] = {}
     for _ in range(key_count):
@@ -226,9 +252,7 @@ def read(path: Path | str) -> GGUF:
         if type not in _SIZES:
             raise r.fail(f"tensor {name!r} is of the unknown type {type}")
         values, size = _SIZES[type]
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         nbytes = count // values * size
         if count == 0 or shape[-1] % values:
             raise r.fail(f"tensor {name!r} has the shape {shape}, {type} has blocks of {values}")
@@ -238,7 +262,12 @@ def read(path: Path | str) -> GGUF:
                 f"{start + offset + nbytes:,} of a file of {r.size:,}"
             )
         tensors[name] = GGUFTensor(name, shape, type, start + offset, nbytes)
-    return GGUF(path, metadata, tensors, data)
+    at = start
+    for one in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        if one.offset < at:
+            raise r.fail(f"tensor {one.name!r} lies at byte {one.offset:,} within another")
+        at = one.offset + one.nbytes
+    return GGUF(path, metadata, tensors)
 
 
 # --- values and blocks -----------------------------------------------------------------------------
@@ -248,6 +277,11 @@ def dequantise(raw: np.ndarray, type: str) -> np.ndarray:
     """uint8 [rows…, bytes a row] → float32 [rows…, columns]; F16 stays float16 (it is exact)."""
     if type in ("F32", "F16"):
         return raw.view(np.float32 if type == "F32" else np.float16)
+    with np.errstate(invalid="ignore", over="ignore"):  # a scale that is not finite gives NaN
+        return _dequantise(raw, type)
+
+
+def _dequantise(raw: np.ndarray, type: str) -> np.ndarray:
     if type in ("Q4_0", "Q4_1"):
         head = 2 if type == "Q4_0" else 4
         blocks = raw.reshape(-1, head + BLOCK // 2)
@@ -354,34 +388,24 @@ def write(
         form = f"<I{len(shape)}QIQ"
         number = int(GGMLQuantizationType[type])
         head.append(_string(name) + struct.pack(form, len(shape), *shape[::-1], number, offset))
-        count = 1
-        for n in shape:
-            count *= n
-        offset += -(-(count // values * size) // alignment) * alignment
+        offset += -(-(math.prod(shape) // values * size) // alignment) * alignment
 
     def pad(file: BinaryIO) -> None:
         file.write(b"\0" * (-file.tell() % alignment))
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(head)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.writelines(head)
+        pad(file)
+        for name, type, array in tensors:
+            floats = np.asarray(array)
+            if not np.isfinite(floats).all():
+                raise FileError(
+                    f"tensor {name!r} holds values that are not finite",
+                    rule="and no model file can be made of them",
+                    next="train again with a lower learning rate",
+                )
+            raw = quantise(floats, type)
+            file.write(raw.data if raw.flags.c_contiguous else raw.tobytes())
             pad(file)
-            for name, type, array in tensors:
-                floats = np.asarray(array)
-                if not np.isfinite(floats).all():
-                    raise FileError(
-                        f"tensor {name!r} holds values that are not finite",
-                        rule="and no model file can be made of them",
-                        next="train again with a lower learning rate",
-                    )
-                raw = quantise(floats, type)
-                file.write(raw.data if raw.flags.c_contiguous else raw.tobytes())
-                pad(file)
-                if said is not None:
-                    said(raw.nbytes)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            if said is not None:
+                said(raw.nbytes)

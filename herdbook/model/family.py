@@ -75,7 +75,8 @@ HARMLESS = re.compile(
     r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
     r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
     r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
-    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix|attn_implementation"
+    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix"
+    r"|attn_implementation|custom_pipelines"
 )
 
 
@@ -99,9 +100,9 @@ class Keys:
         )
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A size: a whole number of at least 1."""
+        """A size: a whole number of at least 1; of layers, what a list of them may be made of."""
         value = self.take(key, default)
-        if type(value) is not int or not 1 <= value < 2**31:
+        if type(value) is not int or not 1 <= value < (10_000 if "layer" in key else 2**31):
             raise self.refuse(f"{key} is {value!r}", "but must be a whole number of at least 1")
         return value
 

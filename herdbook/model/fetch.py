@@ -14,6 +14,8 @@ from herdbook.book.step import Bench, Step
 from herdbook.files.atomic import sha256_once, write_text
 from herdbook.model.checkpoint import (
     INDEX,
+    LEGACY_INDEX,
+    PARAMS,
     Checkpoint,
     check_vocabulary,
     expected_shapes,
@@ -39,6 +41,8 @@ BESIDE = (
     TEMPLATE,
     "chat_template.json",
     INDEX,
+    LEGACY_INDEX,
+    PARAMS,
     "LICENSE",
     "LICENSE.txt",
 )
@@ -46,9 +50,9 @@ BESIDE = (
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     """Name in the book → file, of everything that makes up the model."""
-    if checkpoint.gguf is not None:
+    if checkpoint.path.is_file():
         return {"model.gguf": checkpoint.path}
-    found = {path.name: path for path in checkpoint.files.values()}
+    found = {path.name: path for path in checkpoint.weights.files}
     beside = {name: checkpoint.path / name for name in BESIDE}
     beside |= {path.name: path for path in other_files(checkpoint.path)}
     return found | {name: path for name, path in beside.items() if path.is_file()}
@@ -105,9 +109,8 @@ class Fetch(Step):
                 shutil.copyfile(path, bench.out / name)
                 task.advance(path.stat().st_size)
         if template is not None and template in (chosen, *map(templates.read, templates.shipped())):
-            write_text(
-                bench.out / TEMPLATE, template
-            )  # found by a name that the book will not keep
+            # found by a name that the book will not keep
+            write_text(bench.out / TEMPLATE, template)
         shapes = expected_shapes(checkpoint.config, headless=checkpoint.headless)
         return {
             "family": checkpoint.family.model_type,

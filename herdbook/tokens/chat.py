@@ -69,7 +69,8 @@ def render(
     page = template.render(rows, reply=reply)
     contents = None if reply else template.locate(rows, page.text)
     plain: list[Span] = []
-    if any(tokenizer.holds_special(text) for row in rows for text in _strings(row)):
+    held = any(tokenizer.holds_special(text) for row in rows for text in _strings(row))
+    if held or tokenizer.edged:
         contents = contents or template.locate(rows, page.text, reply=reply)
         plain = template.protect(rows, page.text, reply=reply)
         plain = _union(plain + [span for spans in (contents or {}).values() for span in spans])

@@ -81,8 +81,11 @@ class Parts:
 
 
 def plain_specials(texts: Sequence[str]) -> dict[str, AddedToken]:
-    """Special tokens that swallow no blanks and need no edges."""
-    return {text: AddedToken(text, normalized=False, special=True) for text in texts}
+    """Special tokens that swallow no blanks. ChatGLM's "sop" stands alone, not in "philosophy"."""
+    return {
+        text: AddedToken(text, normalized=False, special=True, single_word=text in ("sop", "eop"))
+        for text in texts
+    }
 
 
 def bytes_to_characters(text: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,19 +36,19 @@ class FetchTokenizer(Step):
     def fingerprint(self) -> dict[str, str]:
         path = Path(self.path)
         if path.is_dir():
-            names = [
-                reading.find(path),
-                *sorted(path.glob("*.json")),
-                *sorted(path.glob("*.jinja")),
-            ]
-            found = {one for one in names if one is not None}
+            found = {path / "tokenizer.model", *path.glob("*.json"), *path.glob("*.jinja")}
+            found |= {one for one in [reading.find(path)] if one is not None}
         else:
             found = {path}
         return {one.name: sha256_once(one) for one in sorted(found) if one.is_file()}
 
     def make(self, bench: Bench) -> dict[str, Any]:
-        tokenizer = Tokenizer.load(Path(self.path))
+        path = Path(self.path)
+        tokenizer = Tokenizer.load(path)
         tokenizer.save(bench.out)
+        beside, copy = path / "tokenizer.model", bench.out / "tokenizer.model"
+        if beside.is_file() and not copy.exists():  # beside a tokenizer.json: for extending
+            shutil.copyfile(beside, copy)
         return {
             "vocabulary": tokenizer.size,
             "kind": type(tokenizer.codec).__name__.removesuffix("Codec").lower(),

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer as Library
 from herdbook.errors import FileError
 from herdbook.files.atomic import write_bytes, write_text
 from herdbook.tokens import sentence
-from herdbook.tokens.codec import Span
+from herdbook.tokens.codec import Span, plain_specials
 from herdbook.tokens.library import bos_first
 from herdbook.tokens.sentence import BYTE, CONTROL, UNKNOWN, USER_DEFINED, PieceModel
 
@@ -151,13 +151,14 @@ class PieceCodec:
         if clean:
             library.normalizer = normalizers.Sequence(clean)
         library.decoder = decoders.Sequence(undo)
-        library.add_tokens(
-            [
-                AddedToken(piece, normalized=False, special=kind != USER_DEFINED)
-                for piece, kind in zip(pieces.pieces, pieces.types, strict=True)
-                if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-            ]
-        )
+        added = [
+            plain_specials([piece])[piece]
+            if kind in (CONTROL, UNKNOWN)
+            else AddedToken(piece, normalized=False)
+            for piece, kind in zip(pieces.pieces, pieces.types, strict=True)
+            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+        ]
+        library.add_tokens(added)
         if bos is not None:
             library.post_processor = bos_first(pieces.pieces[bos], bos)
         return library

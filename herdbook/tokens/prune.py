@@ -15,10 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from herdbook.book.step import Bench, Input, require
 from herdbook.errors import ConfigError, GateError
+from herdbook.tokens import ranks
 from herdbook.tokens.chat import render
 from herdbook.tokens.corpus import Corpus, TextStep
 from herdbook.tokens.tokenizer import Tokenizer
@@ -41,8 +43,8 @@ class PruneTokenizer(TextStep):
         require(self, "tokenizer")
 
     def make(self, bench: Bench) -> dict[str, Any]:
-        tokenizer = Tokenizer.load(bench.artifact("tokenizer").path)
         corpus = self.corpus(bench)
+        tokenizer = _load(bench.artifact("tokenizer").path, corpus)
         used = {id for ids in encoded(tokenizer, corpus) for id in ids}
         keep = sorted(tokenizer.codec.closure(used | tokenizer.special_ids))
         if len(keep) >= tokenizer.size:
@@ -60,6 +62,19 @@ class PruneTokenizer(TextStep):
             "vocabulary": pruned.size,
             "kept_share": pruned.size / tokenizer.size,
         }
+
+
+def _load(path: Path, corpus: Corpus) -> Tokenizer:
+    """The tokenizer; from tokenizer.model, where that says the same as the tokenizer.json beside it, so
+    that what is pruned can still be extended."""
+    tokenizer = Tokenizer.load(path)
+    original = path / "tokenizer.model"
+    if original.is_file() and not ranks.is_ranks(original):
+        pieces = Tokenizer.load(original)
+        pairs = zip(encoded(tokenizer, corpus), encoded(pieces, corpus), strict=True)
+        if pieces.size == tokenizer.size and all(a == b for a, b in pairs):
+            return pieces
+    return tokenizer
 
 
 def encoded(tokenizer: Tokenizer, corpus: Corpus) -> Iterator[list[int]]:

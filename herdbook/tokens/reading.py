@@ -248,12 +248,9 @@ def _from_model(path: Path, template: str | None) -> Parts:
         return id if 0 <= id < len(pieces.types) and pieces.types[id] == CONTROL else None
 
     bos_id, eos_id = id_of(settings.bos, "bos"), id_of(settings.eos, "eos")
-    specials = plain_specials(list(special))
-    for word in {"sop", "eop"} & special.keys():  # not in the middle of "philosophy"
-        specials[word] = AddedToken(word, normalized=False, special=True, single_word=True)
     return Parts(
         PieceCodec(pieces),
-        specials,
+        plain_specials(list(special)),
         special,
         bos_id=bos_id,
         eos_id=eos_id,

@@ -24,7 +24,6 @@ How each kind encodes stands in its codec (codec.py lists them), how it is read 
 
 from __future__ import annotations
 
-import bisect
 import codecs
 import dataclasses
 import re
@@ -80,6 +79,8 @@ class Tokenizer:
         #: texts that end an answer of the chat template, where no token does
         self.stop_strings = tuple(text for text in said if text not in parts.special_ids)
         self._special = _pattern(parts.specials)
+        #: whether a special token is none where a word goes on around it: "sop" in "philosophy"
+        self.edged = any(token.single_word for token in parts.specials.values())
         self._bytes: dict[int, bytes] = {}
 
     # --- loading
@@ -136,18 +137,13 @@ class Tokenizer:
         return ids, spans
 
     def _find_specials(self, text: str, plain: Sequence[Span]) -> Iterator[tuple[int, int, int]]:
-        ends = [end for _, end in plain]
         at = 0
-        while found := self._special.search(text, at):
-            name = found.lastgroup
-            assert name is not None
-            start, end = found.span(name)
-            near = bisect.bisect_right(ends, start)  # the first span that ends after `start`
-            if near < len(plain) and plain[near][0] < end:
-                at = start + 1
-                continue
-            start, end = found.span()
-            yield start, end, self._parts.special_ids[found.group(name)]
+        for start, end in [*plain, (len(text), len(text))]:
+            for found in self._special.finditer(text[at:start]):  # what is plain is no neighbour
+                name = found.lastgroup
+                assert name is not None
+                id = self._parts.special_ids[found.group(name)]
+                yield at + found.start(), at + found.end(), id
             at = end
 
     def holds_special(self, text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from pathlib import Path
 
 import gguf as peer
@@ -64,6 +65,17 @@ def test_dequantise_is_that_of_the_gguf_package(type: str) -> None:
     raw = peer.quantize(matrix(8, 96), peer.GGMLQuantizationType[type])
     want = peer.dequantize(raw, peer.GGMLQuantizationType[type])
     np.testing.assert_array_equal(gguf.dequantise(raw, type), want)
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_scales_that_are_not_finite_give_values_that_are_not(type: str) -> None:
+    """Without a warning of numpy's: the file is at fault, not the arithmetic."""
+    kind = peer.GGMLQuantizationType[type]
+    values, size = peer.GGML_QUANT_SIZES[kind]
+    raw = np.full((1, size), 0xFF, np.uint8)  # every float16 in it is NaN
+    raw[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    found = gguf.dequantise(raw, type)
+    assert found.shape == (1, values) and not np.isfinite(found).any()
 
 
 def test_q4_1_is_no_worse_than_the_gguf_packages() -> None:
@@ -186,3 +198,92 @@ def test_no_damage_ends_in_anything_but_a_file_error(
         return
     for name, tensor in file.tensors.items():
         assert file.raw(name).nbytes == tensor.nbytes
+
+
+# --- absurd ones ---
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def header(tensors: int, keys: int, *parts: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + b"".join(parts)
+
+
+def tensor(name: str, shape: list[int], type: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, type, offset)
+
+
+F32_4 = tensor("a", [4])
+ABSURD = {
+    "a string past the end": (header(0, 1, struct.pack("<Q", 2**63)), "the header wants"),
+    "a string of 2⁶⁴−1": (header(0, 1, struct.pack("<Q", 2**64 - 1)), "the header wants"),
+    "a long array": (header(0, 1, text("k"), struct.pack("<IIQ", 9, 0, 2**62)), "arrays should"),
+    "an array of absurd length": (
+        header(0, 1, text("k"), struct.pack("<IIQ", 9, 8, 2**64 - 1)),
+        "its arrays should have 18,446,744,073,709,551,615 values",
+    ),
+    "a nested array": (
+        header(0, 1, text("k"), struct.pack("<IIQ", 9, 9, 1), struct.pack("<IQ", 9, 1)),
+        "an array of the type 9",
+    ),
+    "an unknown value": (header(0, 1, text("k"), struct.pack("<I", 99)), "unknown type 99"),
+    "a key twice": (header(0, 2, *[text("k") + struct.pack("<IB", 7, 1)] * 2), "'k' comes twice"),
+    "a tensor twice": (header(2, 0, F32_4, tensor("a", [4], 0, 32)), "'a' comes twice"),
+    "tensors that overlap": (header(2, 0, F32_4, tensor("b", [4], 0, 0)), "'b' lies at byte"),
+    "past 64 bits": (header(1, 0, tensor("a", [2**63, 2**63, 2**63])), "should lie at bytes"),
+    "no values": (header(1, 0, tensor("a", [4, 0])), r"has the shape \(0, 4\)"),
+    "half a block": (header(1, 0, tensor("a", [48], 2)), "Q4_0 has blocks of 32"),
+    "no axes": (header(1, 0, tensor("a", [])), "has 0 dimensions"),
+    "many axes": (header(1, 0, tensor("a", [1] * 9)), "has 9 dimensions"),
+    "an unknown type": (header(1, 0, tensor("a", [4], 999)), "of the unknown type number 999"),
+    "a crooked offset": (header(1, 0, tensor("a", [4], 0, 7)), "should lie at bytes"),
+    "an offset past the end": (header(1, 0, tensor("a", [4], 0, 2**63)), "should lie at bytes"),
+    "an odd alignment": (
+        header(0, 1, text("general.alignment"), struct.pack("<II", 4, 7)),
+        "general.alignment is 7",
+    ),
+    "no UTF-8": (header(0, 1, struct.pack("<Q", 2) + b"\xff\xfe"), "is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_absurd_files_are_refused(case: str, tmp_path: Path) -> None:
+    raw, reason = ABSURD[case]
+    (tmp_path / "m.gguf").write_bytes(raw + bytes(200))
+    with pytest.raises(FileError, match=reason):
+        gguf.read(tmp_path / "m.gguf")
+
+
+def large(path: Path, raw: bytes, size: int) -> Path:
+    """A file of `size` bytes that takes no room on the disk: the rest is a hole of zeros."""
+    with path.open("wb") as file:
+        file.write(raw)
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (header(0, 10**9), "a header at most 256,000,000"),
+        (header(10**9, 0), "a header at most 256,000,000"),
+        (header(0, 10**7), "no model has so many"),
+        (header(10**7, 0), "no model has so many"),
+        (header(0, 1, text("k"), struct.pack("<IIQ", 9, 0, 10**9)), "arrays should have"),
+        (header(0, 1, text("k"), struct.pack("<IIQ", 9, 8, 10**9)), "arrays should have"),
+        (header(0, 1, text("k"), struct.pack("<IQ", 8, 10**10)), "a header at most 256,000,000"),
+        (
+            header(0, 1, text("k"), struct.pack("<IIQ", 9, 8, 2), struct.pack("<Q", 10**10)),
+            "a header at most 256,000,000",
+        ),
+    ],
+)
+def test_a_large_file_cannot_ask_for_more_either(raw: bytes, reason: str, tmp_path: Path) -> None:
+    """Here every length lies within the file."""
+    path = large(tmp_path / "m.gguf", raw, 20_000_000_000)
+    start = time.monotonic()
+    with pytest.raises(FileError, match=reason):
+        gguf.read(path)
+    assert time.monotonic() - start < 2

@@ -123,8 +123,13 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "nothing")
     with pytest.raises(FileError, match="holds no model"):
         open_checkpoint(tmp_path)
+    (tmp_path / "README.md").touch()
+    with pytest.raises(
+        FileError, match=r"no config\.json with \.safetensors or pytorch_model\.bin"
+    ):
+        open_checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileError, match="holds pickled weights"):
+    with pytest.raises(FileError, match="it is no whole file of pickled weights"):
         open_checkpoint(tmp_path)
 
 
@@ -171,6 +176,40 @@ def test_the_same_bytes_each_time_and_the_sources_own_keys(folder: Path) -> None
         assert (folder / "a" / name).read_bytes() == (folder / "b" / name).read_bytes()
     source, saved = (json.loads((f / "config.json").read_text()) for f in (folder, folder / "a"))
     assert saved == source | {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 60_000])
+@pytest.mark.parametrize("most", [torch.float16, torch.bfloat16, torch.float32])
+def test_saved_back_with_the_sources_bytes(
+    most: torch.dtype, shard_bytes: int, folder: Path, tmp_path: Path
+) -> None:
+    """Names, types, bytes; norms in another type than matrices, as some checkpoints have them."""
+    held = load_file(folder / "model.safetensors")
+    held = {name: t.to(most if t.ndim > 1 else torch.float32) for name, t in held.items()}
+    save_file(held, folder / "model.safetensors")
+    edit(folder, dtype=str(most).removeprefix("torch."))
+    decoder, source = load_decoder(folder, dtype=torch.float32), open_checkpoint(folder)
+    save_hf(decoder, None, tmp_path / "again", source.dtype, shard_bytes)
+
+    files = sorted((tmp_path / "again").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 100_000)
+    saved: dict[str, torch.Tensor] = {}
+    for file in files:
+        some = load_file(file)
+        assert sum(t.nbytes for t in some.values()) <= max(
+            shard_bytes, max(t.nbytes for t in some.values())
+        )
+        saved |= some
+    assert saved.keys() == held.keys()
+    for name, tensor in held.items():
+        assert saved[name].dtype == tensor.dtype, name
+        assert torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    configs = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again")]
+    assert configs[0] == configs[1]
+    if len(files) > 1:
+        index = json.loads((tmp_path / "again" / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in held.values())
+        assert index["weight_map"].keys() == held.keys()
 
 
 def test_grown_vocabulary_is_written_as_it_is_now(folder: Path) -> None:

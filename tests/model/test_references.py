@@ -43,10 +43,9 @@ def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
     with pytest.raises(FileError, match=r"is neither a model's folder nor a \.gguf file"):
         resolve(str(tmp_path / "notes.md"), None)
-    (tmp_path / "model.pt").touch()
-    for path in (tmp_path / "model.pt", tmp_path):
-        with pytest.raises(FileError, match="pickled"):
-            resolve(str(path), None)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileError, match=r"give the folder that holds config\.json"):
+        resolve(str(tmp_path / "pytorch_model.bin"), None)
 
 
 def test_the_hub_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

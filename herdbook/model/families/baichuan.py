@@ -5,9 +5,10 @@ size, and else by a key: only the 7B's code reads `max_position_embeddings`, the
 `model_max_length` alone. Baichuan 2 (its configuration has `z_loss_weight`) normalises the rows of
 its head: logits = h · normalize(W)ᵀ.
 
-GGUF: split into q, k and v; 40 layers mean ALiBi, all else rotates. llama.cpp does not norm a head,
-so it is written normed; a file of Baichuan 2 (125,696 tokens) is normed when read, which changes
-nothing where its maker did so already. Source: baichuan-inc's modeling_baichuan.py, 2023.
+GGUF: split into q, k and v; nothing but the number of layers tells the 7B (32) from the 13B (40).
+llama.cpp does not norm a head, so it is written normed; a file of Baichuan 2 (125,696 tokens) is
+normed when read, which changes nothing where its maker did so already.
+Source: baichuan-inc's modeling_baichuan.py, 2023.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import (
     GGUF_KEYS,
@@ -34,7 +36,7 @@ PACKED = "model.layers.{n}.self_attn.W_pack"
 NAMES = LLAMA_NAMES | {
     f"blocks.{{n}}.attention.{one}": (PACKED, f"blk.{{n}}.attn_{one}") for one in "qkv"
 }
-HIDDEN_7B, HIDDEN_13B, LAYERS_13B, VOCAB_2 = 4096, 5120, 40, 125_696
+HIDDEN_7B, HIDDEN_13B, LAYERS_7B, LAYERS_13B, VOCAB_2 = 4096, 5120, 32, 40, 125_696
 
 
 def read(keys: Keys) -> DecoderConfig:
@@ -60,7 +62,15 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read_gguf(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) -> None:
-    if source.get("num_hidden_layers") == LAYERS_13B:
+    layers = source.get("num_hidden_layers")
+    if layers not in (LAYERS_7B, LAYERS_13B):
+        raise FamilyError(
+            f"{keys.where}: a Baichuan of {layers} layers",
+            rule=f"cannot be written as GGUF: it means rotation by {LAYERS_7B} layers and ALiBi by "
+            f"{LAYERS_13B}",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
+    if layers == LAYERS_13B:
         source["model_max_length"] = source.pop("max_position_embeddings", 4096)
     read_gguf_llama(keys, source, has)
 

@@ -1,0 +1,168 @@
+"""What every layout of a model on disk comes to: a checkpoint, understood and checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from herdbook.errors import FamilyError, FileError
+from herdbook.files import gguf
+from herdbook.model.checkpoint.weights import GGUFWeights, Weights
+from herdbook.model.config import DecoderConfig
+from herdbook.model.family import Family, SourceTensor
+from herdbook.model.modules import build
+
+#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
+#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
+COMPUTED = re.compile(
+    r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight|rope\.freqs"
+    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
+    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, understood and checked, its weights not yet read."""
+
+    path: Path
+    family: Family
+    config: DecoderConfig
+    source_config: dict[str, Any]  # under Hugging Face's keys
+    headless: bool
+    #: our name → the source's tensor that holds it
+    names: dict[str, SourceTensor] = field(repr=False)
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
+    weights: Weights = field(repr=False)
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """One tensor by our name, dequantised, into its final place."""
+        source = self.names[name]
+        if source.fold is None:
+            self.weights.fill(source.name, out)
+        else:
+            out.copy_(self._mine(name, self.weights.read(source.name, out.dtype)))
+
+    def _mine(self, name: str, tensor: Tensor) -> Tensor:
+        """Our tensor out of the source's."""
+        source = self.names[name]
+        if source.fold is None:
+            return tensor
+        rows = [self.shapes[one][0] for one in source.ours]
+        return source.fold.take(tensor, source.ours.index(name), rows, self.config)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The same, in memory of its own."""
+        out = torch.empty(self.shapes[name], dtype=dtype)
+        self.fill(name, out)
+        return out
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The least type that holds the tensor of this name of ours exactly."""
+        return self.weights.dtype(self.names[name].name)
+
+    def blocks(self, name: str) -> tuple[str, Tensor] | None:
+        """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
+        if not isinstance(self.weights, GGUFWeights):
+            return None
+        source = self.names[name].name
+        tensor = self.weights.file.tensors[source]
+        if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        raw = torch.from_numpy(self.weights.file.raw(source))
+        whole = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
+        return tensor.type, self._mine(name, whole)
+
+
+def read_config(family: Family, source: dict[str, Any], where: str) -> DecoderConfig:
+    """The family's reading; a value of a kind that it does not expect is the file's fault."""
+    try:
+        return family.config(source, where)
+    except (TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as error:
+        raise FamilyError(
+            f"{where}: {error}",
+            rule=f"so a value in it is not what a {family.model_type} model has there",
+            next="check it against the original's, or fetch the model again",
+        ) from error
+
+
+def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
+    """Our name → shape, for every tensor of such a decoder."""
+    with torch.device("meta"):
+        decoder = build(config, headless=headless)
+    return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
+
+
+def source_shapes(
+    expected: dict[str, tuple[int, ...]], names: dict[str, SourceTensor]
+) -> dict[str, tuple[int, ...]]:
+    """The source's tensors of such a model, in our order, each once, and their shapes."""
+    sources = {one.name: one for one in names.values()}
+    return {
+        name: one.fold.shape([expected[ours] for ours in one.ours])
+        if one.fold
+        else expected[one.ours[0]]
+        for name, one in sources.items()
+    }
+
+
+def check_sizes(where: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
+    """Before a decoder of these axes is laid out: a hostile config could ask for 10⁹ layers."""
+    values = sum(map(math.prod, found.values()))
+    rows = max(config.vocab, config.ffn, config.heads * config.head_dim)
+    if config.layers > len(found) or rows * config.hidden > 64 * values:
+        raise FileError(
+            f"{where}: the config asks for {config.layers:,} layers, matrices of {rows:,} rows and "
+            f"{config.hidden:,} columns",
+            rule=f"but the weights are {len(found):,} tensors of {values:,} values in all",
+            next="check that config and weights belong together, or fetch the model again",
+        )
+
+
+def check_shapes(
+    where: Path,
+    expected: dict[str, tuple[int, ...]],
+    weights: Weights,
+    found: dict[str, tuple[int, ...]],
+) -> None:
+    """Every tensor of the source there, none left over, each in its shape and of numbers."""
+    next = "check that config and weights belong together, or fetch the model again"
+    for source, shape in expected.items():
+        if source not in found:
+            raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
+        if found[source] != shape:
+            raise FileError(
+                f"{where}: tensor {source!r} has the shape {list(found[source])}",
+                rule=f"but the config asks for {list(shape)}",
+                next=next,
+            )
+        if not weights.dtype(source).is_floating_point:
+            raise FileError(
+                f"{where}: tensor {source!r} is of whole numbers ({weights.dtype(source)})",
+                rule="but weights are of real ones",
+                next="use the model's files before they were quantised, or a GGUF of it",
+            )
+    left = [n for n in found if n not in expected and not COMPUTED.fullmatch(n)]
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise FileError(
+            f"{where}: tensor {left[0]!r}{more}",
+            rule="has no place in a model of this config",
+            next=next,
+        )
+
+
+def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
+    """Raise where the tokenizer knows ids that the embedding has no row for. Spare rows are fine."""
+    if tokenizer_size > config.vocab:
+        raise FileError(
+            f"the tokenizer has {tokenizer_size:,} ids",
+            rule=f"but the model's embedding has only {config.vocab:,} rows",
+            next="use the tokenizer that belongs to the model",
+        )

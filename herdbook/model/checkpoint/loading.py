@@ -1,0 +1,70 @@
+"""A checkpoint becomes a decoder, tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from herdbook.model.checkpoint.base import Checkpoint
+from herdbook.model.checkpoint.opening import open_checkpoint
+from herdbook.model.decoder import Decoder
+from herdbook.model.layers import Int4Linear, Int8Linear
+from herdbook.model.modules import build
+from herdbook.model.precision import compute_dtype
+
+
+def load_decoder(
+    path: Path | str, dtype: torch.dtype | None = None, quantised: bool = False
+) -> Decoder:
+    """The decoder at `path`, frozen (no gradients), in `dtype` (default: what the machine computes).
+
+    quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0 stay so; the rest is in `dtype`.
+    """
+    checkpoint = open_checkpoint(path)
+    dtype = dtype or compute_dtype()
+    with torch.device("meta"):
+        decoder = build(checkpoint.config, headless=checkpoint.headless)
+    decoder.family = checkpoint.family.name
+    decoder.source_config = dict(checkpoint.source_config)
+    places: dict[str, Tensor] = {}  # first all of them: what is held besides then leaves no holes
+    for name, shape in checkpoint.shapes.items():
+        module_name, _, leaf = name.rpartition(".")
+        module = decoder.get_submodule(module_name)
+        if leaf == "weight" and quantised and (made := _quantised(checkpoint, name, dtype)):
+            _replace(decoder, module_name, made)
+        elif leaf in dict(module.named_parameters(recurse=False)):
+            places[name] = torch.empty(shape, dtype=dtype)
+            setattr(module, leaf, nn.Parameter(places[name], requires_grad=False))
+    for name, place in places.items():
+        checkpoint.fill(name, place)
+    return decoder.eval()
+
+
+def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """The layer that keeps this weight's blocks; None where it has none that a layer can keep."""
+    found = checkpoint.blocks(name)
+    if found is None or name == "embed.weight":  # rows are taken singly, and a tied head is dense
+        return None
+    type, raw = found
+    scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
+    if type == "Q8_0":
+        codes = raw[..., 2:].contiguous().view(torch.int8)
+        return Int8Linear(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
+    if type == "Q4_1":
+        minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0]
+        codes = raw[..., 4:].contiguous()
+    else:
+        minimum, codes = scale * -8, raw[..., 2:].contiguous()
+    return Int4Linear(codes, scale, minimum, _bias(checkpoint, name, dtype), dtype)
+
+
+def _bias(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor | None:
+    bias = name.removesuffix("weight") + "bias"
+    return checkpoint.read(bias, dtype) if bias in checkpoint.names else None
+
+
+def _replace(decoder: Decoder, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), leaf, module)

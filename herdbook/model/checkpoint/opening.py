@@ -1,0 +1,25 @@
+"""Which layout lies at a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from herdbook.errors import FileError
+from herdbook.model.checkpoint.base import Checkpoint
+from herdbook.model.checkpoint.ggufs import open_gguf
+from herdbook.model.checkpoint.huggingface import open_folder
+from herdbook.model.checkpoint.meta import is_meta, open_meta
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Understand what lies at `path`: a Hugging Face folder, one of Meta's, a .gguf or its folder."""
+    path = Path(path)
+    if path.is_dir():
+        if is_meta(path) and not (path / "config.json").is_file():
+            return open_meta(path)
+        if (path / "model.gguf").is_file() and not (path / "config.json").is_file():
+            return open_gguf(path / "model.gguf")
+        return open_folder(path)
+    if not path.exists():
+        raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
+    return open_gguf(path)

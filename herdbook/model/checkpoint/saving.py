@@ -1,0 +1,223 @@
+"""A decoder is written: as a Hugging Face folder under its source's names, or as one .gguf file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from herdbook.errors import FamilyError
+from herdbook.files import gguf, safetensors
+from herdbook.files.atomic import write_json
+from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, source_shapes
+from herdbook.model.checkpoint.ggufs import understand
+from herdbook.model.checkpoint.huggingface import INDEX
+from herdbook.model.checkpoint.weights import NAMES, as_bytes
+from herdbook.model.decoder import Decoder
+from herdbook.model.families import families
+from herdbook.model.family import Family, SourceTensor, gguf_metadata, refuse_unsaid
+from herdbook.model.layers import rope_divisors
+
+#: of a file of weights, as transformers has it
+SHARD_BYTES = 5_000_000_000
+#: general.file_type
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+
+
+class TokenizerLike(Protocol):
+    """What saving asks of a tokenizer."""
+
+    def save(self, folder: Path) -> None: ...
+
+    def gguf_metadata(self, rows: int | None = None) -> dict[str, Any]: ...
+
+
+def tensors(decoder: Decoder, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by our name, dequantised, one at a time."""
+    for name in expected_shapes(decoder.config, headless=decoder.headless):
+        yield name, one_tensor(decoder, name, dtype)
+
+
+def one_tensor(decoder: Decoder, name: str, dtype: torch.dtype) -> Tensor:
+    module_name, _, leaf = name.rpartition(".")
+    module: Any = decoder.get_submodule(module_name)
+    assert hasattr(module, "dense"), f"{module_name} is a {type(module).__name__}: merge it first"
+    tensor: Tensor = module.dense(dtype) if leaf == "weight" else module.bias.to(dtype)
+    return tensor.detach().cpu()
+
+
+def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the source, made of ours."""
+    parts = [one_tensor(decoder, name, dtype) for name in source.ours]
+    return parts[0] if source.fold is None else source.fold.join(parts, decoder.config)
+
+
+def _family(decoder: Decoder) -> Family:
+    return families()[decoder.family]
+
+
+def gguf_family(decoder: Decoder) -> Family:
+    """The decoder's family, where a GGUF file can hold it."""
+    family = _family(decoder)
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="export it as a Hugging Face folder (herd export --to hf)",
+        )
+    return family
+
+
+def source_config(decoder: Decoder) -> dict[str, Any]:
+    """config.json's content: the source's own keys, brought up to date where the axes changed."""
+    family, source = _family(decoder), dict(decoder.source_config)
+    if not source:
+        return family.source(decoder.config)
+    if family.config(source, "config.json") != decoder.config:
+        source.pop("rope_parameters", None)
+        source |= family.write(decoder.config)
+    return source
+
+
+def save_hf(
+    decoder: Decoder,
+    tokenizer: TokenizerLike | None,
+    folder: Path | str,
+    dtype: torch.dtype | Callable[[str], torch.dtype],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a Hugging Face folder under the source's names and keys. config.json comes last.
+
+    dtype: of all tensors, or of each by our name: `open_checkpoint(source).dtype` gives those that
+    the source has. A decoder loaded in a type that holds them all (float32 for F16 and BF16) is then
+    saved with its source's very bytes.
+    """
+    folder, family = Path(folder), _family(decoder)
+    of = dtype if callable(dtype) else (lambda name: dtype)
+    shapes = expected_shapes(decoder.config, headless=decoder.headless)
+    names = {name: family.hf_tensor(name, decoder.config) for name in shapes}
+    sources = {one.name: one for one in names.values()}
+    write_weights(
+        folder,
+        {
+            hf: (of(sources[hf].ours[0]), shape)
+            for hf, shape in source_shapes(shapes, names).items()
+        },
+        lambda hf: source_tensor(decoder, sources[hf], of(sources[hf].ours[0])),
+        shard_bytes=shard_bytes,
+    )
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    source = source_config(decoder)
+    most = max(shapes, key=lambda name: math.prod(shapes[name]))
+    key = "dtype" if "dtype" in source else "torch_dtype"
+    write_json(folder / "config.json", source | {key: str(of(most)).removeprefix("torch.")})
+
+
+def write_weights(
+    folder: Path,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    mark: Mapping[str, str] | None = None,
+) -> None:
+    """model.safetensors, or shards of at most `shard_bytes` with their index, in the plan's order.
+
+    plan: the source's name → type and shape. tensor: asked for each name when its turn comes, so one
+    is in memory at a time. mark: goes into every file's header.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    total = room = 0
+    for name, (dtype, shape) in plan.items():
+        nbytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and room + nbytes > shard_bytes:
+            shards.append([])
+            room = 0
+        shards[-1].append(name)
+        room, total = room + nbytes, total + nbytes
+    where: dict[str, str] = {}
+    for i, names in enumerate(shards, 1):
+        many = len(shards) > 1
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors"
+        safetensors.write(
+            folder / file,
+            {name: (NAMES[plan[name][0]], plan[name][1]) for name in names},
+            lambda name: as_bytes(tensor(name).contiguous()),
+            {"format": "pt", **(mark or {})},
+        )
+        where |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        metadata = {"total_size": total}
+        write_json(
+            folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
+        )
+
+
+class _Waiting:
+    """A tensor of a decoder that the GGUF writer asks for when its turn comes."""
+
+    def __init__(self, decoder: Decoder, source: SourceTensor, shape: tuple[int, ...]) -> None:
+        self.decoder, self.source, self.shape = decoder, source, shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        tensor = source_tensor(self.decoder, self.source, torch.float32)
+        if self.source.ours == ("head.weight",) and self.decoder.config.head_norm:
+            tensor = nn.functional.normalize(tensor)  # llama.cpp would not norm it
+        return tensor.contiguous().numpy()
+
+
+def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
+    """How a tensor of ours is stored in a file of this quantisation.
+
+    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8
+    bits, as they decide every word; rows that do not fill blocks of 32 stay F16.
+    """
+    if len(shape) == 1 or name == "places.weight":
+        return "F32"
+    if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
+        quant = "Q8_0"
+    blocked = quant in ("Q4_0", "Q4_1", "Q8_0")
+    return "F16" if blocked and shape[-1] % gguf.BLOCK else quant
+
+
+def save_gguf(
+    decoder: Decoder, tokenizer: TokenizerLike | None, path: Path | str, quant: str
+) -> None:
+    """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
+    assert quant in FILE_TYPES, quant
+    decoder.need_head()
+    path, family, config = Path(path), gguf_family(decoder), decoder.config
+    said = gguf_metadata(config, family)
+    metadata: dict[str, Any] = {
+        "general.architecture": family.gguf,
+        "general.type": "model",
+        "general.name": path.stem,
+        "general.file_type": FILE_TYPES[quant],
+        "general.quantization_version": 2,
+    }
+    expected = expected_shapes(config)
+    names = {name: family.gguf_tensor(name, config) for name in expected}
+    sources = {one.name: one for one in names.values()}
+    shapes = source_shapes(expected, names)
+    metadata |= said
+    refuse_unsaid(config, understand(metadata, shapes, str(path))[1])
+    if tokenizer is not None:
+        metadata |= tokenizer.gguf_metadata(config.vocab)
+        check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
+    found: list[tuple[str, str, Any]] = []
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        divisors = rope_divisors(plain, config.rope_scaling, config)
+        found.append(("rope_freqs.weight", "F32", divisors.numpy()))
+    for name, shape in shapes.items():
+        waiting = _Waiting(decoder, sources[name], shape)
+        found.append((name, gguf_type(sources[name].ours[0], shape, quant), waiting))
+    gguf.write(path, metadata, found)
