@@ -30,6 +30,12 @@ app = App(
     help_format="markdown",
 )
 app.command(cli_tokenizer.app)
+Template = Annotated[
+    str | None,
+    Parameter(
+        help="a chat template in place of the model's own: a file, or a name (see: herd templates)"
+    ),
+]
 
 
 @app.command(name="raise")
@@ -97,6 +103,7 @@ def chat(
     top_p: float = 1.0,
     seed: int = 0,
     max_tokens: int = 512,
+    template: Template = None,
     json: Json = False,
 ) -> None:
     """Talk to a model; with -p print one reply, alone, on stdout.
@@ -123,7 +130,9 @@ def chat(
         "seed": seed,
         "max_tokens": max_tokens,
     }
-    talk(ref or _latest(), prompt=prompt, system=system, as_json=json, **sampling)
+    talk(
+        ref or _latest(), prompt=prompt, system=system, as_json=json, template=template, **sampling
+    )
 
 
 @app.command
@@ -132,6 +141,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     key: str = "",
+    template: Template = None,
 ) -> None:
     """Serve models over OpenAI's API: chat/completions, completions, models, health.
 
@@ -149,7 +159,7 @@ def serve(
     from herdbook.serving.server import serve as run
 
     key = key or os.environ.get("HERDBOOK_API_KEY", "")
-    run(list(refs) or [_latest()], host=host, port=port, key=key or None)
+    run(list(refs) or [_latest()], host=host, port=port, key=key or None, template=template)
 
 
 @app.command(name="eval")
@@ -424,6 +434,29 @@ def recipes(name: str = "", /, *, json: Json = False) -> None:
     import yaml
 
     print(yaml.safe_dump(plain, allow_unicode=True, sort_keys=False, width=100), end="")
+
+
+@app.command
+def templates(name: str = "", /, *, json: Json = False) -> None:
+    """List the chat templates for models that bring none; with a name, print that one.
+
+    Example: herd templates vicuna
+
+    Parameters
+    ----------
+    name
+        a template of the list, or a file
+    """
+    from herdbook.tokens import templates as shipped
+
+    sources = {one: shipped.read(one) for one in ([name] if name else shipped.shipped())}
+    if json:
+        _print(sources)
+    elif name:
+        print(sources[name], end="")
+    else:
+        for one, source in sources.items():
+            print(f"{one:<17} {shipped.about(source)}")
 
 
 @app.command

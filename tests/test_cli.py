@@ -13,10 +13,11 @@ import pytest
 
 from herdbook import cli
 from herdbook.book.book import Book
+from herdbook.tokens import templates
 
 COMMANDS = (
     "raise", "chat", "serve", "eval", "export", "delta", "list", "show", "tree", "verify", "recipes",
-    "doctor", "tokenizer",
+    "doctor", "templates", "tokenizer",
 )  # fmt: skip
 TOKENIZER = ("train", "extend", "prune", "fertility")
 
@@ -136,6 +137,10 @@ def test_help_imports_nothing_heavy() -> None:
         (("raise", "alpaca", "--data", "none.json"), "none.json is not there"),
         (("chat", "--temperature", "hot", "x"), "temperature"),
         (("chat", "no.gguf"), "'no.gguf' is no model in the book, no folder"),
+        (("chat", "smollm2", "-p", "hi", "--template", "vicunna"), "did you mean 'vicuna'?"),
+        (("serve", "smollm2", "--template", "vicunna"), "did you mean 'vicuna'?"),
+        (("templates", "vicunna"), "did you mean 'vicuna'?"),
+        (("raise", "cria", "--base.template", "vicunna"), "did you mean 'vicuna'?"),
         (("serve", "smollm2", "--port", "99999"), "port 99999 is none: ports go to 65535"),
         (("export", "x", "y", "--to", "onnx"), "onnx"),
         (("export", "x", "/dev/null/y", "--to", "hf"), "/dev/null/.y"),
@@ -188,6 +193,16 @@ def test_plan_prints_the_resolved_configuration(herd: Herd) -> None:
 def test_recipes_lists_in_both_languages(herd: Herd) -> None:
     done = herd("recipes")
     assert "cria: A small assistant" in done.out and "助手" in done.out
+
+
+def test_templates_are_listed_and_shown(herd: Herd) -> None:
+    listed = herd("templates").out.splitlines()
+    assert "vicuna            Vicuna 1.1 and later, LongChat, WizardLM 13B to 70B" in listed
+    assert all(len(line) <= 100 for line in listed) and len(listed) > 30
+    assert herd("templates", "koala").out == templates.read("koala")
+    assert json.loads(herd("templates", "koala", "--json").out) == {
+        "koala": templates.read("koala")
+    }
 
 
 def test_doctor_tells_what_will_be_used(herd: Herd, home: Path) -> None:

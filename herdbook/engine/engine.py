@@ -117,9 +117,10 @@ class Engine:
             raise RequestError(
                 f"request id {request.id!r}", rule="is already running", next="give another id"
             )
-        if sampling.stop and self.tokenizer is None:
+        stop = (*sampling.stop, *request.stop)
+        if stop and self.tokenizer is None:
             raise RequestError(
-                f"stop={list(sampling.stop)!r}",
+                f"stop={list(stop)!r}",
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
@@ -133,7 +134,7 @@ class Engine:
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
-            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, sampling.stop),
+            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop, request.trim),
             context=find_context(ids, config) if config.prefix else None,
         )
         self._active[request.id] = sequence

@@ -32,6 +32,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
 from herdbook.model.precision import compute_dtype
 from herdbook.model.references import EMBEDDED, resolve
+from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
@@ -115,21 +116,26 @@ class LoadedModel:
         settings = _sampling(sampling)
         several = _is_many(prompt)
         prompts: Sequence[Any] = prompt if several else [prompt]
-        replies = self.engine.generate([Request(self._ids(one), settings) for one in prompts])
+        replies = self.engine.generate([self._request(one, settings) for one in prompts])
         texts = [reply.text for reply in replies]
         return texts if several else texts[0]
 
     def stream(self, prompt: Prompt, **sampling: Any) -> Iterator[str]:
         """The reply to one prompt in bits as they come; joined they are what generate gives."""
-        request = Request(self._ids(prompt), _sampling(sampling))
+        request = self._request(prompt, _sampling(sampling))
         return (piece.text for piece in self.engine.stream(request) if piece.text)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
         if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+            return Request(self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos), sampling)
         if prompt and isinstance(prompt[0], int):
-            return list(prompt)  # type: ignore[arg-type]
-        return self.render(prompt, reply=True).ids  # type: ignore[arg-type]
+            return Request(list(prompt), sampling)  # type: ignore[arg-type]
+        return self.ask(prompt, sampling)  # type: ignore[arg-type]
+
+    def ask(self, messages: Messages, sampling: Sampling) -> Request:
+        """The request for the next turn of a conversation."""
+        ids = self.render(messages, reply=True).ids
+        return Request(ids, sampling, stop=self.tokenizer.stop_strings, trim=True)
 
     def as_teacher(self) -> EngineTeacher:
         """This model as a source of answers for data generation and evaluation."""
@@ -147,8 +153,8 @@ class EngineTeacher:
         engine = self.model.engine
         engine.forget()
         requests = [
-            Request(
-                self.model.render(ask.messages, reply=True).ids,
+            self.model.ask(
+                ask.messages,
                 Sampling(max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed),
             )
             for ask in asks
@@ -163,12 +169,15 @@ def load(
     book: Book | None = None,
     dtype: str | torch.dtype | None = None,
     quantised: bool = True,
+    template: str | None = None,
 ) -> LoadedModel:
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
     An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
     bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF.
+    template: a chat template to use instead of the model's own, by its name or its file.
     """
+    source = templates.read(template) if template else None
     ref, number = str(ref), _dtype(dtype)
     if book is None and _may_be_name(ref):
         book = Book()
@@ -185,7 +194,8 @@ def load(
         decoder = load_decoder(path, dtype=number, quantised=quantised)
         with_tokenizer = path
     exists = Tokenizer.exists(with_tokenizer)
-    return LoadedModel(decoder, Tokenizer.load(with_tokenizer) if exists else None, path)
+    tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
+    return LoadedModel(decoder, tokenizer, path)
 
 
 def _may_be_name(ref: str) -> bool:

@@ -93,6 +93,8 @@ class Request:
 
     ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # besides sampling.stop: what ends a turn in this prompt's format
+    trim: bool = False  # leave out the blanks that the reply begins with: "ASSISTANT:" → " Hello"
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
 
 

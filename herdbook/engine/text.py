@@ -31,10 +31,13 @@ def held(text: str, stops: Sequence[str]) -> int:
 
 
 class TextOut:
-    """Collects the text of one reply. `stream` is None where there is no tokenizer."""
+    """Collects the text of one reply. `stream` is None where there is no tokenizer.
 
-    def __init__(self, stream: Stream | None, stops: Sequence[str]) -> None:
-        self._stream, self._stops = stream, tuple(stops)
+    trim: without the blanks it begins with.
+    """
+
+    def __init__(self, stream: Stream | None, stops: Sequence[str], trim: bool = False) -> None:
+        self._stream, self._stops, self._trim = stream, tuple(stops), trim
         self._parts: list[str] = []  # handed out
         self._tail = ""  # held back
         self.stopped = False  # a stop string has come
@@ -71,6 +74,8 @@ class TextOut:
         return self._hand_out(text[: len(text) - keep])
 
     def _hand_out(self, text: str) -> str:
+        if self._trim and not self._parts:
+            text = text.lstrip()
         if text:
             self._parts.append(text)
         return text

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from herdbook.book.hashing import digest
 from herdbook.book.step import Bench, Step
-from herdbook.files.atomic import sha256_once
+from herdbook.files.atomic import sha256_once, write_text
 from herdbook.model.checkpoint import (
     INDEX,
     LEGACY_INDEX,
@@ -21,7 +22,9 @@ from herdbook.model.checkpoint import (
     open_checkpoint,
 )
 from herdbook.model.references import SMOLLM2_SHA256, resolve
+from herdbook.tokens import templates
 from herdbook.tokens.reading import files as other_files
+from herdbook.tokens.settings import TEMPLATE
 from herdbook.tokens.tokenizer import Tokenizer
 
 #: what lies beside the weights and belongs to the model
@@ -35,7 +38,7 @@ BESIDE = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
     "chat_template.json",
     INDEX,
     LEGACY_INDEX,
@@ -64,6 +67,12 @@ class Fetch(Step):
 
     kind: ClassVar[str] = "model"
     ref: str = "smollm2"
+    #: a chat template in place of the model's own: a file, or a name (see: herd templates)
+    template: str = ""
+
+    def check(self) -> None:
+        if self.template:
+            templates.read(self.template)
 
     def called(self) -> str | None:
         """A base model is known by its own name, whatever it is raised to.
@@ -77,23 +86,31 @@ class Fetch(Step):
         return re.sub(r"[^a-z0-9._-]+", "-", own.lower()).strip("-._") or None
 
     def fingerprint(self) -> dict[str, str]:
+        chosen = {TEMPLATE: digest(templates.read(self.template))} if self.template else {}
         if self.ref == "smollm2" and not Path(self.ref).exists():
-            return {"model.gguf": f"sha256:{SMOLLM2_SHA256}"}
+            return {"model.gguf": f"sha256:{SMOLLM2_SHA256}"} | chosen
         if not Path(self.ref).expanduser().exists():
-            return {}  # from the hub: known by its name
+            return chosen  # from the hub: known by its name
         files = files_of(open_checkpoint(resolve(self.ref, None)))
-        return {name: sha256_once(path) for name, path in sorted(files.items())}
+        return {name: sha256_once(path) for name, path in sorted(files.items())} | chosen
 
     def make(self, bench: Bench) -> dict[str, Any]:
         checkpoint = open_checkpoint(resolve(self.ref, None, bench.progress))
+        chosen = templates.read(self.template) if self.template else None
+        template = None
         if Tokenizer.exists(checkpoint.path):
-            check_vocabulary(checkpoint.config, Tokenizer.load(checkpoint.path).size)
+            tokenizer = Tokenizer.load(checkpoint.path, chosen)
+            check_vocabulary(checkpoint.config, tokenizer.size)
+            template = tokenizer.chat_template
         files = files_of(checkpoint)
         size = sum(path.stat().st_size for path in files.values())
         with bench.progress.task("copy", total=size, unit="bytes") as task:
             for name, path in files.items():
                 shutil.copyfile(path, bench.out / name)
                 task.advance(path.stat().st_size)
+        if template is not None and template in (chosen, *map(templates.read, templates.shipped())):
+            # found by a name that the book will not keep
+            write_text(bench.out / TEMPLATE, template)
         shapes = expected_shapes(checkpoint.config, headless=checkpoint.headless)
         return {
             "family": checkpoint.family.model_type,

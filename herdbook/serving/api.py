@@ -286,11 +286,15 @@ async def _answer(
 ) -> Response:
     """Run `ask.choices` requests for each prompt, and write the reply, streamed or whole."""
     requests: list[Request] = []
+    tokenizer = worker.engine.tokenizer
+    chat = isinstance(shape, ChatShape)
+    stop = tokenizer.stop_strings if tokenizer and chat else ()
     for ids in prompts:
         tokens = _budget(worker.engine, len(ids), limit, shape.prompt_key)
         for choice in range(ask.choices):
             sampling = ask.sampling(max_tokens=tokens, choice=choice)
-            requests.append(Request(ids, sampling, id=f"{shape.id}-{len(requests)}"))
+            id = f"{shape.id}-{len(requests)}"
+            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id))
     usage = Usage(prompts, ask.choices)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import CapacityError, FileError, HerdbookError
@@ -39,16 +38,17 @@ def chat(
     system: str | None = None,
     *,
     as_json: bool = False,
+    template: str | None = None,
     book: Book | None = None,
     **sampling: Any,
 ) -> None:
     """One reply to `prompt` on stdout; without a prompt, a conversation until /quit.
 
-    sampling: fields of `Sampling` (temperature, top_p, seed, max_tokens …). as_json: with a
+    template: a chat template in place of the model's own, by its name or its file. sampling: fields of `Sampling` (temperature, top_p, seed, max_tokens …). as_json: with a
     prompt, one object with the reply, why it ended and the tokens it took.
     """
     settings = Sampling(**sampling)  # a wrong setting is told before the model is loaded
-    model = load(ref, book=book)
+    model = load(ref, book=book, template=template)
     worker = Worker(ref, lambda: model.engine)
     worker.start()
     worker.wait()
@@ -78,11 +78,10 @@ class Talk:
     def say(self, text: str) -> Generator[str, None, None]:
         """The reply in parts. Interrupted, what was said so far stays in the conversation."""
         turns = [*self.turns, {"role": "user", "content": text}]
-        engine = self.worker.engine
-        ids = self._render(engine, turns)
+        request = self._request(turns)
         parts: list[str] = []
         self.finish, self.usage = None, {}
-        with contextlib.closing(self.worker.pieces(Request(ids, self.sampling))) as pieces:
+        with contextlib.closing(self.worker.pieces(request)) as pieces:
             try:
                 for piece in pieces:
                     parts.append(piece.text)
@@ -97,7 +96,8 @@ class Talk:
                 if said := "".join(parts):
                     self.turns = [*turns, {"role": "assistant", "content": said}]
 
-    def _render(self, engine: Engine, turns: list[dict[str, str]]) -> list[int]:
+    def _request(self, turns: list[dict[str, str]]) -> Request:
+        engine = self.worker.engine
         if engine.tokenizer is None:
             raise FileError(
                 "this model came without a tokenizer",
@@ -111,7 +111,7 @@ class Talk:
                 rule=f"and the context holds {engine.most_tokens}, the reply included",
                 next="start anew (/reset in the chat), or say it in fewer words",
             )
-        return ids
+        return Request(ids, self.sampling, stop=engine.tokenizer.stop_strings, trim=True)
 
 
 def _reply_once(talk: Talk, prompt: str, as_json: bool) -> None:

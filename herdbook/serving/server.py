@@ -25,6 +25,7 @@ from herdbook.errors import ServeError
 from herdbook.model.references import resolve
 from herdbook.serving.api import LOCAL_NAMES, app
 from herdbook.serving.worker import STOP_S, Worker
+from herdbook.tokens import templates
 
 if TYPE_CHECKING:
     from herdbook.book.book import Book
@@ -36,12 +37,14 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     key: str | None = None,
+    template: str | None = None,
     book: Book | None = None,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
     host: this machine only by default; any other address needs a `key`, which clients send as
-    `Authorization: Bearer KEY`.
+    `Authorization: Bearer KEY`. template: a chat template in place of the models' own, by its name or
+    its file.
     """
     names = [served_name(ref) for ref in refs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -55,9 +58,11 @@ def serve(
         )
     for ref in refs:
         resolve(ref, book)  # an unknown name is told before anything is opened
+    if template:
+        templates.read(template)
     with listen(host, port) as listener:
         workers = {
-            name: Worker(name, partial(_engine, ref, book))
+            name: Worker(name, partial(_engine, ref, book, template))
             for name, ref in zip(names, refs, strict=True)
         }
         # Uvicorn raises Ctrl-C again once it has stopped; stopping is what was asked for.
@@ -105,8 +110,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _engine(ref: str, book: Book | None) -> Engine:
-    return load(ref, book=book).engine
+def _engine(ref: str, book: Book | None, template: str | None) -> Engine:
+    return load(ref, book=book, template=template).engine
 
 
 async def _run(

@@ -8,8 +8,9 @@ ChatML, user "Hi" and assistant "Hello!" become
                                                           ^^^^^^^^^^^^^^^^ mask: what is trained
 
 **The mask** covers what the model itself will have to write: everything after the generation prompt
-(what `reply=True` ends with) up to and including the first token that ends the turn. The newline
-behind <|im_end|> is the template's: the engine stops before it. In order of trust:
+(what `reply=True` ends with) up to and including what ends the turn: a stop token, or a text that the
+template names as one (`stop_strings`). The newline behind <|im_end|> is the template's: the engine
+stops before it. Where an answer starts, in order of trust:
 
 1. `{% generation %}` … `{% endgeneration %}` in the template say it themselves;
 2. the answer starts where the rendering of the messages before it, with generation prompt, ends;
@@ -21,31 +22,25 @@ A token that straddles an edge is trained as soon as one of its characters is th
 
 **Nobody speaks for the assistant.** When a message's text holds "<|im_end|>" or another special
 token, those characters stay characters: special tokens are parsed in the template's own text only.
-To tell the two apart, contents are marked with private characters, rendered, and unmarked.
+To tell the two apart, contents are marked with private characters, rendered, and unmarked. Where a
+template's marks of roles are ordinary text ("### Human:"), a user can write them: no token says who.
 
-Left out: tools, images, and a template for models that have none (that is the user's decision).
+Left out: tools and images.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
 from rich.text import Text
 
 from herdbook.data.records import Message
 from herdbook.errors import DataError, TemplateError, nearest
+from herdbook.tokens import sandbox, templates
 from herdbook.tokens.codec import Span
 from herdbook.tokens.tokenizer import Tokenizer
 
@@ -74,7 +69,8 @@ def render(
     page = template.render(rows, reply=reply)
     contents = None if reply else template.locate(rows, page.text)
     plain: list[Span] = []
-    if any(tokenizer.holds_special(text) for row in rows for text in _strings(row)):
+    held = any(tokenizer.holds_special(text) for row in rows for text in _strings(row))
+    if held or tokenizer.edged:
         contents = contents or template.locate(rows, page.text, reply=reply)
         plain = template.protect(rows, page.text, reply=reply)
         plain = _union(plain + [span for spans in (contents or {}).values() for span in spans])
@@ -184,61 +180,6 @@ def _union(spans: list[Span]) -> list[Span]:
 # --- the template
 
 
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` … `{% endgeneration %}`: marks what the assistant writes."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_mark", [jinja2.nodes.ContextReference()])
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _mark(self, context: jinja2.runtime.Context, caller: Any) -> str:
-        start, end = context["_generation_marks"]
-        return f"{start}{caller()}{end}"
-
-
-def _fail(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own escapes HTML; templates of models expect plain JSON."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _fail
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
-
-
-_ENVIRONMENT = _environment()
-
-
-@lru_cache(maxsize=64)
-def _compile(source: str) -> jinja2.Template:
-    return _ENVIRONMENT.from_string(source)
-
-
 @dataclass(frozen=True)
 class _Page:
     """A rendered conversation."""
@@ -262,8 +203,8 @@ class _Template:
             raise TemplateError(
                 "this model",
                 rule="has no chat template",
-                next="use a chat model (…-Instruct, …-Chat), or put a chat_template into "
-                "tokenizer_config.json",
+                next="use a chat model (…-Instruct, …-Chat), or choose one with --template: a file "
+                f"of Jinja, or one of {', '.join(templates.shipped())}",
             )
         used = set(source).union(*(set(text) for row in rows for text in _strings(row)))
         free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
@@ -275,8 +216,8 @@ class _Template:
                 next="take such characters out of the data",
             )
         try:
-            return cls(tokenizer, _compile(source), marks)
-        except jinja2.TemplateError as error:
+            return cls(tokenizer, sandbox.compile(source), marks)
+        except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise TemplateError(
                 "the chat template",
                 rule=f"is no Jinja that can be read: {error}",
@@ -291,15 +232,25 @@ class _Template:
             if id is not None:
                 words[name] = tokenizer.token_bytes(id).decode()
         try:
-            return self.program.render(
-                messages=rows,
-                tools=None,
-                documents=None,
-                add_generation_prompt=reply,
-                _generation_marks=self.marks[:2],
-                **words,
+            return sandbox.render(
+                self.program,
+                {
+                    "messages": rows,
+                    "tools": None,
+                    "documents": None,
+                    "add_generation_prompt": reply,
+                    "_generation_marks": self.marks[:2],
+                    **words,
+                },
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             roles = ", ".join(row["role"] for row in rows)
             raise TemplateError(
                 f"a conversation of {roles or 'no messages'}",
@@ -411,6 +362,7 @@ class _Template:
             if row["role"] == "assistant"
         }
         stops = [span for id, span in zip(ids, spans, strict=True) if id in self.tokenizer.stop_ids]
+        texts = "|".join(map(re.escape, self.tokenizer.stop_strings))
         found = []
         for index, start in starts.items():
             own = contents.get(index)
@@ -419,10 +371,10 @@ class _Template:
             following = [place[0][0] for i, place in contents.items() if i > index]
             following += [begin for i, begin in starts.items() if i > index]
             limit = min((place for place in following if place >= after), default=len(text))
-            end = next((b for a, b in stops if after <= a and b <= limit), None)
-            if end is None:
-                end = after if own else limit
-            found.append((start, end))
+            ends = [b for a, b in stops if after <= a and b <= limit]
+            if texts and (text_end := re.compile(texts).search(text, after, limit)):
+                ends.append(text_end.end())
+            found.append((start, min(ends, default=after if own else limit)))
         return found
 
     def _start(

@@ -58,7 +58,15 @@ def faults(tokenizer: Tokenizer, rendering: Rendering) -> Iterator[str]:
     at = 0
     for trained, run in groupby(mask):
         size = len(list(run))
-        if trained and tokenizer.stop_ids.isdisjoint(ids[at : at + size]):
+        if trained and not _ends(tokenizer, ids[at : at + size]):
             yield _NO_END
             return
         at += size
+
+
+def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Whether an answer holds what the engine stops at: a token, or a text of the template's."""
+    if not tokenizer.stop_ids.isdisjoint(ids):
+        return True
+    text = b"".join(tokenizer.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
+    return any(stop in text for stop in tokenizer.stop_strings)

@@ -29,7 +29,7 @@ from herdbook.tokens.codec import Parts, plain_specials
 from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
 from herdbook.tokens.sentence import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, PieceModel
-from herdbook.tokens.settings import Settings, beside, delimits
+from herdbook.tokens.settings import Settings, beside, delimits, find_template
 
 #: where a folder keeps its tokenizer, in the order in which they are looked for
 FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
@@ -80,8 +80,11 @@ def exists(path: Path) -> bool:
     return path.is_file() and path.suffix in (".json", ".model", ".tiktoken", ".txt")
 
 
-def read(path: Path) -> Parts:
-    """The tokenizer of a Hugging Face folder or of one file."""
+def read(path: Path, template: str | None = None) -> Parts:
+    """The tokenizer of a Hugging Face folder or of one file.
+
+    template: the source of a chat template to use instead of the one that it brings.
+    """
     if path.is_dir():
         found = find(path)
         if found is None:
@@ -99,20 +102,21 @@ def read(path: Path) -> Parts:
             next="give a folder, .gguf, .model, .tiktoken or tokenizer.json",
         )
     if path.suffix == ".gguf":
-        return from_gguf(gguf.read(path).metadata, path)
+        return from_gguf(gguf.read(path).metadata, path, template)
     if path.suffix == ".txt":
-        return (longest.read_words if longest.is_words(path) else longest.read_world)(path)
+        parts = (longest.read_words if longest.is_words(path) else longest.read_world)(path)
+        return dataclasses.replace(parts, chat_template=Settings.of(path, template).template)
     if path.suffix == ".tiktoken" or (path.suffix == ".model" and ranks.is_ranks(path)):
-        return _from_ranks(path)
+        return _from_ranks(path, template)
     if path.suffix == ".model":
-        return _from_model(path)
-    return _from_merges(path) if path.name == "vocab.json" else _from_json(path)
+        return _from_model(path, template)
+    return (_from_merges if path.name == "vocab.json" else _from_json)(path, template)
 
 
 # --- the kinds of file
 
 
-def _from_json(path: Path) -> Parts:
+def _from_json(path: Path, template: str | None) -> Parts:
     source = path.read_text(encoding="utf-8")
     try:
         library = Library.from_str(source)
@@ -122,7 +126,7 @@ def _from_json(path: Path) -> Parts:
             rule=f"is no tokenizer.json that the tokenizers library reads: {error}",
             next="get the file again, or update tokenizers",
         ) from error
-    settings = Settings.of(path)
+    settings = Settings.of(path, template)
     extra = [
         token for token in settings.declared.values() if library.token_to_id(token.content) is None
     ]
@@ -132,8 +136,8 @@ def _from_json(path: Path) -> Parts:
     return _from_library(path, library, settings, declared, "" if extra else source)
 
 
-def _from_merges(path: Path) -> Parts:
-    settings = Settings.of(path)
+def _from_merges(path: Path, template: str | None) -> Parts:
+    settings = Settings.of(path, template)
     added = dict(settings.declared)
     named = settings.config.get("additional_special_tokens") or []
     special = {one["content"] if isinstance(one, dict) else one for one in named}
@@ -148,8 +152,8 @@ def _from_merges(path: Path) -> Parts:
     return _from_library(path, library, settings, [(t.content, id) for id, t in added.items()])
 
 
-def _from_ranks(path: Path) -> Parts:
-    tokens, settings = ranks.read_ranks(path), Settings.of(path)
+def _from_ranks(path: Path, template: str | None) -> Parts:
+    tokens, settings = ranks.read_ranks(path), Settings.of(path, template)
     known = ranks.known(path, len(tokens))
     names = {len(tokens) + place: text for place, text in enumerate(known.specials)}
     names |= {id: token.content for id, token in settings.declared.items()}
@@ -203,7 +207,7 @@ def _from_library(
     )
 
 
-def _from_model(path: Path) -> Parts:
+def _from_model(path: Path, template: str | None) -> Parts:
     try:
         pieces = PieceModel.parse(path.read_bytes())
     except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
@@ -212,8 +216,8 @@ def _from_model(path: Path) -> Parts:
             rule=f"is no SentencePiece model: {error}",
             next="get the file again; it may be damaged",
         ) from error
-    settings = Settings.of(path)
-    config, template, size = settings.config, settings.template, len(pieces.pieces)
+    settings = Settings.of(path, template)
+    config, size = settings.config, len(pieces.pieces)
     declared = {
         id: (token.content, CONTROL if token.special else USER_DEFINED)
         for id, token in settings.declared.items()
@@ -231,7 +235,7 @@ def _from_model(path: Path) -> Parts:
         pieces.scores.append(0.0)
         pieces.types.append(kind)
     for id, kind in enumerate(pieces.types):
-        if kind == USER_DEFINED and delimits(pieces.pieces[id], template):
+        if kind in (NORMAL, USER_DEFINED) and delimits(pieces.pieces[id], settings.template):
             pieces.types[id] = CONTROL
     special = {
         pieces.pieces[id]: id for id, kind in enumerate(pieces.types) if kind in (CONTROL, UNKNOWN)
@@ -252,13 +256,13 @@ def _from_model(path: Path) -> Parts:
         eos_id=eos_id,
         ends=settings.ends,
         add_bos=bool(config.get("add_bos_token", True)) and bos_id is not None,
-        chat_template=template,
+        chat_template=settings.template,
         config=config,
     )
 
 
-def from_gguf(metadata: Mapping[str, Any], path: Path) -> Parts:
-    """From GGUF metadata (`path` for messages)."""
+def from_gguf(metadata: Mapping[str, Any], path: Path, template: str | None = None) -> Parts:
+    """From the metadata of the GGUF at `path`. template: as in `read`."""
     own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     get = {key.removeprefix("tokenizer.ggml."): value for key, value in own.items()}.get
     tokens, model = get("tokens"), get("model")
@@ -268,7 +272,8 @@ def from_gguf(metadata: Mapping[str, Any], path: Path) -> Parts:
             rule="holds no tokenizer (no tokenizer.ggml.tokens)",
             next="use it by token ids, or load a folder that has a tokenizer.json",
         )
-    template = own.get("tokenizer.chat_template")
+    brought = {"chat_template": own.get("tokenizer.chat_template")}
+    template = template or find_template(path, brought, path.stem, metadata.get("general.name"))
     types = list(get("token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise FileError(
@@ -277,7 +282,7 @@ def from_gguf(metadata: Mapping[str, Any], path: Path) -> Parts:
             next="get the file again; it may be damaged",
         )
     for id, kind in enumerate(types):
-        if kind == USER_DEFINED and delimits(tokens[id], template):
+        if kind in (NORMAL, USER_DEFINED) and delimits(tokens[id], template):
             types[id] = CONTROL
     special = {tokens[id]: id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
     specials = plain_specials(list(special))

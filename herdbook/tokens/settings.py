@@ -17,10 +17,15 @@ from typing import Any
 from tokenizers import AddedToken
 
 from herdbook.errors import FileError
+from herdbook.tokens import templates
 
 #: how a turn's delimiter looks where a file calls it an ordinary added token
-_DELIMITER = re.compile(r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>")
+_DELIMITER = re.compile(
+    r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>"
+    r"|<reserved_\d+>|\[g?MASK\]|<?[se]op>?"
+)
 CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Settings:
     declared: dict[int, AddedToken]  # added_tokens_decoder
 
     @classmethod
-    def of(cls, path: Path) -> Settings:
+    def of(cls, path: Path, template: str | None = None) -> Settings:
+        """What lies beside the file at `path`. template: to use instead of the one that it brings."""
         config = {**beside(path, "special_tokens_map.json"), **beside(path, CONFIG)}
 
         def text(name: str) -> str | None:
@@ -56,11 +62,12 @@ class Settings:
             )
             for id, one in config.get("added_tokens_decoder", {}).items()
         }
+        names = templates.folder_name(path.parent), beside(path, "config.json").get("_name_or_path")
         return cls(
             config,
             text("bos_token"),
             text("eos_token"),
-            _template(path, config),
+            template or find_template(path, config, *names),
             ends,
             dict(sorted(declared.items())),
         )
@@ -81,15 +88,18 @@ def beside(path: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The chat template: chat_template.jinja, or in tokenizer_config.json ("default" of several)."""
-    file = path.parent / "chat_template.jinja"
+def find_template(path: Path, config: Mapping[str, Any], *names: str | None) -> str | None:
+    """The chat template: chat_template.jinja, or in tokenizer_config.json ("default" of several).
+
+    Where the model brings none: one of ours that fits one of its names.
+    """
+    file = path.parent / TEMPLATE
     if file.is_file():
         return file.read_text(encoding="utf-8")
     found = config.get("chat_template") or beside(path, "chat_template.json").get("chat_template")
     if isinstance(found, list):
         found = {one["name"]: one["template"] for one in found}.get("default")
-    return found
+    return found or templates.find(*names)
 
 
 def delimits(token: str, template: str | None) -> bool:

@@ -24,7 +24,6 @@ How each kind encodes stands in its codec (codec.py lists them), how it is read 
 
 from __future__ import annotations
 
-import bisect
 import codecs
 import dataclasses
 import re
@@ -35,7 +34,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from herdbook.files.atomic import write_json
-from herdbook.tokens import reading
+from herdbook.tokens import reading, templates
 from herdbook.tokens.codec import Codec, Parts, Span
 from herdbook.tokens.sentence import UNUSED
 from herdbook.tokens.settings import CONFIG
@@ -73,9 +72,15 @@ class Tokenizer:
         self.add_bos = parts.add_bos  # whether the model expects BOS before plain text
         self.special_ids = frozenset(parts.special_ids.values())
         named = [id for text, id in parts.special_ids.items() if text in ENDS]
+        said = templates.stop_strings(parts.chat_template)
+        named += [parts.special_ids[text] for text in said if text in parts.special_ids]
         eos = [] if parts.eos_id is None else [parts.eos_id]
         self.stop_ids = frozenset([*parts.ends, *named, *eos])
+        #: texts that end an answer of the chat template, where no token does
+        self.stop_strings = tuple(text for text in said if text not in parts.special_ids)
         self._special = _pattern(parts.specials)
+        #: whether a special token is none where a word goes on around it: "sop" in "philosophy"
+        self.edged = any(token.single_word for token in parts.specials.values())
         self._bytes: dict[int, bytes] = {}
 
     # --- loading
@@ -86,14 +91,19 @@ class Tokenizer:
         return reading.exists(Path(path))
 
     @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder or of one of the files above."""
-        return cls(reading.read(Path(path)))
+    def load(cls, path: Path, template: str | None = None) -> Tokenizer:
+        """The tokenizer of a Hugging Face folder or of one of the files above.
+
+        template: the source of a chat template to use instead of the one that it brings.
+        """
+        return cls(reading.read(Path(path), template))
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-        """From GGUF metadata (`path` for messages)."""
-        return cls(reading.from_gguf(metadata, path))
+    def from_gguf(
+        cls, metadata: Mapping[str, Any], path: Path, template: str | None = None
+    ) -> Tokenizer:
+        """From the metadata of the GGUF at `path`."""
+        return cls(reading.from_gguf(metadata, path, template))
 
     # --- text → ids
 
@@ -127,18 +137,13 @@ class Tokenizer:
         return ids, spans
 
     def _find_specials(self, text: str, plain: Sequence[Span]) -> Iterator[tuple[int, int, int]]:
-        ends = [end for _, end in plain]
         at = 0
-        while found := self._special.search(text, at):
-            name = found.lastgroup
-            assert name is not None
-            start, end = found.span(name)
-            near = bisect.bisect_right(ends, start)  # the first span that ends after `start`
-            if near < len(plain) and plain[near][0] < end:
-                at = start + 1
-                continue
-            start, end = found.span()
-            yield start, end, self._parts.special_ids[found.group(name)]
+        for start, end in [*plain, (len(text), len(text))]:
+            for found in self._special.finditer(text[at:start]):  # what is plain is no neighbour
+                name = found.lastgroup
+                assert name is not None
+                id = self._parts.special_ids[found.group(name)]
+                yield at + found.start(), at + found.end(), id
             at = end
 
     def holds_special(self, text: str) -> bool:

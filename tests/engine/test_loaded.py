@@ -33,6 +33,41 @@ def model(tiny_folder: Path) -> LoadedModel:
     return herdbook.load(str(tiny_folder), dtype="float32")
 
 
+def in_the_middle(text: str) -> tuple[str, str]:
+    """Two characters that first come after others, and what comes before them."""
+    at = next(at for at in range(1, len(text) - 1) if text.index(text[at : at + 2]) == at)
+    return text[:at], text[at : at + 2]
+
+
+def test_a_template_of_ones_choice_and_its_stops(
+    model: LoadedModel, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """A text that ends turns ends replies to messages, and nothing else."""
+    chat = [{"role": "user", "content": "你好"}]
+    whole = model.generate(chat, max_tokens=24)
+    cut, stop = in_the_middle(whole)
+    file = tmp_path / "mine.jinja"
+    says = "{%- set stop_strings = [" + repr(stop) + "] -%}"
+    file.write_text(says + str(model.tokenizer.chat_template), encoding="utf-8")
+    own = herdbook.load(str(tiny_folder), dtype="float32", template=str(file))
+    assert own.render(chat, reply=True) == model.render(chat, reply=True)
+    assert own.generate(chat, max_tokens=24) == cut
+    assert "".join(own.stream(chat, max_tokens=24)) == cut
+    (answer,) = own.as_teacher().generate([Ask((Message(**chat[0]),), max_tokens=24)])
+    assert (answer.text, answer.finished) == (cut, True)
+    ids = own.render(chat, reply=True).ids
+    assert own.generate(ids, max_tokens=24) == whole
+    assert own.generate(chat, max_tokens=24, stop=whole[:2]) == "", "the caller's stops count too"
+
+
+def test_a_template_by_name(tiny_folder: Path) -> None:
+    own = herdbook.load(str(tiny_folder), template="koala")
+    text = own.tokenizer.decode(own.render(CHAT, reply=True).ids)
+    assert text.endswith("BEGINNING OF CONVERSATION: USER: hello who are you GPT:")
+    with pytest.raises(UnknownName, match="template 'kaola' is none that comes with Herdbook"):
+        herdbook.load("never looked for", template="kaola")
+
+
 def test_importing_herdbook_costs_nothing() -> None:
     code = "import sys, herdbook; print('torch' in sys.modules, herdbook.__version__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

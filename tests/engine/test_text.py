@@ -58,6 +58,12 @@ def test_the_earliest_stop_counts() -> None:
     assert out.text == "one "
 
 
+@pytest.mark.parametrize("stops", [(), ("\n#",)])
+def test_the_blanks_before_a_reply_are_left_out(stops: tuple[str, ...]) -> None:
+    out = TextOut(Letters([" ", "\n", " He", " y", "o", " "]), stops, trim=True)
+    assert "".join(out.push(i) for i in range(6)) + out.flush() == out.text == "He yo "
+
+
 def test_without_tokenizer_there_is_no_text() -> None:
     out = TextOut(None, ())
     assert out.push(3) == "" and out.flush() == "" and out.text == ""

@@ -12,9 +12,12 @@ import pytest
 from herdbook.book.book import Book
 from herdbook.errors import FetchError, FileError, UnknownName
 from herdbook.model import references
+from herdbook.model.checkpoint import load_decoder, save_gguf
 from herdbook.model.fetch import Fetch
 from herdbook.model.references import resolve
 from herdbook.progress import Progress
+from herdbook.tokens import templates
+from herdbook.tokens.tokenizer import Tokenizer
 
 
 def test_folders_files_and_names(tiny_folder: Path, book: Book, tmp_path: Path) -> None:
@@ -132,6 +135,36 @@ def test_fetching_a_folder(tiny_folder: Path, book: Book, tmp_path: Path) -> Non
         )
     )
     assert Fetch(str(folder)).run(book, name="tiny").id != artifact.id, "other bytes, other key"
+
+
+def test_a_found_template_goes_into_the_book(tiny_folder: Path, book: Book, tmp_path: Path) -> None:
+    """The book calls a model by its id, so what its name told must be kept."""
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "koala-7b"))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    artifact = Fetch(str(folder)).run(book, name="koala")
+    assert Tokenizer.load(artifact.path).chat_template == templates.read("koala")
+    chosen = Fetch(str(folder), template="baize").run(book, name="baize")
+    assert Tokenizer.load(chosen.path).chat_template == templates.read("baize")
+    own = Fetch(str(tiny_folder)).run(book, name="tiny")
+    assert "<|im_start|>" in str(Tokenizer.load(own.path).chat_template)
+    over = Fetch(str(tiny_folder), template="baize").run(book, name="over")
+    assert Tokenizer.load(over.path).chat_template == templates.read("baize"), "the user's choice"
+    file = tmp_path / "own.jinja"
+    file.write_text("one")
+    first = Fetch(str(tiny_folder), template=str(file)).run(book, name="first")
+    file.write_text("two")
+    second = Fetch(str(tiny_folder), template=str(file)).run(book, name="second")
+    assert Tokenizer.load(first.path).chat_template == "one"
+    assert Tokenizer.load(second.path).chat_template == "two", "its bytes count, not its name"
+    with pytest.raises(UnknownName, match="template 'vicunna'"):
+        Fetch(str(tiny_folder), template="vicunna").check()
+
+
+def test_a_gguf_keeps_its_template_beside_it(tiny_folder: Path, book: Book, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    save_gguf(load_decoder(tiny_folder), Tokenizer.load(tiny_folder), path, "F32")
+    artifact = Fetch(str(path), template="koala").run(book, name="tiny")
+    assert Tokenizer.load(artifact.path).chat_template == templates.read("koala")
 
 
 def test_a_tokenizer_that_is_too_large_leaves_the_book_empty(

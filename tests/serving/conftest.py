@@ -15,8 +15,10 @@ from fastapi import FastAPI
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
+from herdbook.engine.request import Request, Sampling
 from herdbook.serving.api import app
 from herdbook.serving.worker import Worker
+from herdbook.tokens.chat import render
 
 
 def tiny_engine(folder: Path) -> Engine:
@@ -29,6 +31,23 @@ def worker(tiny_folder: Path) -> Iterator[Worker]:
     one.start()
     yield one.wait(60)
     one.stop(grace_s=0)
+
+
+@pytest.fixture(scope="session")
+def stopping(
+    tiny_folder: Path, worker: Worker, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, str]:
+    """A template whose turns end with a text, the model's whole reply to 你好, and what is left of it."""
+    tokenizer = worker.engine.tokenizer
+    assert tokenizer is not None
+    ids = render(tokenizer, [{"role": "user", "content": "你好"}], reply=True).ids
+    whole = "".join(one.text for one in worker.pieces(Request(ids, Sampling(max_tokens=24))))
+    at = next(at for at in range(1, len(whole) - 1) if whole.index(whole[at : at + 2]) == at)
+    stop = whole[at : at + 2]
+    file = tmp_path_factory.mktemp("template") / "stopping.jinja"
+    said = "{%- set stop_strings = [" + repr(stop) + "] -%}" + str(tokenizer.chat_template)
+    file.write_text(said, encoding="utf-8")
+    return file, whole, whole[:at]
 
 
 @dataclass

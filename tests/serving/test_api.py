@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from herdbook.serving.api import MAX_BODY_BYTES, app
+from herdbook.serving.server import _engine
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
 
@@ -26,6 +29,23 @@ def error(response: Any, status: int) -> dict[str, Any]:
 
 
 # -- replies ------------------------------------------------------------------------------------
+
+
+def test_a_templates_text_ends_chats_but_no_completions(
+    tiny_folder: Path, stopping: tuple[Path, str, str]
+):
+    file, whole, left = stopping
+    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file)))
+    worker.start()
+    try:
+        client = Client(app({"tiny": worker.wait(60)}))
+        (choice,) = client.chat("你好", max_tokens=24).json()["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (left, "stop")
+        talk = [{"role": "user", "content": "你好"}]
+        ids = render(worker.engine.tokenizer, talk, reply=True).ids
+        assert client.complete(ids, max_tokens=24).json()["choices"][0]["text"] == whole
+    finally:
+        worker.stop(grace_s=0)
 
 
 def test_chat_reply(client: Client, worker: Worker):

@@ -43,6 +43,18 @@ def test_one_reply_is_alone_on_stdout(
     assert capsys.readouterr().out == reply_to(worker, turns) + "\n"
 
 
+def test_a_templates_text_ends_a_reply(
+    tiny_folder: Path, stopping: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
+):
+    file, whole, left = stopping
+    chat(str(tiny_folder), prompt="你好", max_tokens=24)
+    chat(str(tiny_folder), prompt="你好", max_tokens=24, template=str(file), as_json=True)
+    said = capsys.readouterr().out
+    assert said.startswith(whole + "\n")
+    found = json.loads(said.removeprefix(whole + "\n"))
+    assert (found["reply"], found["finish_reason"]) == (left, "stop")
+
+
 def test_one_reply_as_json(tiny_folder: Path, capsys: pytest.CaptureFixture[str]):
     chat(str(tiny_folder), prompt="hello", as_json=True, max_tokens=8)
     found = json.loads(capsys.readouterr().out)

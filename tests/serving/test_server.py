@@ -37,6 +37,11 @@ def test_port_in_use(tiny_folder: Path):
         assert f"--port {port + 1}" in str(error.value)
 
 
+def test_an_unknown_template_is_told_before_loading(tiny_folder: Path):
+    with pytest.raises(UnknownName, match="template 'vicunna' is none that comes with Herdbook"):
+        serve([str(tiny_folder)], port=0, template="vicunna")
+
+
 def test_no_such_port(tiny_folder: Path):
     with pytest.raises(ServeError, match="port 65536 is none: ports go to 65535"):
         serve([str(tiny_folder)], port=65536)

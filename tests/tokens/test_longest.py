@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from herdbook.errors import FileError
+from herdbook.tokens import templates
 from herdbook.tokens.longest import Longest
 from herdbook.tokens.tokenizer import Tokenizer
 
@@ -150,3 +151,13 @@ def test_word_pieces_of_bert_are_not_taken_for_words(tmp_path: Path) -> None:
     assert not Tokenizer.exists(tmp_path)
     with pytest.raises(FileError, match="is no line of an RWKV vocabulary"):
         Tokenizer.load(tmp_path / "vocab.txt")
+
+
+def test_a_chat_template_by_the_folders_name(world: Tokenizer, tmp_path: Path) -> None:
+    world.save(tmp_path / "rwkv-4-world-7b")
+    found = Tokenizer.load(tmp_path / "rwkv-4-world-7b")
+    assert (world.chat_template, found.chat_template) == (None, templates.read("rwkv-world"))
+    assert found.stop_strings
+    found.save(tmp_path / "mine")
+    assert Tokenizer.load(tmp_path / "mine").chat_template == found.chat_template
+    assert Tokenizer.load(tmp_path / "mine", "{{ 1 }}").chat_template == "{{ 1 }}"
