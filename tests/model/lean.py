@@ -131,7 +131,7 @@ def resident() -> int:
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
-def main(layout: str, megabytes: int) -> dict[str, float]:
+def measure(layout: str, megabytes: int) -> dict[str, Any]:
     loaded = LAYOUTS[layout][1]
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
         load_decoder(write(Path(small), layout, 20), dtype=loaded)  # what is imported and kept once
@@ -141,33 +141,33 @@ def main(layout: str, megabytes: int) -> dict[str, float]:
         assert os.waitpid(child, 0)[1] == 0
         path = Path(large) / "model.gguf" if layout == "gguf" else Path(large)
         size = sum(f.stat().st_size for f in Path(large).iterdir())
-        evict(path)
-        cold_plain = plain(path)
-        warm_plain = plain(path)
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not given back would be used again
-        before = resident()
-        with Peak() as peak:
-            start = time.perf_counter()
-            decoder = load_decoder(path, dtype=loaded)
-            warm = time.perf_counter() - start
-        held = [parameter.nbytes for parameter in decoder.parameters()]
-        del decoder
-        evict(path)
-        start = time.perf_counter()
-        load_decoder(path, dtype=loaded)
-        cold = time.perf_counter() - start
+        seconds = {}
+        for kind in ("cold", "warm"):
+            if kind == "cold":
+                evict(path)
+            seconds[f"{kind}_plain"] = plain(path)
+            if kind == "cold":
+                evict(path)
+            ctypes.CDLL(None).malloc_trim(0)  # else freed memory that was kept is used again
+            before = resident()
+            with Peak() as peak:
+                start = time.perf_counter()
+                decoder = load_decoder(path, dtype=loaded)
+                seconds[kind] = time.perf_counter() - start
+            held = [parameter.nbytes for parameter in decoder.parameters()]
+            del decoder
     return {
+        "layout": layout,
         "file_bytes": size,
         "final_bytes": sum(held),
         "largest_bytes": max(held),
         "peak_bytes": peak.bytes - before,
-        "warm_mb_s": size / warm / 1e6,
-        "warm_plain_mb_s": size / warm_plain / 1e6,
-        "cold_mb_s": size / cold / 1e6,
-        "cold_plain_mb_s": size / cold_plain / 1e6,
+        **{f"{kind}_mb_s": size / taken / 1e6 for kind, taken in seconds.items()},
     }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))))
+    for argument in sys.argv[1:]:
+        name, _, size = argument.partition(":")
+        print(json.dumps(measure(name, int(size))), flush=True)
