@@ -199,7 +199,7 @@ def _open_folder(folder: Path) -> Checkpoint:
 
     # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
     front = family.names["embed"][0].partition(".")[0] + "."
-    base = not any(name.startswith(front) for name in entries)
+    base = not any(name.startswith((front, f"language_model.{front}")) for name in entries)
     head = family.hf_name("head.weight")
     headless = not config.tied and head not in entries
     expected = expected_shapes(config, headless=headless)
@@ -210,6 +210,14 @@ def _open_folder(folder: Path) -> Checkpoint:
             for name, one in names.items()
         }
     found = {name: entry.shape for name, entry in entries.items()}
+    if "text_config" in source:  # a model with eyes: its language model alone is read
+        names = {
+            name: dataclasses.replace(one, name=f"language_model.{one.name}")
+            for name, one in names.items()
+        }
+        found = {name: s for name, s in found.items() if name.startswith("language_model.")}
+        ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
+        source = family.source(config) | ids
     if config.tied and head in found:  # saved although it is the embedding: it must be
         shape = found.pop(head)
         embed = names["embed.weight"].name
