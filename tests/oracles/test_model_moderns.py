@@ -364,6 +364,21 @@ TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[State], St
         CHATGLM,
         chatglm2,
     ),
+    "chatglm2-6b-32k": (
+        "Glm",
+        GLM
+        | {"attention_bias": True, "rms_norm_eps": 1e-5}
+        | {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 8.0,
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        CHATGLM | {"rope_ratio": 8, "_name_or_path": "THUDM/chatglm2-6b-32k"},
+        chatglm2,
+    ),
     "chatglm3-6b-32k": (
         "Glm",
         GLM | {"attention_bias": True, "rms_norm_eps": 1e-5, "rope_theta": 5e5},
