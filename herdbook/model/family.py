@@ -74,7 +74,8 @@ HARMLESS = re.compile(
     r"|.*_version|initializer_range|use_cache|pretraining_tp|id2label|label2id|problem_type"
     r"|return_dict.*|output_(hidden_states|attentions|scores)|chunk_size_feed_forward|auto_map"
     r"|is_llama_config|task_specific_params|name_or_path|max_sequence_length|bos_token|eos_token"
-    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix|attn_implementation"
+    r"|.*_pdrop|layerdrop|summary_.*|tokenizer_class|gradient_checkpointing|n_ctx|init_std|prefix"
+    r"|custom_pipelines|attn_implementation"
 )
 
 

@@ -183,14 +183,14 @@ def apply_lora(
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
         for target in TARGETS:
-            for place in places_of(blocks[number], target) if target in targets else ():
+            for place in places(blocks[number], target) if target in targets else ():
                 name = f"blocks.{number}.{place}"
                 adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
 
 
-def places_of(block: nn.Module, target: str) -> list[str]:
+def places(block: nn.Module, target: str) -> list[str]:
     """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
     room, _, leaf = TARGETS[target].rpartition(".")
     found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")

@@ -40,7 +40,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import SourceTensor
 from herdbook.model.folds import Fold
-from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places_of, put_adapter
+from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places, put_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -71,8 +71,14 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
     layers = sorted({int(name.split(".")[1]) for name in adapters})
     one = next(iter(adapters.values()))
     some = layers if len(layers) < decoder.config.layers else None
-    others = {source.name for source in matrices.values()} - set(taken)
-    targets = {name: _target(name, others) for name in taken}
+    targets: dict[str, str] = {}
+    for name, source in matrices.items():
+        if source.name in taken:
+            block = ".".join(name.split(".")[:2])
+            beside = {
+                other.name for mine, other in matrices.items() if mine.startswith(f"{block}.")
+            }
+            targets[source.name] = _target(source.name, beside - set(taken))
     rank_pattern = {targets[name]: rank for name, rank in ranks.items()}
     atomic.write_json(
         folder / CONFIG,
@@ -102,18 +108,13 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
 
 
 def _target(name: str, others: set[str]) -> str:
-    """The end of a module's name by which peft finds it in every layer, and nothing else.
+    """The end of a module's name by which peft finds it, and none of the `others` in its layer.
 
     GPT-2 has c_proj in attention and in the MLP: "attn.c_proj" where one of them is tuned alone.
     """
     parts = name.split(".")
-    layer = next(part for part in parts if part.isdigit())
-    ends = {other.split(f".{layer}.")[-1] for other in others if f".{layer}." in other}
-    for count in range(1, len(parts)):
-        end = ".".join(parts[-count:])
-        if not any(other == end or other.endswith(f".{end}") for other in ends):
-            return end
-    raise AssertionError(f"{name} has the name of another module")
+    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    return next(end for end in ends if not any(other.endswith(f".{end}") for other in others))
 
 
 def _packed(
@@ -151,7 +152,7 @@ def _matrices(decoder: Decoder) -> dict[str, SourceTensor]:
     names of modules."""
     family, found = families()[decoder.family], {}
     for number, block in enumerate(decoder.blocks):
-        for place in (one for target in TARGETS for one in places_of(block, target)):
+        for place in (one for target in TARGETS for one in places(block, target)):
             source = family.hf_tensor(f"blocks.{number}.{place}.weight", decoder.config)
             found[f"blocks.{number}.{place}"] = SourceTensor(
                 source.name.removesuffix(".weight"),

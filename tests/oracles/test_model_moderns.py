@@ -153,6 +153,16 @@ def test_cached_replies(shape: str, tmp_path: Path) -> None:
     cached_replies_agree(load_decoder(tmp_path, dtype=torch.float32), model)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_stays_as_near_as_theirs(shape: str, tmp_path: Path) -> None:
+    """By the median: a router's close choice falls otherwise, and then a token's logits are others."""
+    model = make(shape, tmp_path)
+    want = theirs(model, prompt(60))
+    got = ours(load_decoder(tmp_path, dtype=torch.bfloat16), prompt(60))
+    peer = theirs(model.bfloat16(), prompt(60)).float()
+    assert (got - want).abs().median() <= 1.5 * (peer - want).abs().median()
+
+
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - NOT_IN_GGUF))
 def test_gguf_and_back(shape: str, tmp_path: Path) -> None:
     model = make(shape, tmp_path)

@@ -12,6 +12,7 @@ import torch
 from herdbook.compression.quantise import round_to_q4_1
 from herdbook.errors import FamilyError, FileError
 from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_source
 from herdbook.model.layout import Packed
@@ -28,7 +29,10 @@ LENGTHS = [13, 7, 13]
 def decoder(request: Any) -> Decoder:
     source = json.loads((FOLDER / f"{request.param}.json").read_text())
     family = by_source(source, "fixture")
-    decoder = Decoder(family.config(source, "fixture"))
+    config = family.config(source, "fixture")
+    if type(config) is not DecoderConfig:
+        pytest.skip("a module of its own, with tests of its own")
+    decoder = Decoder(config)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
@@ -119,8 +123,7 @@ def test_bits(decoder: Decoder, quant: str, tmp_path: Path) -> None:
     kept = load_decoder(path, torch.float32, quantised=True)
     assert type(kept.blocks[0].attention.q).__name__ in ("Int8Linear", "Int4Linear")
     near = {"Q8_0": 0.1, "Q4_1": 0.6}[quant]
-    # the median: where a router's choice is close, rounding sends a token to another expert
-    assert (logits(dense) - before).abs().median() <= near * before.std()
+    assert (logits(dense) - before).abs().median() <= near * before.std()  # a router may flip
     rounding = (logits(kept) - logits(dense)).abs().mean()  # the int4 kernel computes in bfloat16
     assert rounding <= 0.05 * before.std()
 
