@@ -27,6 +27,7 @@ MODERN: dict[str, dict[str, Any]] = {
     "baichuan-2": {"num_hidden_layers": 32},
     "baichuan-13b": {"num_hidden_layers": 40},
     "chatglm2": {},
+    "chatglm2-32k": {},
     "gemma": {},
     "gemma2": {},
     "gemma3_text": {},

@@ -22,6 +22,7 @@ from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_gguf, save_hf
 from herdbook.model.decoder import Decoder
+from herdbook.model.families import by_source
 from herdbook.model.layout import Packed
 
 VOCAB = 120
@@ -152,6 +153,16 @@ def test_cached_replies(shape: str, tmp_path: Path) -> None:
     cached_replies_agree(load_decoder(tmp_path, dtype=torch.float32), model)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_stays_as_near_as_theirs(shape: str, tmp_path: Path) -> None:
+    """By the median: a router's close choice falls otherwise, and then a token's logits are others."""
+    model = make(shape, tmp_path)
+    want = theirs(model, prompt(60))
+    got = ours(load_decoder(tmp_path, dtype=torch.bfloat16), prompt(60))
+    peer = theirs(model.bfloat16(), prompt(60)).float()
+    assert (got - want).abs().median() <= 1.5 * (peer - want).abs().median()
+
+
 @pytest.mark.parametrize("shape", sorted(set(SHAPES) - NOT_IN_GGUF))
 def test_gguf_and_back(shape: str, tmp_path: Path) -> None:
     model = make(shape, tmp_path)
@@ -174,6 +185,43 @@ def test_what_gguf_cannot_say_is_refused(shape: str, tmp_path: Path) -> None:
     with pytest.raises(FamilyError, match=r"attention_scale 0\.25 cannot be written as GGUF"):
         save_gguf(load_decoder(tmp_path), None, tmp_path / "model.gguf", "F32")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_the_text_part_of_a_gemma_3_with_eyes(tmp_path: Path) -> None:
+    text = {key: value for key, value in (SIZES | GEMMA3).items() if key != "attn_implementation"}
+    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=eyes | {"num_attention_heads": 2, "patch_size": 14}
+    )
+    torch.manual_seed(3)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval().float()
+    model.save_pretrained(tmp_path / "theirs")
+    assert any("vision" in one for one in load_file(tmp_path / "theirs" / "model.safetensors"))
+    decoder = load_decoder(tmp_path / "theirs", dtype=torch.float32)
+    want = theirs(model, prompt(60))
+    assert differ(ours(decoder, prompt(60)), want) <= 1e-4
+    save_hf(decoder, None, tmp_path / "text", torch.float32)
+    alone = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "text").eval().float()
+    assert differ(theirs(alone, prompt(60)), want) <= 1e-4
+
+
+def test_a_gemma_3_of_4b_says_only_what_differs() -> None:
+    source = {
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {"hidden_size": 1152},
+        "mm_tokens_per_image": 256,
+    }
+    config = by_source(source, "4b").config(source, "4b")
+    assert (config.heads, config.kv_heads, config.head_dim, config.vocab) == (8, 4, 256, 262_208)
+    assert config.windows[:6] == (1024,) * 5 + (None,) and config.rope_base == 1e6
 
 
 # --- families that transformers does not know ------------------------------------------------------
@@ -324,6 +372,21 @@ TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[State], St
         "Glm",
         GLM | {"attention_bias": True, "rms_norm_eps": 1e-5},
         CHATGLM,
+        chatglm2,
+    ),
+    "chatglm2-6b-32k": (
+        "Glm",
+        GLM
+        | {"attention_bias": True, "rms_norm_eps": 1e-5}
+        | {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "factor": 8.0,
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        CHATGLM | {"rope_ratio": 8, "_name_or_path": "THUDM/chatglm2-6b-32k"},
         chatglm2,
     ),
     "chatglm3-6b-32k": (

@@ -54,7 +54,7 @@ def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
 
     # a base model saved alone has no "model." (GPT-2: "transformer.") in front of its names
     front = family.names["embed"][0].partition(".")[0] + "."
-    base = not any(name.startswith(front) for name in found)
+    base = not any(name.startswith((front, f"language_model.{front}")) for name in found)
     head, embed = family.hf_name("head.weight"), family.hf_name("embed.weight")
     if family.ties_by_tensors and head in found and embed in found:
         config = dataclasses.replace(config, tied=weights.same(head, embed))
@@ -65,6 +65,11 @@ def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
         names = _renamed(names, lambda name: name.removeprefix(front))
     if family.layout is not None and family.layout(names["embed.weight"].name) in found:
         names = _renamed(names, family.layout)
+    if "text_config" in source:  # a model with eyes: its language model alone is read
+        names = _renamed(names, lambda name: f"language_model.{name}")
+        found = {name: s for name, s in found.items() if name.startswith("language_model.")}
+        ids = {key: value for key, value in source.items() if key.endswith("_token_id")}
+        source = family.source(config) | ids
     embed = names["embed.weight"].name
     for copy in (*family.copies, *([head] if config.tied else [])):
         # saved although it is the embedding: it must be

@@ -2,9 +2,11 @@
 and a rotation of pairs side by side in the first half of each head; the second half does not turn.
 
 Shares its model_type with ChatGLM-6B, which has neither `multi_query_attention` nor a `rmsnorm`.
-query_key_value is [Q; K; V] with biases, dense_h_to_4h is [gate; up]. `rope_ratio` multiplies the
-base of 10,000 (ChatGLM3-32k, GLM-4). GGUF ("chatglm") packs alike.
-Source: modeling_chatglm.py of THUDM/chatglm2-6b and chatglm3-6b, 2023.
+query_key_value is [Q; K; V] with biases, dense_h_to_4h is [gate; up]. GGUF ("chatglm") packs alike.
+
+`rope_ratio` multiplies the base of 10,000 (ChatGLM3-32k, GLM-4), but in ChatGLM2-32k, which came first,
+it divides the positions. No key tells which, only the name that the file gives itself.
+Source: modeling_chatglm.py of THUDM/chatglm2-6b, chatglm2-6b-32k and chatglm3-6b-32k, 2023.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family, Keys, read_gguf_scaling
+from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.family import Family, Keys, read_gguf_scaling, write_gguf_scaling
 from herdbook.model.folds import QKV, Fold, qkv_rotating
 
 LAYER = "transformer.encoder.layers.{n}"
@@ -54,6 +56,7 @@ WITHOUT_EFFECT = {
     "vocab_size",
 }
 ROPE_BASE = 10_000.0
+INTERPOLATED = "THUDM/chatglm2-6b-32k"
 
 
 def read(keys: Keys) -> DecoderConfig:
@@ -68,6 +71,8 @@ def read(keys: Keys) -> DecoderConfig:
         raise keys.refuse(
             f"{heads} heads of {head_dim}", f"do not divide among {kv_heads} and turn in half"
         )
+    ratio = keys.real("rope_ratio", 1.0)
+    divides = ratio != 1.0 and "chatglm2" in str(keys.take("_name_or_path")).lower()
     return DecoderConfig(
         vocab=keys.number("padded_vocab_size"),
         hidden=hidden,
@@ -79,26 +84,33 @@ def read(keys: Keys) -> DecoderConfig:
         max_pos=keys.number("seq_length", 2048),
         eps=keys.real("layernorm_epsilon", 1e-5),
         rope_dim=head_dim // 2,
-        rope_base=ROPE_BASE * keys.real("rope_ratio", 1.0),
+        rope_base=ROPE_BASE if divides else ROPE_BASE * ratio,
+        rope_scaling=RopeScaling("linear", ratio) if divides else None,
         qkv_bias=True,
         tied=keys.flag("tie_word_embeddings"),
     )
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    return SAME | {
-        "padded_vocab_size": config.vocab,
-        "hidden_size": config.hidden,
-        "ffn_hidden_size": config.ffn,
-        "num_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "multi_query_group_num": config.kv_heads,
-        "kv_channels": config.head_dim,
-        "seq_length": config.max_pos,
-        "layernorm_epsilon": config.eps,
-        "rope_ratio": config.rope_base / ROPE_BASE,
-        "tie_word_embeddings": config.tied,
-    }
+    ratio: dict[str, Any] = {"rope_ratio": config.rope_base / ROPE_BASE}
+    if config.rope_scaling is not None:
+        ratio = {"rope_ratio": config.rope_scaling.factor, "_name_or_path": INTERPOLATED}
+    return (
+        SAME
+        | ratio
+        | {
+            "padded_vocab_size": config.vocab,
+            "hidden_size": config.hidden,
+            "ffn_hidden_size": config.ffn,
+            "num_layers": config.layers,
+            "num_attention_heads": config.heads,
+            "multi_query_group_num": config.kv_heads,
+            "kv_channels": config.head_dim,
+            "seq_length": config.max_pos,
+            "layernorm_epsilon": config.eps,
+            "tie_word_embeddings": config.tied,
+        }
+    )
 
 
 GGUF_KEYS = {
@@ -121,6 +133,12 @@ def read_gguf(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) ->
     if turning != width // 2 or keys.take("attention.value_length", width) != width:
         raise keys.refuse(f"{turning} dimensions of a head turn", f"but must be half of {width}")
     read_gguf_scaling(keys, source)
+    if scaling := source.pop("rope_scaling", None):
+        if scaling["rope_type"] != "linear" or source["rope_ratio"] != 1.0:
+            raise keys.refuse(
+                f"the rotary scaling is {scaling}", "but the family knows only linear"
+            )
+        source |= {"rope_ratio": scaling["factor"], "_name_or_path": INTERPOLATED}
 
 
 def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +146,7 @@ def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.rope_dim,
         "rope.freq_base": config.rope_base,
+        **write_gguf_scaling(config),
     }
 
 

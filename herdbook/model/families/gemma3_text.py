@@ -1,6 +1,9 @@
 """Gemma 3 (text): Gemma 2 without caps, with normed q and k, and five layers with a window, whose
 rotation has a base of its own (10,000, never scaled), to one that sees all (base 1,000,000).
 
+From 4B on it is published as `gemma3`, with a vision tower beside it: of that the text part is read,
+and saved as what it then is, a gemma3_text. Its text_config says only what differs from the 4B.
+
 Config: https://huggingface.co/docs/transformers/model_doc/gemma3; Gemma Team, 2025, arXiv:2503.19786.
 """
 
@@ -27,9 +30,23 @@ NAMES = gemma2.NAMES | {
 }
 GLOBAL_BASE, LOCAL_BASE = 1_000_000.0, 10_000.0
 LAYERS_27B = 62
+#: what a `gemma3` does not say
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+}
 
 
 def read(keys: Keys) -> DecoderConfig:
+    if "text_config" in keys.source:
+        text = Keys(DEFAULTS | keys.take("text_config"), f"{keys.where} text_config")
+        config = read(text)
+        text.finish()
+        keys.taken |= keys.source.keys()  # the rest is of the eyes
+        return config
     every = keys.number("sliding_window_pattern", keys.take("_sliding_window_pattern", 6))
     keys.taken |= {"cache_implementation"}
     return read_gemma(
@@ -88,6 +105,7 @@ def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
+    also=("gemma3",),
     gguf="gemma3",
     names=NAMES,
     read=read,
