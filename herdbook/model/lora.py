@@ -183,17 +183,19 @@ def apply_lora(
     adapters: dict[str, LoRALinear] = {}
     for number in range(max(0, first), len(blocks)):
         for target in TARGETS:
-            for place in _places(blocks[number], target) if target in targets else ():
+            for place in places(blocks[number], target) if target in targets else ():
                 name = f"blocks.{number}.{place}"
                 adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
                 adapters[name].start(seed, name)
     return adapters
 
 
-def _places(block: nn.Module, target: str) -> list[str]:
-    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
+def places(block: nn.Module, target: str) -> list[str]:
+    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert, a
+    decoder that looks at an encoder one more in its cross-attention."""
     room, _, leaf = TARGETS[target].rpartition(".")
-    found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")
+    rooms = "attention|cross" if room == "attention" else rf"{room}(\.experts\.\d+)?"
+    found = re.compile(rf"({rooms})\.{leaf}")
     return [name for name, _ in block.named_modules() if found.fullmatch(name)]
 
 

@@ -133,7 +133,10 @@ class T5Attention(nn.Module):
 
     def cross(self, x: Tensor, read: Tensor, division: Division) -> Tensor:
         """x [D, hidden] looks at what the encoder made of its document, read [E, hidden]."""
-        q, k, v = self.heads(self.q, x), self.heads(self.k, read), self.heads(self.v, read)
+        q = self.heads(self.q, x)
+        k = v = q[:0]  # all documents are read already
+        if len(read):
+            k, v = self.heads(self.k, read), self.heads(self.v, read)
         parts = []
         for one in division.documents:
             mine = k[one.read], v[one.read]

@@ -26,7 +26,7 @@ from herdbook.errors import FileError
 from herdbook.files import atomic
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
-from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, put_adapter
+from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places, put_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -55,7 +55,7 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
         folder / CONFIG,
         {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": decoder.peft_task,
             "base_model_name_or_path": base,
             "r": one.rank,
             "lora_alpha": one.alpha,
@@ -138,9 +138,10 @@ def _pairs(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Our name → (A, B), every tensor used and of the right shape."""
     known = [
-        f"blocks.{number}.{module}"
-        for number in range(decoder.config.layers)
-        for module in TARGETS.values()
+        f"blocks.{number}.{place}"
+        for number, block in enumerate(decoder.blocks)
+        for target in TARGETS
+        for place in places(block, target)
     ]
     ours = {source: name for name, source in _source_names(decoder, known).items()}
     found: dict[str, dict[str, Tensor]] = {}
@@ -178,4 +179,5 @@ def _pairs(
 def _source_names(decoder: Decoder, names: Mapping[str, Any] | list[str]) -> dict[str, str]:
     """blocks.0.attention.q → model.layers.0.self_attn.q_proj"""
     family = families()[decoder.family]
-    return {name: family.hf_name(f"{name}.weight").removesuffix(".weight") for name in names}
+    found = {name: family.hf_tensor(f"{name}.weight", decoder.config).name for name in names}
+    return {name: source.removesuffix(".weight") for name, source in found.items()}
