@@ -27,7 +27,7 @@ from herdbook.engine.runner import Cache, Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
-from herdbook.engine.text import TextOut
+from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
 
@@ -65,6 +65,7 @@ class Engine:
         if pages is None:
             pages = _pages(decoder, page_tokens, cache_bytes)
         self._size = (pages, page_tokens, max_batch_tokens)
+        self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._active: dict[str, Sequence] = {}
         self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
@@ -131,7 +132,9 @@ class Engine:
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, ids, self.vocab),
-            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, sampling.stop),
+            out=TextOut(
+                self.tokenizer.stream() if self.tokenizer else None, sampling.stop, self.escapes
+            ),
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)

@@ -25,6 +25,7 @@ from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
+from herdbook.engine.text import escapes
 from herdbook.errors import ConfigError, FileError, RequestError, nearest
 from herdbook.model.checkpoint import check_vocabulary, load_decoder
 from herdbook.model.config import DecoderConfig
@@ -126,6 +127,8 @@ class LoadedModel:
 
     def _ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
+            for meant, written in escapes(self.tokenizer.chat_template).items():
+                prompt = prompt.replace(meant, written)
             return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
         if prompt and isinstance(prompt[0], int):
             return list(prompt)  # type: ignore[arg-type]
