@@ -106,7 +106,7 @@ class Engine:
         ids, sampling = request.ids, request.sampling
         if not len(ids):
             raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
-        bad = next((i for i in ids if not 0 <= i < self.vocab), None)
+        bad = next((i for i in ids if not 0 <= i < self.decoder.ids), None)
         if bad is not None:
             raise RequestError(
                 f"token id {bad}",
@@ -131,7 +131,7 @@ class Engine:
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
-            chooser=Chooser(sampling, ids, self.vocab),
+            chooser=Chooser(sampling, [id % self.vocab for id in ids], self.vocab),
             out=TextOut(
                 self.tokenizer.stream() if self.tokenizer else None, sampling.stop, self.escapes
             ),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,8 +45,8 @@ DTYPES = {
 }
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
-#: a conversation that waits for its reply, a text to go on with, or token ids
-Prompt: TypeAlias = Messages | str | Sequence[int]
+#: a conversation that waits for its reply, a text to go on with, token ids, or (CPM-Bee) a tree
+Prompt: TypeAlias = Messages | str | Sequence[int] | Mapping[str, Any]
 
 
 class LoadedModel:
@@ -95,10 +95,10 @@ class LoadedModel:
         return self.decoder.logits(self._forward(ids))
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        if not len(ids) or not all(0 <= i < self.config.vocab for i in ids):
+        if not len(ids) or not all(0 <= i < self.decoder.ids for i in ids):
             raise RequestError(
                 f"{len(ids)} token ids",
-                rule=f"must be at least one, each from 0 to {self.config.vocab - 1}",
+                rule=f"must be at least one, each from 0 to {self.decoder.ids - 1}",
                 next="encode the text with this model's own tokenizer",
             )
         device = self.decoder.device
@@ -115,7 +115,7 @@ class LoadedModel:
         """
         settings = _sampling(sampling)
         several = _is_many(prompt)
-        prompts: Sequence[Any] = prompt if several else [prompt]
+        prompts: Any = prompt if several else [prompt]
         replies = self.engine.generate([Request(self._ids(one), settings) for one in prompts])
         texts = [reply.text for reply in replies]
         return texts if several else texts[0]
@@ -130,6 +130,8 @@ class LoadedModel:
             for meant, written in escapes(self.tokenizer.chat_template).items():
                 prompt = prompt.replace(meant, written)
             return self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos)
+        if isinstance(prompt, Mapping):
+            return self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
         if prompt and isinstance(prompt[0], int):
             return list(prompt)  # type: ignore[arg-type]
         return self.render(prompt, reply=True).ids  # type: ignore[arg-type]
@@ -243,6 +245,6 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 def _is_many(prompt: Any) -> bool:
     """A list of prompts, rather than one conversation, text, or list of ids."""
-    if isinstance(prompt, str) or not prompt:
+    if isinstance(prompt, (str, Mapping)) or not prompt:
         return False
     return not isinstance(prompt[0], (int, Mapping, Message))
