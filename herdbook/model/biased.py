@@ -1,4 +1,5 @@
-"""Attention that goes document by document, with a bias of the model's own on the scores (T5, CPM-Bee).
+"""What T5 and CPM-Bee share: a prompt that is read as a whole, an answer to it, and attention that goes
+document by document with a bias of the model's own on the scores.
 
 T tokens at hand, of which E are read by an encoder and D are the decoder's (all, where there is no
 encoder); H heads, d a head's width, n queries, S keys of one document.
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from herdbook.model.attention import Look, attend
-from herdbook.model.carried import State
+from herdbook.model.carried import Carried, State
 from herdbook.model.config import DecoderConfig
+from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Linear
+from herdbook.model.layout import Layout, Packed
 
 
 def bucket(distance: Tensor, count: int, far: int, both_ways: bool) -> Tensor:
@@ -124,3 +127,29 @@ class BiasedAttention(nn.Module):
         q, k, v = (one.transpose(0, 1)[None] for one in (q[rows], k[keys], v[keys]))
         mask = None if bias is None else bias[None]
         return attend(q, k, v, self.look, mask)[0].transpose(0, 1)
+
+
+class Answering(Decoder):
+    """A model whose rows are a prompt, which it reads as a whole, and an answer."""
+
+    memory = "state"
+    whole_prompts = True
+
+    def asks(self, ids: Tensor) -> bool:
+        """Whether this document has a prompt and an answer."""
+        raise NotImplementedError
+
+    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
+        """A document without a prompt is what is said to an empty one: [T, hidden] as everywhere."""
+        assert isinstance(layout, Packed)
+        documents = torch.split(ids, list(layout.lengths))
+        if isinstance(layout, Carried) or all(map(self.asks, documents)):
+            return super().forward(ids, layout)
+        empty = ids.new_tensor(self.prompt([]))
+        rows, keep = [], []
+        for one in documents:
+            added = 0 if self.asks(one) else len(empty)
+            rows.append(torch.cat([empty[:added], one]))
+            keep.append(torch.arange(len(rows[-1]), device=ids.device) >= added)
+        whole = super().forward(torch.cat(rows), Packed([len(row) for row in rows], ids.device))
+        return whole[torch.cat(keep)]

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from herdbook.errors import RequestError
 from herdbook.model import tree
 from herdbook.model.attention import Look
-from herdbook.model.biased import BiasedAttention, Division, Document, bucket
+from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried, State
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Decoder, Ropes
+from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
@@ -91,10 +91,7 @@ class BeeBlock(nn.Module):
         return x
 
 
-class CPMBee(Decoder):
-    memory = "state"
-    whole_prompts = True
-
+class CPMBee(Answering):
     def __init__(self, config: BeeConfig, *, headless: bool = False) -> None:
         super().__init__(config, headless=headless)
         self.axes = config
@@ -118,11 +115,16 @@ class CPMBee(Decoder):
         one."""
         ids, m = list(ids), self.axes.marks
         key, text = m.first + m.vocab, m.first + 2 * m.vocab
-        if m.first not in [id % m.vocab for id in ids]:
+        if not ids:
+            ids = [m.first, m.root, m.last]
+        elif m.first not in [id % m.vocab for id in ids]:
             ids = [m.first, m.root, m.last, key, *self.axes.input, m.last, text, *ids, m.last]
         if tree.parse(ids, m).answering:
             return ids
         return ids + [m.last] * (ids[-1] != m.last) + [key, m.answer, m.last, text]
+
+    def asks(self, ids: Tensor) -> bool:
+        return not all(tree.parse(ids.tolist(), self.axes.marks).context)
 
     # --- the passes ---
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from herdbook.errors import RequestError
 from herdbook.model.attention import Look
-from herdbook.model.biased import BiasedAttention, Division, Document, bucket
+from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Decoder, Ropes
+from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
@@ -98,9 +98,7 @@ class T5Block(nn.Module):
         return x.index_copy(0, rows, h)
 
 
-class T5(Decoder):
-    memory = "state"
-    whole_prompts = True
+class T5(Answering):
     peft_task = "SEQ_2_SEQ_LM"
 
     def __init__(self, config: T5Config, *, headless: bool = False) -> None:
@@ -143,21 +141,8 @@ class T5(Decoder):
             found.append((read + said, [False] * len(read) + [True] * len(said)))
         return found
 
-    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
-        """A document without a mark is what is said to an empty prompt: [T, hidden] as everywhere."""
-        assert isinstance(layout, Packed)
-        begun = isinstance(layout, Carried)
-        documents = torch.split(ids, list(layout.lengths))
-        if begun or all((one == self.axes.start).any() for one in documents):
-            return super().forward(ids, layout)
-        empty = ids.new_tensor(self.prompt([]))
-        rows, keep = [], []
-        for one in documents:
-            bare = not bool((one == self.axes.start).any())
-            rows.append(torch.cat([empty, one]) if bare else one)
-            keep.append(torch.arange(len(rows[-1])) >= (len(empty) if bare else 0))
-        whole = super().forward(torch.cat(rows), Packed([len(row) for row in rows], ids.device))
-        return whole[torch.cat(keep)]
+    def asks(self, ids: Tensor) -> bool:
+        return bool((ids == self.axes.start).any())
 
     def _divide(self, ids: Tensor, layout: Packed) -> Division:
         states = layout.states if isinstance(layout, Carried) else [None] * len(layout.lengths)

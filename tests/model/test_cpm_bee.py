@@ -208,6 +208,18 @@ def test_greedy(pruned: bool, tmp_path: Path) -> None:
         assert list(reply.ids) == said
 
 
+def test_a_text_without_a_tree_is_said_to_an_empty_one(tmp_path: Path) -> None:
+    """So no token of it sees what stands behind it."""
+    decoder, weights = random_model(tmp_path)
+    text = [31, 32, 33, 34]
+    want = plain({"<ans>": ""}, weights, text)[-4:]
+    assert (logits(decoder, text) - want).abs().max() <= 1e-4
+    tree = decoder.tree(TREES["flat"], encode)
+    with torch.inference_mode():
+        both = decoder.logits(decoder(torch.tensor(text + tree), Packed([4, len(tree)])))
+    assert (both - torch.cat([want, plain(TREES["flat"], weights)])).abs().max() <= 1e-4
+
+
 def test_decoding_is_the_pass_in_pieces(tmp_path: Path) -> None:
     decoder, _ = random_model(tmp_path)
     ids = decoder.tree(TREES["nested"], encode)

@@ -51,6 +51,10 @@ def read(keys: Keys) -> DecoderConfig:
         raise keys.refuse(f"distance_scale is {keys.take('distance_scale')}", f"must be {NUMBER}")
     if keys.take("base", 10_000) != 10_000:
         raise keys.refuse(f"base is {keys.take('base')}", "must be 10000")
+    buckets = keys.number("position_bias_num_buckets", 256)
+    far = keys.number("position_bias_max_distance", 2048)
+    if buckets % 4 or far <= buckets // 4:
+        raise keys.refuse(f"{buckets} buckets for distances up to {far}", "cannot be told apart")
     keys.taken |= {"half", "init_std", "dropout_p", "is_encoder_decoder"}
     return BeeConfig(
         vocab=vocab,
@@ -65,9 +69,9 @@ def read(keys: Keys) -> DecoderConfig:
         position="none",
         activation="gelu",
         tied=True,
-        buckets=keys.number("position_bias_num_buckets", 256),
+        buckets=buckets,
         segment_buckets=keys.number("position_bias_num_segment_buckets", 32),
-        far=keys.number("position_bias_max_distance", 2048),
+        far=far,
         marks=Marks(vocab, FIRST, LAST, ROOT, ANSWER),
         input=(INPUT,) if vocab > INPUT else (),
         without_attention=tuple(n for n, (attention, _) in enumerate(masked) if attention),
