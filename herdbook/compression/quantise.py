@@ -34,6 +34,7 @@ from herdbook.data import records
 from herdbook.errors import ConfigError
 from herdbook.model.checkpoint import gguf_family, load_decoder, save_gguf
 from herdbook.model.decoder import Block, Decoder
+from herdbook.model.family import gguf_metadata
 from herdbook.model.layout import Packed
 from herdbook.model.mlp import MLP
 from herdbook.tokens.chat import Rendering, render
@@ -67,7 +68,7 @@ class Quantise(Step):
             )
         tokenizer = Tokenizer.load(source.path)
         decoder = load_decoder(source.path, dtype=torch.float32)
-        gguf_family(decoder)  # refuses those that GGUF does not know
+        gguf_metadata(decoder.config, gguf_family(decoder))  # refused before the work, if so
         before = parity.text_logits(decoder, tokenizer)
         matrices = sum(len(group) for block in decoder.blocks for group in readers(block))
         kept = 0

@@ -30,6 +30,7 @@ from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
+from herdbook.model.prefix import find_context
 
 if TYPE_CHECKING:
     from herdbook.tokens.tokenizer import Tokenizer
@@ -87,8 +88,8 @@ class Engine:
         assert not self._active, "forget() while requests run"
         pages, page_tokens, max_batch_tokens = self._size
         self.pool = PagePool(pages, page_tokens)
-        share, whole = self.decoder.memory == "pages", self.decoder.whole_prompts
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share, whole=whole)
+        share = self.decoder.memory == "pages"
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
         self.runner = Runner(self.decoder, Cache(pages, page_tokens))
 
     @property
@@ -128,6 +129,7 @@ class Engine:
         room = self.most_tokens - len(ids)
         if room < 1:
             raise self._too_long(len(ids))
+        config = self.decoder.config
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
@@ -135,6 +137,8 @@ class Engine:
             out=TextOut(
                 self.tokenizer.stream() if self.tokenizer else None, sampling.stop, self.escapes
             ),
+            context=find_context(ids, config) if config.prefix else None,
+            whole=self.decoder.whole_prompts,
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)

@@ -40,12 +40,17 @@ def page_hash(before: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(before + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
-def chain(ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """The hashes of all full pages of `ids`; `known` are those computed before."""
+def chain(
+    ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = (), before: bytes = b""
+) -> list[bytes]:
+    """The hashes of all full pages of `ids`; `known` are those computed before.
+
+    before: what else the first page's contents depend on.
+    """
     keys = list(known)
     for i in range(len(keys), len(ids) // page_tokens):
         page = ids[i * page_tokens : (i + 1) * page_tokens]
-        keys.append(page_hash(keys[-1] if keys else b"", page))
+        keys.append(page_hash(keys[-1] if keys else before, page))
     return keys
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
 from herdbook.model.carried import Carried
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Layout
 
@@ -69,6 +70,7 @@ class _Span:
         self.first, self.n = first, sequence.scheduled
         self.start = sequence.computed
         self.end = self.start + self.n
+        self.context = sequence.context.tokens if sequence.context else 0
         self._page_tokens, self._device = page_tokens, device
         self.pages = sequence.pages[: -(-self.end // page_tokens)]
         self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
@@ -105,7 +107,7 @@ class _Span:
             oldest = 0 if window is None else max(0, self.start - window + 1)
             queries = torch.arange(self.start, self.end, device=self._device)
             keys = torch.arange(oldest, self.end, device=self._device)
-            hidden = keys > queries[:, None]
+            hidden = (keys > queries[:, None]) & (keys >= self.context)
             if window is not None:
                 hidden |= keys <= queries[:, None] - window
             mask = (
@@ -165,13 +167,23 @@ class Paged:
             slots += span.slots()
             positions += range(span.start, span.end)
             self._spans.append(span)
+        self.positions = torch.tensor(positions, device=device)  # [T]
+        places = [
+            one.context.places(one.computed, one.computed + one.scheduled, device)
+            for one in batch
+            if one.context  # in a prefix model all have one
+        ]
+        if places:
+            self.positions = torch.cat(places)
         decoding = [span for span in self._spans if span.n == 1 and span.start]
         self._decoding = None
         if len(decoding) > 1:
             self._decoding = _Decoding(decoding, cache.page_tokens, device)
             self._spans = [span for span in self._spans if span.n > 1 or not span.start]
         self._slots = torch.tensor(slots, device=device)
-        self.positions = torch.tensor(positions, device=device)  # [T]
+
+    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
+        """The engine found them when the prompts came; a step has only some of their tokens."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
@@ -196,7 +208,7 @@ class Paged:
                 mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
             else:
                 mine = self._cache.read(layer, *span.reach(window))
-            plain = whole and not look.slopes
+            plain = whole and not look.slopes and span.context < 2
             out = attend(
                 q[rows].transpose(0, 1)[None],
                 mine[0][None],

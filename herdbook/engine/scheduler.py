@@ -11,7 +11,8 @@ Neither starves: no more sequences run than a step has tokens, so while one is i
 most `max_batch_tokens - 1` others can decode, and at least one token of the budget is left for it.
 
 A sequence gets the pages of its whole prompt when it is admitted and one page at a time while it
-decodes. When none is left, the last-in is preempted: it gives its pages back and returns to the
+decodes. The context of a prefix model's prompt is never cut: a step that begins one computes it all,
+more tokens than `max_batch_tokens` if it must. When none is left, the last-in is preempted: it gives its pages back and returns to the
 head of the queue, its prompt now being all its tokens (most of which it finds again in the cache).
 The oldest can always go on, since alone it fits (checked at submit): so every request ends.
 """
@@ -25,18 +26,11 @@ from herdbook.engine.sequence import Sequence
 
 
 class Scheduler:
-    """share: pages hold what they say, so a later prompt that begins alike can use them.
+    """share: pages hold what they say, so a later prompt that begins alike can use them."""
 
-    whole: a prompt is never cut; a step that begins one computes it all, more than its budget if it
-    must.
-    """
-
-    def __init__(
-        self, pool: PagePool, max_batch_tokens: int, *, share: bool = True, whole: bool = False
-    ) -> None:
+    def __init__(self, pool: PagePool, max_batch_tokens: int, *, share: bool = True) -> None:
         assert max_batch_tokens > 0
-        self.pool, self.max_batch_tokens = pool, max_batch_tokens
-        self.share, self.whole = share, whole
+        self.pool, self.max_batch_tokens, self.share = pool, max_batch_tokens, share
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -86,7 +80,7 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        sequence.scheduled = sequence.remaining if self.whole else min(sequence.remaining, budget)
+        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together)
         batch.append(sequence)
         return sequence.scheduled
 

@@ -10,18 +10,29 @@ from __future__ import annotations
 
 import time
 
-from herdbook.engine.pages import chain
+from herdbook.engine.pages import chain, page_hash
 from herdbook.engine.request import Finish, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
 from herdbook.model.carried import State
+from herdbook.model.prefix import Context
 
 
 class Sequence:
     """The state of one request; the scheduler and the engine change it."""
 
-    def __init__(self, request: Request, limit: int, chooser: Chooser, out: TextOut) -> None:
+    def __init__(
+        self,
+        request: Request,
+        limit: int,
+        chooser: Chooser,
+        out: TextOut,
+        context: Context | None = None,
+        whole: bool = False,
+    ) -> None:
         self.request = request
+        self.context = context  # of a prefix model's prompt; it is computed in one step
+        self.whole = whole  # whatever waits to be computed is computed in one step
         self.ids = list(request.ids)
         self.prompt_tokens = len(self.ids)
         self.limit = limit  # most tokens that the reply may have
@@ -44,13 +55,26 @@ class Sequence:
         return len(self.ids) - self.computed
 
     @property
+    def together(self) -> int:
+        """So many of the next tokens must be computed in one step: the rest of a prefix's context, or
+        all."""
+        if self.whole:
+            return self.remaining
+        return max(0, self.context.tokens - self.computed) if self.context else 0
+
+    @property
     def reply_tokens(self) -> int:
         return len(self.ids) - self.prompt_tokens
 
     def hash_pages(self, page_tokens: int) -> list[bytes]:
-        """Hashes of the full pages; only new ones are computed."""
+        """Hashes of the full pages; only new ones are computed.
+
+        In a context that sees itself whole, every page depends on all of it.
+        """
         if (len(self.keys) + 1) * page_tokens <= len(self.ids):
-            self.keys = chain(self.ids, page_tokens, self.keys)
+            whole = self.ids[: self.context.tokens] if self.context else []
+            before = page_hash(b"", whole) if whole else b""
+            self.keys = chain(self.ids, page_tokens, self.keys, before)
         return self.keys
 
     def append(self, token: int) -> None:

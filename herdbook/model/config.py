@@ -33,11 +33,11 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class PrefixMarks:
-    """Token ids by which a prefix language model finds its context: it ends before `start`; the reply
-    stands, by its first position, where the last of `masks` is."""
+    """Token ids by which a prefix language model finds its context (herdbook/model/prefix.py)."""
 
-    start: int
-    masks: tuple[int, ...]
+    start: int  # <sop>: the context ends before it
+    whole: int  # [gMASK]: the reply goes on from the text
+    blank: int  # [MASK]: the reply fills a gap of it
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         assert self.heads % self.kv_heads == 0 and self.head_dim % 2 == 0
         assert len(self.windows) in (0, self.layers)
+        assert not (self.prefix and any(self.windows)), "a context is seen whole"
 
     def window(self, layer: int) -> int | None:
         return self.windows[layer] if self.windows else None

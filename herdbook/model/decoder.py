@@ -181,6 +181,8 @@ class Decoder(nn.Module):
 
     def start(self, ids: Tensor, layout: Layout) -> Tensor:
         """ids [T] → what the first block reads, [T, hidden]."""
+        if self.config.prefix is not None:
+            layout.find_contexts(ids, self.config)
         x: Tensor = self.embed(ids)
         if self.config.embed_scale != 1.0:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)

@@ -6,6 +6,9 @@ The decoder knows nothing of documents, batches or caches: it hands q, k and v o
 layout. `Packed` lays whole documents end to end (training, scoring); the engine's layout keeps keys
 and values in pages. The same decoder code runs in both, which is why what is served is what was
 trained.
+
+A prefix model (herdbook/model/prefix.py) finds its contexts in the tokens, so the decoder shows them to
+the layout before it asks for positions: whoever lays out documents need not know.
 """
 
 from __future__ import annotations
@@ -18,10 +21,16 @@ import torch
 from torch import Tensor
 
 from herdbook.model.attention import Look, attend
+from herdbook.model.config import DecoderConfig
+from herdbook.model.prefix import find_context
 
 
 class Layout(Protocol):
-    positions: Tensor  # int64 [T], each token's place in its own document
+    positions: Tensor  # int64 [T], each token's place in its own document; [T, 2] with rope2d
+
+    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
+        """ids [T]: called first, for prefix models alone."""
+        ...
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D], k and v [T, KV, D] (rotated) → [T, H, D]."""
@@ -30,9 +39,10 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class _Group:
-    """Documents of one length, attended in one batched call."""
+    """Documents of one length (and one context), attended in one batched call."""
 
     length: int
+    context: int  # tokens that see each other whole
     count: int
     rows: Tensor | slice  # their tokens on the flat axis, document after document
 
@@ -52,24 +62,37 @@ class Packed:
         self.lengths = tuple(lengths)
         self.notes: dict[str, Any] = {}  # what a model finds out about these documents at its start
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        starts: dict[int, list[int]] = {}
+        self._arrange([0] * len(lengths))
+
+    def _arrange(self, contexts: Sequence[int]) -> None:
+        """Group the documents; contexts: the tokens of each that see each other whole."""
+        device = self.positions.device
+        starts: dict[tuple[int, int], list[int]] = {}
         at = 0
-        for n in lengths:
-            starts.setdefault(n, []).append(at)
+        for n, context in zip(self.lengths, contexts, strict=True):
+            starts.setdefault((n, context if context > 1 else 0), []).append(at)
             at += n
         self.groups: list[_Group] = []
-        for n, firsts in starts.items():
+        for (n, context), firsts in starts.items():
             if firsts == list(range(firsts[0], firsts[0] + n * len(firsts), n)):  # side by side
                 rows: Tensor | slice = slice(firsts[0], firsts[0] + n * len(firsts))
             else:
                 first = torch.tensor(firsts, device=device)
                 rows = (first[:, None] + torch.arange(n, device=device)).flatten()
-            self.groups.append(_Group(n, len(firsts), rows))
+            self.groups.append(_Group(n, context, len(firsts), rows))
         order = torch.arange(at, device=device)
         taken = torch.cat([order[g.rows] for g in self.groups])
         # where each token's result lies once the groups' results are put end to end
         self.back = None if torch.equal(taken, order) else torch.argsort(taken)
-        self._masks: dict[tuple[int, Look], Tensor] = {}
+        self._masks: dict[tuple[int, int, Look], Tensor] = {}
+
+    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
+        documents = torch.split(ids, list(self.lengths))
+        found = [find_context(one.tolist(), config) for one in documents]
+        device = self.positions.device
+        places = (one.places(0, n, device) for one, n in zip(found, self.lengths, strict=True))
+        self.positions = torch.cat(list(places))
+        self._arrange([one.tokens for one in found])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         parts = []
@@ -79,39 +102,50 @@ class Packed:
                 t[g.rows].view(g.count, g.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
             )
             mask = None
-            if look.slopes or (look.window is not None and look.window < g.length):
-                mask = self._mask(g.length, look, q)
+            windowed = look.window is not None and look.window < g.length
+            if look.slopes or windowed or g.context:
+                mask = self._mask(g.length, g.context, look, q)
             out = attend(qg, kg, vg, look, mask, causal=mask is None)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         if self.back is None:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         return torch.cat(parts)[self.back]
 
-    def _mask(self, length: int, look: Look, q: Tensor) -> Tensor:
+    def _mask(self, length: int, context: int, look: Look, q: Tensor) -> Tensor:
         """What the row's token sees of the column's: bool [L, L], or with ALiBi [H, L, L] to add."""
-        if (length, look) not in self._masks:
+        if (length, context, look) not in self._masks:
             at = torch.arange(length, device=q.device)
             back = at[:, None] - at
-            mask = back >= 0
+            mask = (back >= 0) | (at < context)
             if look.window is not None:
                 mask &= back < look.window
             if look.slopes:
                 mask = look.bias(at, at, q.dtype).masked_fill(~mask, float("-inf"))
-            self._masks[length, look] = mask
-        return self._masks[length, look]
+            self._masks[length, context, look] = mask
+        return self._masks[length, context, look]
 
 
 class Masked:
     """The plain twin of Packed: one [T, T] mask over everything, softmax written out."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
         self.positions = torch.cat([torch.arange(n) for n in lengths])
+        self.context = torch.zeros(len(self.positions), dtype=torch.bool)
         self.document = torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])
+
+    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
+        places = []
+        for i, n in enumerate(self.lengths):
+            found = find_context(ids[self.document == i].tolist(), config)
+            self.context[self.document == i] = torch.arange(n) < found.tokens
+            places.append(found.places(0, n))
+        self.positions = torch.cat(places)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         at = torch.arange(len(q))
         back = at[:, None] - at
-        sees = (back >= 0) & (self.document[:, None] == self.document)
+        sees = ((back >= 0) | self.context) & (self.document[:, None] == self.document)
         if look.window is not None:
             sees &= back < look.window
         repeat = q.shape[1] // k.shape[1]

@@ -59,7 +59,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         weight = base.weight
         assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
-        outputs, inputs = weight.shape
+        outputs, inputs = self.outputs, self.inputs = weight.shape
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank

@@ -10,13 +10,16 @@ import torch
 from raising import Place
 
 from herdbook.book.book import Book
-from herdbook.compression import merge
+from herdbook.compression import merge, quantise
 from herdbook.compression.merge import Merge
 from herdbook.compression.quantise import Quantise
-from herdbook.errors import ConfigError, GateError
+from herdbook.errors import ConfigError, FamilyError, GateError
 from herdbook.files import gguf
-from herdbook.model.checkpoint import load_decoder
+from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.decoder import Decoder
+from herdbook.model.families import families
 from herdbook.model.lora import merge_lora
+from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
 
 
@@ -116,3 +119,29 @@ def test_a_plain_adapter_is_rounded(raised: Book):
     eight = Quantise(model="plain-merged", format="Q8_0").run(raised, name="plain-int8")
     assert eight.metrics["size_bytes"] > int4.metrics["size_bytes"]
     assert learnt(raised, "plain-int8") == pytest.approx(learnt(raised, "plain-merged"), abs=0.02)
+
+
+def test_what_gguf_cannot_say_is_refused_before_the_work(
+    raised: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A Falcon with ALiBi, which llama.cpp does not know."""
+    tokenizer = Tokenizer.load(raised.get("base").path)
+    source = {
+        "model_type": "falcon",
+        "vocab_size": tokenizer.size,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "alibi": True,
+    }
+    decoder = Decoder(families()["falcon"].config(source, "here"))
+    decoder.family = "falcon"
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_hf(decoder, tokenizer, tmp_path / "rw", torch.float32)
+    Place(folder=str(tmp_path / "rw")).run(raised, name="rw")
+    monkeypatch.setattr(quantise, "round_to_q4_1", lambda *_: pytest.fail("this takes long"))
+    with pytest.raises(FamilyError, match=r"cannot be written as GGUF.*\n.*--to hf"):
+        Quantise(model="rw").run(raised, name="rw-int4")
+    assert raised.find("rw-int4") is None

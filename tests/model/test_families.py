@@ -104,7 +104,8 @@ def test_the_engine_gives_what_a_plain_pass_gives(described: tuple[Family, Decod
     _, config = described
     decoder = random_decoder(config)
     dice = random.Random(5)
-    prompts = [[dice.randrange(1, config.vocab) for _ in range(n)] for n in (1, 9, 23, 23)]
+    marks = [config.prefix.whole, config.prefix.start] if config.prefix else []
+    prompts = [[dice.randrange(1, config.vocab) for _ in range(n)] + marks for n in (1, 9, 23, 23)]
     engine = Engine(decoder, None, page_tokens=4, pages=64, max_batch_tokens=16)
     sampling = Sampling(max_tokens=8, ignore_eos=True)
     replies = engine.generate([Request(ids, sampling) for ids in prompts])

@@ -171,3 +171,18 @@ def test_falcons_slopes_are_rounded_as_in_its_training(tmp_path: Path) -> None:
     model = make("falcon-rw", tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     assert differ(ours(decoder, prompt(700)), theirs(model, prompt(700))) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_stays_as_near_as_theirs(shape: str, tmp_path: Path) -> None:
+    model = make(shape, tmp_path)
+    ids = prompt(60)
+    want = theirs(model, ids)
+    decoder = load_decoder(tmp_path, dtype=torch.bfloat16)
+    peer = theirs(model.bfloat16(), ids).float()
+    assert (ours(decoder, ids) - want).abs().mean() <= 1.5 * (peer - want).abs().mean()
+    # paged, with ALiBi's bias and masks in bfloat16 too
+    sampling = Sampling(max_tokens=4, ignore_eos=True)
+    engine = Engine(decoder, None, page_tokens=4, max_batch_tokens=16)
+    replies = engine.generate([Request(ids[:n], sampling) for n in (1, 30, 9)])
+    assert all(len(reply.ids) == 4 for reply in replies)

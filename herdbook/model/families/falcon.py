@@ -62,7 +62,9 @@ def read(keys: Keys) -> DecoderConfig:
     hidden = keys.number(keys.either("hidden_size", "n_embed"))
     heads = keys.number(keys.either("num_attention_heads", "n_head"))
     kv_heads = keys.number(keys.either("num_kv_heads", "n_head_kv"), heads)
-    grouped, bias = keys.flag("new_decoder_architecture"), keys.flag("bias")
+    # the first 40B has no key for its architecture, but for its groups a name of their own
+    grouped = keys.flag("new_decoder_architecture", "n_head_kv" in keys.source)
+    bias = keys.flag("bias")
     if keys.flag("multi_query", True) and not grouped:
         kv_heads = 1
     if heads % kv_heads:
