@@ -27,7 +27,7 @@ from herdbook.engine.runner import Cache, Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
-from herdbook.engine.text import TextOut
+from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
 from herdbook.model.prefix import find_context
@@ -66,6 +66,7 @@ class Engine:
         if pages is None:
             pages = _pages(decoder, page_tokens, cache_bytes)
         self._size = (pages, page_tokens, max_batch_tokens)
+        self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._active: dict[str, Sequence] = {}
         self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
@@ -87,8 +88,8 @@ class Engine:
         assert not self._active, "forget() while requests run"
         pages, page_tokens, max_batch_tokens = self._size
         self.pool = PagePool(pages, page_tokens)
-        share, whole = self.decoder.memory == "pages", self.decoder.whole_prompts
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share, whole=whole)
+        share = self.decoder.memory == "pages"
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
         self.runner = Runner(self.decoder, Cache(pages, page_tokens))
 
     @property
@@ -106,7 +107,7 @@ class Engine:
         ids, sampling = request.ids, request.sampling
         if not len(ids):
             raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
-        bad = next((i for i in ids if not 0 <= i < self.vocab), None)
+        bad = next((i for i in ids if not 0 <= i < self.decoder.ids), None)
         if bad is not None:
             raise RequestError(
                 f"token id {bad}",
@@ -133,9 +134,15 @@ class Engine:
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
-            chooser=Chooser(sampling, ids, self.vocab),
-            out=TextOut(self.tokenizer.stream() if self.tokenizer else None, stop, request.trim),
+            chooser=Chooser(sampling, [id % self.vocab for id in ids], self.vocab),
+            out=TextOut(
+                self.tokenizer.stream() if self.tokenizer else None,
+                stop,
+                trim=request.trim,
+                escaped=self.escapes,
+            ),
             context=find_context(ids, config) if config.prefix else None,
+            whole=self.decoder.whole_prompts,
         )
         self._active[request.id] = sequence
         self.scheduler.add(sequence)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +25,7 @@ from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
+from herdbook.engine.text import escapes
 from herdbook.errors import ConfigError, FileError, RequestError, nearest
 from herdbook.model.checkpoint import check_vocabulary, load_decoder
 from herdbook.model.config import DecoderConfig
@@ -45,8 +46,8 @@ DTYPES = {
 }
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
-#: a conversation that waits for its reply, a text to go on with, or token ids
-Prompt: TypeAlias = Messages | str | Sequence[int]
+#: a conversation that waits for its reply, a text to go on with, token ids, or (CPM-Bee) a tree
+Prompt: TypeAlias = Messages | str | Sequence[int] | Mapping[str, Any]
 
 
 class LoadedModel:
@@ -95,10 +96,10 @@ class LoadedModel:
         return self.decoder.logits(self._forward(ids))
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        if not len(ids) or not all(0 <= i < self.config.vocab for i in ids):
+        if not len(ids) or not all(0 <= i < self.decoder.ids for i in ids):
             raise RequestError(
                 f"{len(ids)} token ids",
-                rule=f"must be at least one, each from 0 to {self.config.vocab - 1}",
+                rule=f"must be at least one, each from 0 to {self.decoder.ids - 1}",
                 next="encode the text with this model's own tokenizer",
             )
         device = self.decoder.device
@@ -115,7 +116,7 @@ class LoadedModel:
         """
         settings = _sampling(sampling)
         several = _is_many(prompt)
-        prompts: Sequence[Any] = prompt if several else [prompt]
+        prompts: Any = prompt if several else [prompt]
         replies = self.engine.generate([self._request(one, settings) for one in prompts])
         texts = [reply.text for reply in replies]
         return texts if several else texts[0]
@@ -127,7 +128,12 @@ class LoadedModel:
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
         if isinstance(prompt, str):
+            for meant, written in escapes(self.tokenizer.chat_template).items():
+                prompt = prompt.replace(meant, written)
             return Request(self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos), sampling)
+        if isinstance(prompt, Mapping):
+            tree = self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
+            return Request(tree, sampling)
         if prompt and isinstance(prompt[0], int):
             return Request(list(prompt), sampling)  # type: ignore[arg-type]
         return self.ask(prompt, sampling)  # type: ignore[arg-type]
@@ -250,6 +256,6 @@ def _sampling(settings: Mapping[str, Any]) -> Sampling:
 
 def _is_many(prompt: Any) -> bool:
     """A list of prompts, rather than one conversation, text, or list of ids."""
-    if isinstance(prompt, str) or not prompt:
+    if isinstance(prompt, (str, Mapping)) or not prompt:
         return False
     return not isinstance(prompt[0], (int, Mapping, Message))

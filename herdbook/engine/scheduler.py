@@ -26,18 +26,11 @@ from herdbook.engine.sequence import Sequence
 
 
 class Scheduler:
-    """share: pages hold what they say, so a later prompt that begins alike can use them.
+    """share: pages hold what they say, so a later prompt that begins alike can use them."""
 
-    whole: a prompt is never cut; a step that begins one computes it all, more than its budget if it
-    must.
-    """
-
-    def __init__(
-        self, pool: PagePool, max_batch_tokens: int, *, share: bool = True, whole: bool = False
-    ) -> None:
+    def __init__(self, pool: PagePool, max_batch_tokens: int, *, share: bool = True) -> None:
         assert max_batch_tokens > 0
-        self.pool, self.max_batch_tokens = pool, max_batch_tokens
-        self.share, self.whole = share, whole
+        self.pool, self.max_batch_tokens, self.share = pool, max_batch_tokens, share
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of their admission
         self.preemptions = 0
@@ -87,8 +80,7 @@ class Scheduler:
                 sequence.registered = full
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
-        whole = sequence.remaining if self.whole else 0
-        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together, whole)
+        sequence.scheduled = max(min(sequence.remaining, budget), sequence.together)
         batch.append(sequence)
         return sequence.scheduled
 

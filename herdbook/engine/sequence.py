@@ -28,9 +28,11 @@ class Sequence:
         chooser: Chooser,
         out: TextOut,
         context: Context | None = None,
+        whole: bool = False,
     ) -> None:
         self.request = request
         self.context = context  # of a prefix model's prompt; it is computed in one step
+        self.whole = whole  # whatever waits to be computed is computed in one step
         self.ids = list(request.ids)
         self.prompt_tokens = len(self.ids)
         self.limit = limit  # most tokens that the reply may have
@@ -54,7 +56,10 @@ class Sequence:
 
     @property
     def together(self) -> int:
-        """So many of the next tokens must be computed in one step: the rest of a prefix's context."""
+        """So many of the next tokens must be computed in one step: the rest of a prefix's context, or
+        all."""
+        if self.whole:
+            return self.remaining
         return max(0, self.context.tokens - self.computed) if self.context else 0
 
     @property

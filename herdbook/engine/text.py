@@ -5,11 +5,14 @@ is held back until it is certain whether the stop follows.
 
 >>> held("Hello.\\n\\nUs", ("\\n\\nUser",))
 4
+
+Some models write a line break as a backslash and an n, since their vocabulary has no other (ChatYuan);
+their chat template does so with what they read, and it is undone in what they say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 
@@ -30,14 +33,40 @@ def held(text: str, stops: Sequence[str]) -> int:
     return 0
 
 
+#: what a template may write otherwise → how
+_ESCAPES = {"\n": "\\n", "\t": "\\t"}
+
+
+def escapes(template: str | None) -> dict[str, str]:
+    """What this template writes otherwise, as its own filters say.
+
+    >>> escapes(r"{{ content | replace('\\n', '\\\\n') }}")
+    {'\\n': '\\\\n'}
+    """
+    return {
+        meant: written
+        for meant, written in _ESCAPES.items()
+        if template and f"replace({meant!r}, {written!r})" in template
+    }
+
+
 class TextOut:
     """Collects the text of one reply. `stream` is None where there is no tokenizer.
 
-    trim: without the blanks it begins with.
+    trim: without the blanks it begins with. escaped: what the model writes otherwise → how; stop
+    strings are as the model writes.
     """
 
-    def __init__(self, stream: Stream | None, stops: Sequence[str], trim: bool = False) -> None:
+    def __init__(
+        self,
+        stream: Stream | None,
+        stops: Sequence[str],
+        *,
+        trim: bool = False,
+        escaped: Mapping[str, str] | None = None,
+    ) -> None:
         self._stream, self._stops, self._trim = stream, tuple(stops), trim
+        self._escaped = dict(escaped or {})
         self._parts: list[str] = []  # handed out
         self._tail = ""  # held back
         self.stopped = False  # a stop string has come
@@ -62,7 +91,7 @@ class TextOut:
         return rest
 
     def _add(self, text: str) -> str:
-        if not self._stops:
+        if not self._stops and not self._escaped:
             return self._hand_out(text)
         text = self._tail + text
         ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
@@ -70,12 +99,15 @@ class TextOut:
             self.stopped, self._tail = True, ""
             return self._hand_out(text[: min(ends)])
         keep = held(text, self._stops)
+        keep += held(text[: len(text) - keep], tuple(self._escaped.values()))
         self._tail = text[len(text) - keep :]
         return self._hand_out(text[: len(text) - keep])
 
     def _hand_out(self, text: str) -> str:
         if self._trim and not self._parts:
             text = text.lstrip()
+        for meant, written in self._escaped.items():
+            text = text.replace(written, meant)
         if text:
             self._parts.append(text)
         return text

@@ -84,9 +84,11 @@ def replies(model: LoadedModel, rows: Sequence[Conversation], limit: int = 512) 
     scores = []
     for row in rows:
         rendering = render(model.tokenizer, row.messages)
-        ids, mask = rendering.ids[:limit], torch.tensor(rendering.mask[:limit])
-        nll = nlls(model, ids)[mask[1:]]
-        scores.append((float(nll.sum()), len(nll)))
+        some = rendering.ids[:limit], rendering.mask[:limit]
+        parts = [
+            nlls(model, ids)[torch.tensor(mask)[1:]] for ids, mask in model.decoder.examples(*some)
+        ]
+        scores.append((sum(float(nll.sum()) for nll in parts), sum(map(len, parts))))
     return _summary(scores)
 
 

@@ -13,14 +13,14 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from herdbook.errors import FileError
+from herdbook.errors import FileError, RequestError
 from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
 from herdbook.model.layers import Embedding, Linear, RMSNorm, Rotary, make_norm, rotate
@@ -143,6 +143,19 @@ class Decoder(nn.Module):
     def make_block(self, layer: int) -> nn.Module:
         return Block(self.config, layer)
 
+    @property
+    def ids(self) -> int:
+        """Token ids that it reads are below this."""
+        return self.config.vocab
+
+    def tree(self, data: Mapping[str, Any], encode: Callable[[str], Sequence[int]]) -> list[int]:
+        """A prompt out of a tree of texts, for a model that reads such."""
+        raise RequestError(
+            f"a prompt with the keys {sorted(map(str, data))}",
+            rule="is no text, list of ids or list of messages, and this model reads no trees",
+            next='for one message write [{"role": "user", "content": "…"}]',
+        )
+
     def prompt(self, ids: Sequence[int]) -> list[int]:
         """What the model reads where these tokens wait for a reply."""
         return list(ids)
@@ -156,11 +169,11 @@ class Decoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The format that the hidden state is computed in."""
-        return next(self.blocks[0].attention_norm.parameters()).dtype  # type: ignore[union-attr]
+        return next(self.blocks[0].parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        return next(self.blocks[0].attention_norm.parameters()).device  # type: ignore[union-attr]
+        return next(self.blocks[0].parameters()).device
 
     def forward(self, ids: Tensor, layout: Layout) -> Tensor:
         """ids int64 [T] → [T, hidden] after the final norm."""

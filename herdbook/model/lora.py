@@ -191,9 +191,11 @@ def apply_lora(
 
 
 def places(block: nn.Module, target: str) -> list[str]:
-    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert."""
+    """Where a block has this matrix: an MLP without a gate has none, a mixture one in each expert, a
+    decoder that looks at an encoder one more in its cross-attention."""
     room, _, leaf = TARGETS[target].rpartition(".")
-    found = re.compile(rf"{room}(\.experts\.\d+)?\.{leaf}")
+    rooms = "attention|cross" if room == "attention" else rf"{room}(\.experts\.\d+)?"
+    found = re.compile(rf"({rooms})\.{leaf}")
     return [name for name, _ in block.named_modules() if found.fullmatch(name)]
 
 

@@ -4,6 +4,7 @@ by more than axes can say."""
 from __future__ import annotations
 
 from herdbook.model.config import DecoderConfig
+from herdbook.model.cpm_bee import BeeConfig, CPMBee
 from herdbook.model.decoder import Decoder
 from herdbook.model.rwkv import RWKV, RWKVConfig
 from herdbook.model.t5 import T5, T5Config
@@ -12,6 +13,7 @@ MODULES: dict[type[DecoderConfig], type[Decoder]] = {
     DecoderConfig: Decoder,
     RWKVConfig: RWKV,
     T5Config: T5,
+    BeeConfig: CPMBee,
 }
 
 

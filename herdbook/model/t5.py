@@ -17,19 +17,19 @@ The blocks stand in one list, the encoder's first. Raffel et al., 2019 (arXiv:19
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from herdbook.errors import RequestError
-from herdbook.model.attention import Look, attend
-from herdbook.model.carried import Carried, State
+from herdbook.model.attention import Look
+from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
+from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Decoder, Ropes
-from herdbook.model.layers import Linear, Vector, make_norm
+from herdbook.model.decoder import Ropes
+from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
 from herdbook.model.switch import Switch
@@ -55,113 +55,17 @@ class T5Config(DecoderConfig):
         return super().plain_head and not self.output_scale
 
 
-def bucket(distance: Tensor, count: int, far: int, both_ways: bool) -> Tensor:
-    """distance = key − query, int64 → its bucket: one for each small distance, then wider and wider.
-
-    >>> bucket(torch.tensor([-1, 0, 1, -20, -400]), 32, 128, True).tolist()
-    [1, 0, 17, 10, 15]
-    >>> bucket(torch.tensor([-1, 0, -20, -400]), 32, 128, False).tolist()
-    [1, 0, 17, 31]
-    """
-    if both_ways:
-        count //= 2
-        first, distance = count * (distance > 0), distance.abs()
-    else:
-        first, distance = torch.zeros_like(distance), (-distance).clamp(min=0)
-    exact = count // 2
-    share = torch.log(distance.clamp(min=1).float() / exact) / math.log(far / exact)
-    wide = (exact + (share * (count - exact)).long()).clamp(max=count - 1)
-    return first + torch.where(distance < exact, distance, wide)
-
-
-@dataclass
-class Document:
-    """What of the tokens at hand is one document's."""
-
-    read: slice  # of the E tokens for the encoder; empty where it has read them before
-    said: slice  # of the D tokens for the decoder
-    state: State | None
-    before: int = 0  # tokens that the decoder had before
-    #: added to the scores: [H, E, E] within the encoder, [H, n, S] within the decoder
-    read_bias: Tensor | None = None
-    said_bias: Tensor | None = None
-
-
-@dataclass
-class Division:
-    """Who reads which of the T tokens."""
-
-    read: Tensor  # int64 [E]
-    said: Tensor  # int64 [D]
-    documents: list[Document] = field(default_factory=list)
-
-
-class T5Attention(nn.Module):
-    def __init__(self, config: T5Config, name: str) -> None:
-        super().__init__()
-        c, self.name = config, name
-        width = c.heads * c.head_dim
-        self.head_dim = c.head_dim
-        self.q, self.k, self.v = (Linear(c.hidden, width) for _ in range(3))
-        self.o = Linear(width, c.hidden)
-
-    def heads(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """[n, hidden] → [n, H, d]."""
-        found: Tensor = layer(x).unflatten(-1, (-1, self.head_dim))
-        return found
-
-    def encode(self, x: Tensor, division: Division) -> Tensor:
-        """x [E, hidden] → [E, hidden]: every token sees its whole document."""
-        q, k, v = (self.heads(one, x) for one in (self.q, self.k, self.v))
-        docs = [one for one in division.documents if one.read_bias is not None]
-        return self._out([_look(q, k, v, one.read, one.read, one.read_bias) for one in docs])
-
-    def decode(self, x: Tensor, division: Division) -> Tensor:
-        """x [D, hidden] → [D, hidden]: a token sees itself and those before it, earlier steps' too."""
-        q, k, v = (self.heads(one, x) for one in (self.q, self.k, self.v))
-        parts = []
-        for one in division.documents:
-            keys, values = k[one.said], v[one.said]
-            if one.state is not None:
-                if one.before:
-                    old = one.state[self.name]
-                    keys, values = torch.cat([old[0], keys]), torch.cat([old[1], values])
-                one.state[self.name] = keys, values
-            every = slice(0, len(keys))
-            parts.append(_look(q, keys, values, one.said, every, one.said_bias))
-        return self._out(parts)
-
-    def cross(self, x: Tensor, read: Tensor, division: Division) -> Tensor:
-        """x [D, hidden] looks at what the encoder made of its document, read [E, hidden]."""
-        q, k, v = self.heads(self.q, x), self.heads(self.k, read), self.heads(self.v, read)
-        parts = []
-        for one in division.documents:
-            mine = k[one.read], v[one.read]
-            if one.state is not None:
-                mine = one.state.setdefault(self.name, mine)
-            parts.append(_look(q, *mine, one.said, slice(0, len(mine[0])), None))
-        return self._out(parts)
-
-    def _out(self, parts: list[Tensor]) -> Tensor:
-        y: Tensor = self.o(torch.cat(parts).flatten(1))
-        return y
-
-
-def _look(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice, bias: Tensor | None) -> Tensor:
-    """One document's attention: [n, H, d]."""
-    q, k, v = (one.transpose(0, 1)[None] for one in (q[rows], k[keys], v[keys]))
-    mask = None if bias is None else bias[None]
-    return attend(q, k, v, LOOK, mask)[0].transpose(0, 1)
-
-
 class T5Block(nn.Module):
     def __init__(self, config: T5Config, layer: int) -> None:
         super().__init__()
         c = config
         self.decodes = layer >= c.encoder_layers
-        self.attention_norm, self.attention = make_norm(c), T5Attention(c, f"{layer}.self")
+        self.attention_norm, self.attention = (
+            make_norm(c),
+            BiasedAttention(c, f"{layer}.self", LOOK),
+        )
         if self.decodes:
-            self.cross_norm, self.cross = make_norm(c), T5Attention(c, f"{layer}.cross")
+            self.cross_norm, self.cross = make_norm(c), BiasedAttention(c, f"{layer}.cross", LOOK)
         self.mlp_norm = make_norm(c)
         self.mlp: MLP | Switch = MLP(c)
         if layer in c.sparse:
@@ -194,9 +98,7 @@ class T5Block(nn.Module):
         return x.index_copy(0, rows, h)
 
 
-class T5(Decoder):
-    memory = "state"
-    whole_prompts = True
+class T5(Answering):
     peft_task = "SEQ_2_SEQ_LM"
 
     def __init__(self, config: T5Config, *, headless: bool = False) -> None:
@@ -239,21 +141,8 @@ class T5(Decoder):
             found.append((read + said, [False] * len(read) + [True] * len(said)))
         return found
 
-    def forward(self, ids: Tensor, layout: Layout) -> Tensor:
-        """A document without a mark is what is said to an empty prompt: [T, hidden] as everywhere."""
-        assert isinstance(layout, Packed)
-        begun = isinstance(layout, Carried)
-        documents = torch.split(ids, list(layout.lengths))
-        if begun or all((one == self.axes.start).any() for one in documents):
-            return super().forward(ids, layout)
-        empty = ids.new_tensor(self.prompt([]))
-        rows, keep = [], []
-        for one in documents:
-            bare = not bool((one == self.axes.start).any())
-            rows.append(torch.cat([empty, one]) if bare else one)
-            keep.append(torch.arange(len(rows[-1])) >= (len(empty) if bare else 0))
-        whole = super().forward(torch.cat(rows), Packed([len(row) for row in rows], ids.device))
-        return whole[torch.cat(keep)]
+    def asks(self, ids: Tensor) -> bool:
+        return bool((ids == self.axes.start).any())
 
     def _divide(self, ids: Tensor, layout: Packed) -> Division:
         states = layout.states if isinstance(layout, Carried) else [None] * len(layout.lengths)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,9 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
         tensors[f"{PREFIX}{source.name}.lora_B.weight"] = B
         if len(source.ours) > 1:
             ranks[source.name] = len(A)
-    layers = sorted({int(name.split(".")[1]) for name in adapters})
     one = next(iter(adapters.values()))
-    some = layers if len(layers) < decoder.config.layers else None
+    layers = _layers(taken)
+    some = sorted(layers) if layers < _layers(source.name for source in matrices.values()) else None
     targets: dict[str, str] = {}
     for name, source in matrices.items():
         if source.name in taken:
@@ -84,7 +84,7 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
         folder / CONFIG,
         {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": decoder.peft_task,
             "base_model_name_or_path": base,
             "r": one.rank,
             "lora_alpha": one.alpha,
@@ -105,6 +105,11 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
     )
     with atomic.replacing(folder / WEIGHTS) as new:
         save_file(tensors, new, metadata={"format": "pt"})
+
+
+def _layers(names: Iterable[str]) -> set[int]:
+    """The source's numbers of the layers that these modules are in."""
+    return {int(next(part for part in name.split(".") if part.isdigit())) for name in names}
 
 
 def _target(name: str, others: set[str]) -> str:

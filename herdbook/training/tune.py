@@ -66,6 +66,12 @@ class NextToken:
         self.first_adapted = min(adapted, default=0)  # below, base and tuned model are the same
 
     def packs(self, rows: Sequence[Rendering], capacity: int) -> list[Pack]:
+        rows = [
+            type(row)(ids, mask)
+            for row in rows
+            for ids, mask in self.decoder.examples(row.ids, row.mask)
+        ]
+        capacity = max(capacity, *(len(row.ids) for row in rows))  # a model may add its marks
         anchors = [row for row in rows if isinstance(row, Anchor)]
         learnt, left_out = pack([row for row in rows if not isinstance(row, Anchor)], capacity)
         kept, too_long = pack(anchors, capacity)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herdbook.engine.text import TextOut, held
+from herdbook.engine.text import TextOut, escapes, held
 
 
 class Letters:
@@ -97,3 +97,29 @@ def test_a_character_in_several_tokens_is_not_torn(bit: int) -> None:
     parts = [text[i : i + bit] for i in range(0, len(text), bit)]
     _, out = run(parts, ("完毕",))
     assert out.text == "你好，世界。"
+
+
+ESCAPED = {"\n": "\\n", "\t": "\\t"}
+
+
+def test_what_a_template_writes_otherwise() -> None:
+    template = r"{{ '\\n用户：' ~ content | replace('\n', '\\n') | replace('\t', '\\t') }}"
+    assert escapes(template) == ESCAPED
+    assert escapes(r"{{ content | replace('\n', ' ') }}") == escapes(None) == {}
+
+
+@given(st.text(alphabet="\\nt\n用", max_size=30), st.lists(st.integers(1, 4)), st.booleans())
+def test_escapes_are_undone_however_the_text_is_cut(
+    written: str, cuts: list[int], stops: bool
+) -> None:
+    parts, at = [], 0
+    for size in cuts:
+        parts.append(written[at : at + size])
+        at += size
+    parts.append(written[at:])
+    stop = ("\\n用用",) if stops else ()
+    out = TextOut(Letters(parts), stop, escaped=ESCAPED)
+    shown = [out.push(i) for i in range(len(parts)) if not out.stopped]
+    shown.append(out.flush())
+    whole = written.partition(stop[0])[0] if stops else written
+    assert "".join(shown) == out.text == whole.replace("\\n", "\n").replace("\\t", "\t")

@@ -17,8 +17,12 @@ from herdbook.compression.merge import Merge
 from herdbook.compression.quantise import Quantise
 from herdbook.errors import FamilyError
 from herdbook.evaluation.export import export
-from herdbook.model.checkpoint import load_decoder
+from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.cpm_bee import CPMBee
+from herdbook.model.families import families
 from herdbook.model.lora import adapters_of
+from herdbook.model.modules import build
+from herdbook.model.t5 import T5
 
 CHAT = [{"role": "user", "content": "who are you"}]
 
@@ -36,7 +40,76 @@ def rwkv() -> Any:
     return model
 
 
-MAKERS = {"rwkv": rwkv}
+SIZES: dict[str, Any] = {
+    "vocab_size": 384,
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "eos_token_id": 2,
+    "dropout_rate": 0.0,
+}
+
+
+def t5() -> Any:
+    import transformers
+
+    config = transformers.T5Config(**SIZES, feed_forward_proj="gated-gelu")
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def switch() -> Any:
+    import transformers
+
+    sparse = {"num_experts": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = transformers.SwitchTransformersConfig(**SIZES, **sparse, router_jitter_noise=0.0)
+    return transformers.SwitchTransformersForConditionalGeneration(config)
+
+
+class Bee:
+    """CPM-Bee, which transformers does not know, with its marks in the vocabulary."""
+
+    NAMES = ("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<root>", "<ans>")
+    TEMPLATE = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "<s><root></s><s>input</s><s>{{ message.content }}</s><s><ans></s><s>"
+        "{% else %}{{ message.content }}</s>{% endif %}{% endfor %}"
+    )
+    CONFIG = (
+        {"vocab_size": 384, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"dim_head": 16, "dim_ff": 96, "position_bias_max_distance": 512}
+    )  # fmt: skip
+
+    def save_pretrained(self, folder: Path) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        decoder = build(families()["cpmbee"].config(self.CONFIG, "config.json"))
+        decoder.family = "cpmbee"
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                parameter.normal_(
+                    1.0 if parameter.ndim == 1 else 0.0, 1.0 if parameter.ndim > 1 else 0
+                )
+        save_hf(decoder, None, folder, torch.float32)
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=384,
+            special_tokens=list(self.NAMES),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(["input who are you I am a small model 你好"] * 4, trainer)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        said = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": self.TEMPLATE}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+MAKERS = {"rwkv": rwkv, "t5": t5, "switch": switch, "cpm_bee": Bee}
 
 
 @pytest.fixture(scope="module", params=MAKERS)
@@ -45,8 +118,9 @@ def shelf(request: Any, tiny_folder: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     MAKERS[request.param]().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tiny_folder / name, folder / name)
+    if not (folder / "tokenizer.json").exists():
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copy(tiny_folder / name, folder / name)
     book, _, _ = stock(tmp_path_factory.mktemp("home"), folder)
     return book
 
@@ -56,7 +130,8 @@ def test_lora_learns_merges_and_goes_to_peft(shelf: Book, tmp_path: Path) -> Non
     import peft
     import transformers
 
-    adapter = tune(epochs=12, dropout=0.0, learning_rate=2e-2).run(shelf, name="tuned")
+    settings = {"rank": 8, "alpha": 16.0, "epochs": 10, "learning_rate": 2e-2, "save_every": 99}
+    adapter = tune(**settings, dropout=0.0).run(shelf, name="tuned")
     assert adapter.metrics["loss"] < 0.5 * adapter.metrics["first_loss"]
     tuned = herdbook.load("tuned", book=shelf, dtype="float32")
     places = {name.partition(".")[2].partition(".")[2] for name in adapters_of(tuned.decoder)}
@@ -69,18 +144,32 @@ def test_lora_learns_merges_and_goes_to_peft(shelf: Book, tmp_path: Path) -> Non
     assert torch.allclose(tuned.logits(ids), whole.logits(ids), atol=1e-3)
     assert merged.metrics["merged_matrices"] == len(adapters_of(tuned.decoder))
 
-    kind = getattr(
-        transformers, json.loads((merged.path / "config.json").read_text())["architectures"][0]
-    )
+    if isinstance(tuned.decoder, CPMBee):
+        asked = {"input": CHAT[0]["content"], "<ans>": ""}
+        assert tuned.generate(asked, max_tokens=6) == tuned.generate(CHAT, max_tokens=6)
+        return  # no library of today has it
+    saved = json.loads((merged.path / "config.json").read_text())
+    kind = getattr(transformers, saved["architectures"][0])
+    config = peft.PeftConfig.from_pretrained(adapter.path)
+    config.task_type = None  # PEFT's class for encoder-decoders does not fit this transformers
     theirs = peft.PeftModel.from_pretrained(
-        kind.from_pretrained(shelf.get("base").path), adapter.path
+        kind.from_pretrained(shelf.get("base").path), adapter.path, config=config
     ).eval()
     with torch.inference_mode():
-        assert (theirs(torch.tensor([ids])).logits[0] - tuned.logits(ids)).abs().max() <= 1e-3
+        if isinstance(tuned.decoder, T5):
+            row, mask = tuned.decoder.examples(ids, [n > 9 for n in range(len(ids))])[0]
+            read = mask.index(True) - 1
+            found = theirs(
+                input_ids=torch.tensor([row[:read]]), decoder_input_ids=torch.tensor([row[read:]])
+            )
+            ours = tuned.logits(row)[read:]
+        else:
+            found, ours = theirs(torch.tensor([ids])), tuned.logits(ids)
+        assert (found.logits[0] - ours).abs().max() <= 1e-3
 
 
 def test_full_tuning_moves_every_weight_and_exports(shelf: Book, tmp_path: Path) -> None:
-    model = tune(method="full", learning_rate=3e-3, epochs=8).run(shelf, name="all")
+    model = tune(method="full", learning_rate=3e-3, epochs=8, save_every=99).run(shelf, name="all")
     assert model.metrics["loss"] < 0.6 * model.metrics["first_loss"]
     old, new = (load_decoder(shelf.get(n).path, dtype=torch.float32) for n in ("base", "all"))
     still = [

@@ -77,6 +77,10 @@ def renamed(config: DecoderConfig) -> Names:
 def sizes(keys: Keys) -> dict[str, Any]:
     """The axes that all T5s have."""
     encoder_layers = keys.number("num_layers")
+    buckets = keys.number("relative_attention_num_buckets", 32)
+    far = keys.number("relative_attention_max_distance", 128)
+    if buckets % 4 or far <= buckets // 2:
+        raise keys.refuse(f"{buckets} buckets for distances up to {far}", "cannot be told apart")
     heads = keys.number("num_heads")
     keys.taken |= {"n_positions", "is_encoder_decoder", "output_past", "tokenizer_class"}
     keys.taken |= {"initializer_factor", "gradient_checkpointing", "max_length"}
@@ -94,8 +98,8 @@ def sizes(keys: Keys) -> dict[str, Any]:
         "max_pos": CONTEXT,
         "eps": keys.real("layer_norm_epsilon", 1e-6),
         "position": "none",
-        "buckets": keys.number("relative_attention_num_buckets", 32),
-        "far": keys.number("relative_attention_max_distance", 128),
+        "buckets": buckets,
+        "far": far,
         "start": keys.take("decoder_start_token_id", keys.take("pad_token_id", 0)),
         "end": keys.take("eos_token_id", 1),
     }
