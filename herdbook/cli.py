@@ -343,10 +343,17 @@ def show(
     if json:
         _print(artifact.to_mapping())
         return
+    from herdbook.errors import FileError
     from herdbook.evaluation.page import page
     from herdbook.files.atomic import write_text
 
     target = out or book.home / "pages" / f"{artifact.ref}.html"
+    if out and os.path.lexists(out) and not _own_page(out):
+        raise FileError(
+            f"{out} is there already",
+            rule="and is no page of Herdbook's, so it is not overwritten",
+            next="give another --out",
+        )
     write_text(target, page(artifact, book))
     print(target)
     if open:
@@ -476,6 +483,14 @@ def doctor(*, json: Json = False) -> None:
             print(f"{name:<{width}}  {value}")
 
 
+def _own_page(path: Path) -> bool:
+    """Whether a page of ours lies there, which may be written again."""
+    if not path.is_file() or path.is_symlink():
+        return False
+    with path.open("rb") as file:
+        return b"Herdbook</title>" in file.read(2000)
+
+
 def _latest() -> str:
     """The model raised last."""
     from herdbook.errors import UnknownName
@@ -497,9 +512,8 @@ def run(command: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"herd: {error.filename}: {error.strerror}\n  next: check the path", file=sys.stderr)
+        where = error.filename or "while writing"
+        print(f"herd: {where}: {error.strerror}\n  next: check the path", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(

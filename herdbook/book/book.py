@@ -25,7 +25,7 @@ from typing import Any
 
 from herdbook.book.hashing import artifact_id, file_hashes
 from herdbook.errors import BookError, UnknownName, nearest
-from herdbook.files.atomic import sync_folder, sync_tree
+from herdbook.files.atomic import sha256_once, sync_folder, sync_tree
 
 KINDS = ("dataset", "tokenizer", "model", "adapter", "report", "index")
 
@@ -140,10 +140,14 @@ class Book:
         if version == len(MIGRATIONS):
             return
         database.execute("PRAGMA journal_mode = WAL")
-        for number in range(version, len(MIGRATIONS)):
-            database.executescript(
-                f"BEGIN IMMEDIATE; {MIGRATIONS[number]}; PRAGMA user_version = {number + 1}; COMMIT"
-            )
+        with open(self.home / "work" / "migrate.lock", "w") as lock:  # another may be at it
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            for number in range(version, len(MIGRATIONS)):
+                database.executescript(
+                    f"BEGIN IMMEDIATE; {MIGRATIONS[number]}; PRAGMA user_version = {number + 1};"
+                    "COMMIT"
+                )
 
     # ------------------------------------------------------------------ reading
 
@@ -160,7 +164,7 @@ class Book:
         """As `get`, None when it is not there."""
         name, _, version = ref.partition("@")
         with self._connect() as database:
-            if version and not version.isdigit():
+            if version and not (version.isascii() and version.isdigit() and len(version) < 10):
                 return None
             row = database.execute(
                 "SELECT id, name, version FROM names WHERE name = ? AND (? = '' OR version = ?) "
@@ -188,15 +192,24 @@ class Book:
             ).fetchone()
             if row is None:
                 return None
+            if not self.whole(self._artifact(database, row["id"])):
+                return None  # it is made anew
             version = self._name(database, name, row["id"])
             return self._artifact(database, row["id"], name, version)
 
+    def whole(self, artifact: Artifact) -> bool:
+        """Whether its files are there, and those that the id covers (read once a process)."""
+        return all(
+            (artifact.path / name).is_file() and sha256_once(artifact.path / name) == digest
+            for name, digest in artifact.files.items()
+        )
+
     def entries(self, kind: str | None = None) -> list[Artifact]:
-        """Every name at every version, oldest first."""
+        """Every name at every version, in the order in which they were given."""
         with self._connect() as database:
             rows = database.execute(
                 "SELECT n.id, n.name, n.version FROM names n JOIN artifacts a ON a.id = n.id "
-                "WHERE ? IS NULL OR a.kind = ? ORDER BY a.created, n.rowid",
+                "WHERE ? IS NULL OR a.kind = ? ORDER BY n.rowid",
                 (kind, kind),
             ).fetchall()
             return [self._artifact(database, *row) for row in rows]
@@ -281,7 +294,8 @@ class Book:
         place = self._place(kind, id)
         with self._connect() as database:
             known = database.execute("SELECT 1 FROM artifacts WHERE id = ?", (id,)).fetchone()
-        if known is None:
+            damaged = known is not None and not self.whole(self._artifact(database, id))
+        if known is None or damaged:
             sync_tree(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)  # left by a kill before it was entered

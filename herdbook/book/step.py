@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sqlite3
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -134,6 +135,13 @@ class Step(ABC):
             value = getattr(step, one)
             refs = value if isinstance(value, tuple) else (value,) if value else ()
             inputs[one] = tuple(book.get(ref) for ref in refs)
+            for artifact in inputs[one]:
+                if not book.whole(artifact):
+                    raise BookError(
+                        f"{artifact.ref} is damaged: its files are not those that its id covers",
+                        rule="and nothing is made from it",
+                        next=f"herd verify {artifact.ref}; its recipe, given again, makes it anew",
+                    )
         name = name or self.called() or type(self).__name__.lower()
         key = step.key()
         if (known := book.by_key(key, name)) is not None:
@@ -164,15 +172,17 @@ def _disk_errors() -> Iterator[None]:
     """A full disk and a read-only place, told as such."""
     import errno
 
+    from safetensors import SafetensorError
+
     try:
         yield
+    except (sqlite3.OperationalError, SafetensorError) as error:
+        if "disk is full" in str(error) or f"os error {errno.ENOSPC}" in str(error):
+            raise _full() from error
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CapacityError(
-                f"the disk is full ({error.filename or 'while writing'})",
-                rule="and the step could not be finished; the book is as it was",
-                next="free some space, then give the same command again: it goes on from there",
-            ) from error
+            raise _full() from error
         if error.errno in (errno.EROFS, errno.EACCES):
             raise BookError(
                 f"{error.filename}",
@@ -180,6 +190,14 @@ def _disk_errors() -> Iterator[None]:
                 next="set HERDBOOK_HOME to a folder of yours",
             ) from error
         raise
+
+
+def _full() -> CapacityError:
+    return CapacityError(
+        "the disk is full",
+        rule="and the step could not be finished; the book is as it was",
+        next="free some space, then give the same command again: it goes on from there",
+    )
 
 
 def require(step: Step, *names: str) -> None:

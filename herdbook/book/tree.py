@@ -41,12 +41,10 @@ def human_metric(name: str, value: Any) -> str:
 
 
 def reports(book: Book, artifact: Artifact) -> Iterator[Artifact]:
-    """The reports made of `artifact` as the one to be judged (its last model parent)."""
+    """The reports made of `artifact` as the one to be judged (their setting `after`)."""
     for child in book.children(artifact):
-        if child.kind == "report":
-            models = [one for one in book.parents(child) if one.kind == "model"]
-            if models and models[-1].id == artifact.id:
-                yield child
+        if child.kind == "report" and child.config.get("after") == artifact.id:
+            yield child
 
 
 def to_mapping(book: Book, artifact: Artifact) -> dict[str, Any]:

@@ -7,10 +7,14 @@ report's business. What it catches is a wrong name, a transposed or permuted mat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
+from herdbook.errors import GateError
+from herdbook.model.checkpoint import one_tensor, open_checkpoint
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
 from herdbook.tokens.tokenizer import Tokenizer
@@ -33,6 +37,34 @@ class Parity:
     scale: float  # the original's largest logit: differences are judged against it
     mean_kl: float  # nats a token, KL(original ‖ changed)
     top1_agreement: float  # share of tokens whose likeliest successor is the same
+
+
+#: the most that a format's rounding may move a tensor, as a share of its norm. A permuted or
+#: transposed tensor is off by more than 1.
+ROUNDING = {"F32": 1e-6, "F16": 2e-3, "BF16": 2e-2, "Q8_0": 0.03, "Q4_1": 0.25, "Q4_0": 0.35}
+
+
+@torch.no_grad()
+def check_written(decoder: Decoder, path: Path, quant: str) -> float:
+    """Hold every tensor of a file that was written against the decoder's; the largest share.
+
+    GateError where one is off by more than the format's rounding explains.
+    """
+    checkpoint, worst = open_checkpoint(path), (0.0, "")
+    for name in checkpoint.names:
+        wanted = one_tensor(decoder, name, torch.float32)
+        found = checkpoint.read(name, torch.float32)
+        if name == "head.weight" and decoder.config.head_norm:  # only its rows' directions count
+            wanted, found = normalize(wanted), normalize(found)
+        off = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
+        worst = max(worst, (off, name))
+    if not worst[0] <= ROUNDING[quant]:
+        raise GateError(
+            f"tensor {worst[1]} of {path.name} is off by {worst[0]:.3g} of its norm",
+            rule=f"more than the {ROUNDING[quant]:g} that rounding to {quant} explains",
+            next="please report this, with the name of the model",
+        )
+    return worst[0]
 
 
 @torch.no_grad()

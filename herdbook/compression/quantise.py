@@ -79,6 +79,7 @@ class Quantise(Step):
         path = bench.out / "model.gguf"
         save_gguf(decoder, tokenizer, path, self.format)
         parameters = decoder.parameter_count()
+        rounding = parity.check_written(decoder, path, self.format)
         del decoder
         saved = load_decoder(path, dtype=torch.float32)
         found = parity.compare(before, parity.text_logits(saved, tokenizer))
@@ -89,6 +90,7 @@ class Quantise(Step):
             "parameters": parameters,
             "matrices": matrices,
             "exact_matrices": kept,
+            "rounding_share": rounding,
             "mean_kl": found.mean_kl,
             "top1_agreement_share": found.top1_agreement,
             "max_logit_difference": found.max_logit_difference,

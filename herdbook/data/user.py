@@ -43,7 +43,7 @@ class Import(Step):
 
     def make(self, bench: Bench) -> dict[str, Any]:
         parsed = formats.parse(self.data)
-        rows = parsed.conversations
+        rows = list({row.messages: row for row in parsed.conversations}.values())
         order = list(range(len(rows)))
         random.Random(self.seed).shuffle(order)
         order = order[: self.limit or None]
@@ -63,6 +63,7 @@ class Import(Step):
             "rows": parsed.rows,
             "conversations": len(train),
             "heldout": len(held),
+            "repeated": len(parsed.conversations) - len(rows),
             "skipped": sum(parsed.skipped.values()),
             "trimmed": sum(parsed.trimmed.values()),
             **{_key("skipped", reason): n for reason, n in sorted(parsed.skipped.items())},

@@ -11,7 +11,6 @@ Shapes: T tokens, hidden size, vocab size.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
 from herdbook.model.precision import compute_dtype
-from herdbook.model.references import EMBEDDED, resolve
+from herdbook.model.references import may_be_name, resolve
 from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
@@ -185,7 +184,7 @@ def load(
     """
     source = templates.read(template) if template else None
     ref, number = str(ref), _dtype(dtype)
-    if book is None and _may_be_name(ref):
+    if book is None and may_be_name(ref):
         book = Book()
     artifact = book.find(ref) if book is not None else None
     adapter = artifact is not None and artifact.kind == "adapter"
@@ -204,12 +203,6 @@ def load(
     return LoadedModel(decoder, tokenizer, path)
 
 
-def _may_be_name(ref: str) -> bool:
-    """Whether the book has to be asked; what is plainly a path does not even open it."""
-    path = "/" in ref or os.sep in ref or ref.endswith(".gguf")
-    return not (path or ref in EMBEDDED or ref.startswith("hf:"))
-
-
 def _base_of(adapter: Path, book: Book | None) -> Path:
     """The model that an adapter was trained on, by its own word."""
     file = adapter / peft_format.CONFIG
@@ -225,7 +218,7 @@ def _base_of(adapter: Path, book: Book | None) -> Path:
             rule="does not name its base model (base_model_name_or_path)",
             next="write the base model's folder or name there",
         )
-    if book is None and _may_be_name(str(base)):
+    if book is None and may_be_name(str(base)):
         book = Book()
     return resolve(str(base), book)
 

@@ -84,7 +84,8 @@ def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor | None]:
     Ids are None where the whole vocabulary stands, in its own order. Otherwise the most probable
     come first.
     """
-    probabilities = torch.softmax(logits / s.temperature, dim=-1)
+    # the likeliest at 0: a tiny temperature must not take the others beyond all numbers
+    probabilities = torch.softmax((logits - logits.max()) / max(s.temperature, 1e-6), dim=-1)
     tokens: Tensor | None = None
     if 0 < s.top_k < len(logits):
         probabilities, tokens = probabilities.topk(s.top_k)

@@ -107,6 +107,7 @@ def _gguf(ref: str, target: Path, quant: str, book: Book) -> dict[str, Any]:
     quant = quant or "F16"
     original = _load(ref, book)
     save_gguf(original.decoder, original.tokenizer, target, quant)
+    parity.check_written(original.decoder, target, quant)
     found = _compare(original, target, EXACT.get(quant))
     return {"format": quant, "size_bytes": target.stat().st_size, **found}
 

@@ -34,6 +34,12 @@ HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.t
 LEGACY_FILES = ("pytorch_model*.bin", "consolidated.*.pth")
 
 
+def may_be_name(ref: str) -> bool:
+    """Whether the book has to be asked; what is plainly a path does not even open it."""
+    path = "/" in ref or os.sep in ref or ref.endswith(".gguf")
+    return not (path or ref in EMBEDDED or ref.startswith("hf:"))
+
+
 def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Path:
     """The folder or .gguf file of a model. What is not here yet is fetched, once.
 

@@ -13,22 +13,19 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 
+from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
 from herdbook.errors import ServeError
-from herdbook.model.references import resolve
+from herdbook.model.references import may_be_name, resolve
 from herdbook.serving.api import LOCAL_NAMES, app
 from herdbook.serving.worker import STOP_S, Worker
 from herdbook.tokens import templates
-
-if TYPE_CHECKING:
-    from herdbook.book.book import Book
 
 
 def serve(
@@ -56,6 +53,8 @@ def serve(
             rule="is reachable from other machines, and there is no API key",
             next="give --key, or set HERDBOOK_API_KEY, or leave --host out",
         )
+    if book is None and any(may_be_name(ref) for ref in refs):
+        book = Book()
     for ref in refs:
         resolve(ref, book)  # an unknown name is told before anything is opened
     if template:

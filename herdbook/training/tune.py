@@ -11,6 +11,7 @@ but speed and memory.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -217,7 +218,23 @@ class Tune(Step):
                     rule="is no matrix of a block",
                     next=nearest(target, tuple(TARGETS)),
                 )
-        positive = ("rank", "group", "batch", "length", "learning_rate", "save_every")
+        below = {"dropout": 1.0, "warmup_ratio": 1.0, "floor": math.nextafter(1.0, 2.0)}
+        free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
+        given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
+        given |= {f"betas, {beta:g} of {self.betas},": (beta, 1.0) for beta in self.betas}
+        for name, (value, top) in given.items():
+            if not 0 <= value < top:  # also catches not-a-number
+                raise ConfigError(
+                    f"tune.{name} is {value}",
+                    rule="but must be at least 0 and finite"
+                    + (f", and at most {top:.0f}" if top < math.inf else ""),
+                    next=f"correct tune.{name.partition(',')[0]}, or leave it out",
+                )
+        if self.method == "lora" and not self.targets:
+            raise ConfigError(
+                "tune.targets is empty", rule="so nothing would learn", next="name some, as q v"
+            )
+        positive = ("rank", "alpha", "group", "batch", "length", "learning_rate", "save_every")
         for name in (*positive, "epochs" if not self.steps else "steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(
