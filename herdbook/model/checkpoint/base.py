@@ -128,7 +128,8 @@ def check_shapes(
                 rule="but weights are of real ones",
                 next="use the model's files before they were quantised, or a GGUF of it",
             )
-    left = [n for n in found if n not in set(names.values()) and not COMPUTED.fullmatch(n)]
+    wanted = set(names.values())
+    left = [n for n in found if n not in wanted and not COMPUTED.fullmatch(n)]
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise FileError(
