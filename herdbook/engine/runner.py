@@ -21,6 +21,7 @@ from herdbook.model.attention import Look, attend
 from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.layers import Int4Linear
 from herdbook.model.layout import Layout
 
 
@@ -233,6 +234,12 @@ class Runner:
         self.decoder, self.cache = decoder, cache
         self.device = decoder.device
         self._native = native.step_for(decoder, cache.page_tokens)
+        if self._native is not None:
+            # Prompts then always go the dense way: how many rows a step has, which other chats and the
+            # prefix cache decide, must not choose the arithmetic.
+            for layer in decoder.modules():
+                if isinstance(layer, Int4Linear):
+                    layer.forget_kernel()
 
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:

@@ -85,6 +85,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("minimum", minimum)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         self.packed: Tensor | None = None
+        self.scale_and_zero: Tensor | None = None
         if self.outputs % 16 == 0 and codes.device.type == "cpu":
             whole = torch.cat([codes & 15, codes >> 4], -1).view(self.outputs, self.inputs)
             self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)
@@ -106,6 +107,10 @@ class Int4Linear(nn.Module):
         )
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias
+
+    def forget_kernel(self) -> None:
+        """Give the kernel's copy of the weights back; all rows are multiplied densely from now on."""
+        self.packed = self.scale_and_zero = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         d, m = self.scale.float()[..., None], self.minimum.float()[..., None]

@@ -123,6 +123,7 @@ def family(book: Book, tmp_path: Path, made_up: dict[str, Any]) -> dict[str, Art
         "cria-report", "report", "Report", [base, cria, data, tune],
         {"report.json": json.dumps(made_up)},
         {"verdict": made_up["verdict"], "identity_en_share": 1.0, "size_bytes": 84_100_000},
+        {"before": base.id, "after": cria.id},
     )  # fmt: skip
     names = ("base", "data", "tune", "merge", "cria", "report")
     return dict(zip(names, (base, data, tune, merge, cria, report), strict=True))
