@@ -13,6 +13,7 @@ import pytest
 
 from herdbook import cli
 from herdbook.book.book import Book
+from herdbook.model.fetch import Fetch
 from herdbook.tokens import templates
 
 COMMANDS = (
@@ -209,3 +210,16 @@ def test_doctor_tells_what_will_be_used(herd: Herd, home: Path) -> None:
     found = json.loads(herd("doctor", "--json").out)
     assert {"processor", "cores", "memory", "gpu", "computes in", "book"} <= found.keys()
     assert str(home) in found["book"]
+
+
+def test_show_overwrites_nothing_but_its_own_pages(
+    herd: Herd, home: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    Fetch(ref=str(tiny_folder)).run(Book(home), name="mine")
+    page, letter = tmp_path / "page.html", tmp_path / "letter.txt"
+    letter.write_text("Dear Ada,")
+    assert herd("show", "mine", "--out", str(page)).code == 0
+    assert herd("show", "mine", "--out", str(page)).code == 0, "its own page may be written again"
+    refused = herd("show", "mine", "--out", str(letter))
+    assert refused.code != 0 and "is no page of Herdbook's" in refused.err
+    assert letter.read_text() == "Dear Ada,"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from rich.console import Console
 from herdbook.book import tree
 from herdbook.book.book import Book
 from herdbook.book.step import Bench, Inputs, Step
+from herdbook.book.tree import reports
 from herdbook.errors import BookError, CapacityError, UnknownName
 
 
@@ -182,3 +184,54 @@ def test_revision_is_part_of_the_key() -> None:
     Newer.__name__ = "Write"
     assert Newer().key() != Write().key()
     assert replace(Write(), text="x").key() != Write().key()
+
+
+def test_what_is_damaged_is_made_anew_and_never_used(book: Book) -> None:
+    mother = Write("mother").run(book, name="mother")
+    child = Write("child", sources=("mother",)).run(book, name="child")
+    (mother.path / "text.txt").write_text("stranger")
+    with pytest.raises(BookError, match="mother@1 is damaged") as caught:
+        Write("grandchild", sources=("mother",)).run(book)
+    assert "herd verify mother@1" in str(caught.value)
+    shutil.rmtree(child.path)
+    assert Write("mother").run(book, name="mother").id == mother.id
+    assert Write("child", sources=("mother",)).run(book, name="child").id == child.id
+    assert book.verify()[1] == [], "both are as they were"
+
+
+def test_many_may_open_a_new_home_at_once(tmp_path: Path) -> None:
+    code = "import sys; from herdbook.book.book import Book; Book(sys.argv[1]).entries()"
+    command = [sys.executable, "-c", code, str(tmp_path / "new")]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(6)]
+    told = [one.communicate(timeout=60)[1].decode() for one in running]
+    assert [one.returncode for one in running] == [0] * 6, told
+
+
+@pytest.mark.parametrize("ref", ["x@²", "x@99999999999999999999999", "x@"])
+def test_odd_versions_are_unknown(book: Book, ref: str) -> None:
+    Write().run(book, name="x")
+    found = book.find(ref)
+    assert found is None or ref == "x@"
+
+
+def test_entries_stand_in_the_order_of_naming(book: Book) -> None:
+    for name in ("a", "b", "a"):
+        Write(name).run(book, name="first" if name == "a" else "second")
+    Write("c").run(book, name="first")
+    Write("a").run(book, name="first")
+    assert book.entries()[-1].ref == "first@3", "what was raised last, though made before"
+
+
+def test_a_report_hangs_under_what_it_judges(book: Book) -> None:
+    """Full tuning makes a model between base and result: the report is the result's."""
+    base, tune = Write("base").run(book, name="base"), Write("tune").run(book, name="tune")
+    result = Write("result", sources=("tune",)).run(book, name="result")
+    folder = book.home / "work" / "report"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    told = book.add(
+        folder, kind="report", name="report", parents=[base.id, result.id, tune.id], step="Report",
+        key="k", config={"before": base.id, "after": result.id}, metrics={}, versions={},
+    )  # fmt: skip
+    assert [one.id for one in reports(book, result)] == [told.id]
+    assert not list(reports(book, tune)) and not list(reports(book, base))

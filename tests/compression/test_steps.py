@@ -10,12 +10,12 @@ import torch
 from raising import Place
 
 from herdbook.book.book import Book
-from herdbook.compression import merge, quantise
+from herdbook.compression import merge, parity, quantise
 from herdbook.compression.merge import Merge
 from herdbook.compression.quantise import Quantise
 from herdbook.errors import ConfigError, FamilyError, GateError
 from herdbook.files import gguf
-from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.lora import merge_lora
@@ -145,3 +145,15 @@ def test_what_gguf_cannot_say_is_refused_before_the_work(
     with pytest.raises(FamilyError, match=r"cannot be written as GGUF.*\n.*--to hf"):
         Quantise(model="rw").run(raised, name="rw-int4")
     assert raised.find("rw-int4") is None
+
+
+@pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_1", "Q4_0"])
+def test_a_scrambled_tensor_is_no_rounding(tiny_folder: Path, tmp_path: Path, quant: str):
+    """Rows of one matrix in another order: refused in every format, as its rounding is not."""
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
+    save_gguf(decoder, None, tmp_path / "good.gguf", quant)
+    assert parity.check_written(decoder, tmp_path / "good.gguf", quant) <= parity.ROUNDING[quant]
+    weight = decoder.blocks[1].attention.k.weight
+    weight.copy_(weight.roll(1, 0))
+    with pytest.raises(GateError, match=r"blocks\.1\.attention\.k\.weight .* is off by"):
+        parity.check_written(decoder, tmp_path / "good.gguf", quant)

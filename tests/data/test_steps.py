@@ -203,3 +203,13 @@ def test_the_prompts_are_many_distinct_and_not_about_the_assistant() -> None:
     for _, text in texts:
         assert not any(w in text.casefold() for w in ("your name", "who are you", "你是", "你叫"))
     assert retention.CHUNK == 64  # another size makes other files in half-done work folders
+
+
+def test_a_conversation_is_never_on_both_sides(book: Book, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Say {n % 20}.", "output": f"{n % 20}"} for n in range(100)]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Import(data=str(file), heldout=0.3).run(book)
+    train, held = (questions(made.path / f"{name}.jsonl") for name in ("train", "heldout"))
+    assert not set(train) & set(held) and len(train) + len(held) == 20
+    assert made.metrics["repeated"] == 80

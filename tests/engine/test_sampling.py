@@ -156,3 +156,10 @@ def test_without_seed_draws_differ() -> None:
         Chooser(Sampling(temperature=1.0, seed=None), [0], 1000).choose(flat) for _ in range(8)
     }
     assert len(draws) > 1
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-20, 1e-6])
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([1.0, 90.0, 89.0, -3.0])
+    probabilities, _ = candidates(logits, Sampling(temperature=temperature))
+    assert probabilities.tolist() == [0.0, 1.0, 0.0, 0.0]

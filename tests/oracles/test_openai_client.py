@@ -18,6 +18,9 @@ from typing import Any
 import openai
 import pytest
 
+from herdbook.book.book import Book
+from herdbook.model.fetch import Fetch
+
 HI: Any = [{"role": "user", "content": "hello"}]
 START = (
     "import sys; from herdbook.serving.server import serve; serve(sys.argv[1:], port=0, key={key})"
@@ -214,7 +217,7 @@ def test_a_model_that_does_not_load(tmp_path: Path):
 
 def test_the_real_model(smollm2_path: Path):
     """SmolLM2 says where Paris is, as chat and as a stream."""
-    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    question: Any = [{"role": "user", "content": "Name the capital city of France."}]
     for server in running(str(smollm2_path)):
         client, model = server.client(), smollm2_path.name.removesuffix(".gguf")
         whole = client.chat.completions.create(model=model, messages=question, max_tokens=10)
@@ -224,3 +227,14 @@ def test_the_real_model(smollm2_path: Path):
         )
         text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert text == whole.choices[0].message.content
+
+
+def test_a_model_of_the_book_is_served_by_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `herd serve NAME` does after a raise: the server asks the book of HERDBOOK_HOME."""
+    monkeypatch.setenv("HERDBOOK_HOME", str(tmp_path / "home"))
+    Fetch(ref=str(tiny_folder)).run(Book(), name="mine")
+    for server in running("mine"):
+        reply = server.client().chat.completions.create(model="mine", messages=HI, max_tokens=3)
+        assert reply.usage and reply.usage.completion_tokens >= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -117,6 +118,14 @@ def test_a_row_that_teaches_nothing_is_refused_by_name(shelf: Book, monkeypatch)
         ({"targets": ("q", "gat")}, "target 'gat' is no matrix.*did you mean 'gate'"),
         ({"rank": 0}, "tune.rank is 0 but must be above 0"),
         ({"group": 48}, "tune.group is 48 and does not divide the 64 inputs"),
+        ({"dropout": 2.0}, "tune.dropout is 2.0 but must be at least 0 and finite, and at most 1"),
+        ({"learning_rate": math.nan}, "tune.learning_rate is nan but must be at least 0"),
+        ({"clip": -1.0}, "tune.clip is -1.0 but must be at least 0"),
+        ({"betas": (0.9, 1.0)}, "tune.betas, 1 of .* is 1.0 but must be"),
+        ({"floor": math.nan}, "tune.floor is nan"),
+        ({"last_layers": -2}, "tune.last_layers is -2"),
+        ({"alpha": 0.0}, "tune.alpha is 0.0 but must be above 0"),
+        ({"targets": ()}, "tune.targets is empty"),
         ({"model": ""}, "tune.model is empty"),
         ({"data": ()}, "tune.data is empty"),
     ],
