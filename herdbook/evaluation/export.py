@@ -80,7 +80,12 @@ def _peft(ref: str, target: Path, book: Book) -> dict[str, Any]:
         if sha256_file(target / name) != adapter.files[name]:
             raise FileError(f"{adapter.path / name}", rule="was changed", next="herd verify")
     base = next(one for one in book.parents(adapter) if one.kind == "model")
-    return {"adapter": adapter.ref, "base": base.ref}
+    found = {"adapter": adapter.ref, "base": base.ref}
+    merged = (one for one in book.ancestors(book.get(ref)) if adapter.id in one.parents)
+    model = next((one for one in merged if one.kind == "model"), None)
+    if model is not None:  # what was written, on its base, says what the merged model says
+        found |= _compare(_load(model.ref, book), target, EXACT["F32"], book)
+    return found
 
 
 def _hf(ref: str, target: Path, book: Book) -> dict[str, Any]:
@@ -131,9 +136,12 @@ def _load(ref: str, book: Book) -> LoadedModel:
     return model
 
 
-def _compare(original: LoadedModel, written: Path, bound: float | None) -> dict[str, Any]:
-    """Load what was written and hold it against the original. bound: None only reports."""
-    copy = load(str(written), dtype="float32", quantised=False)
+def _compare(
+    original: LoadedModel, written: Path, bound: float | None, book: Book | None = None
+) -> dict[str, Any]:
+    """Load what was written and hold it against the original. bound: None only reports. book: where
+    the base of a written adapter is."""
+    copy = load(str(written), book=book, dtype="float32", quantised=False)
     if original.maybe_tokenizer is None:
         ids = [one % original.config.vocab for one in range(64)]
     else:

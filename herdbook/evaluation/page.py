@@ -201,8 +201,9 @@ def _losses(losses: Iterable[Mapping[str, Any]]) -> str:
     if not picture:
         return ""
     note = _both(
-        "Loss on the assistant's tokens, over the tokens trained so far: every step, and its mean.",
-        "助手词元上的损失，随已训练词元数变化：每一步及其平均。",
+        "Loss a token, over the tokens trained so far: every step, and its mean. Of rows to keep it is "
+        "their weighted divergence from the base.",
+        "每个词元的损失，随已训练词元数变化：每一步及其平均。保留样本的损失是与基座的加权散度。",
     )
     return _section(
         _both("Loss", "损失曲线"),

@@ -16,9 +16,9 @@ from herdbook.errors import ConfigError, FileError, GateError, UnknownName
 from herdbook.evaluation import export as module
 from herdbook.evaluation.export import export
 from herdbook.files import gguf
-from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.fetch import Fetch
-from herdbook.model.lora import put_adapter
+from herdbook.model.lora import merge_lora, put_adapter
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
 
@@ -119,7 +119,9 @@ def test_the_adapter_that_a_model_was_tuned_with(
     enter(book, desk, "merged", "model", [book.get("tiny"), adapter])
     for ref in ("merged", "tuned"):
         target = tmp_path / f"{ref}-peft"
-        assert export(ref, target, to="peft", book=book) == {"adapter": "tuned@1", "base": "tiny@1"}
+        found = export(ref, target, to="peft", book=book)
+        assert (found["adapter"], found["base"]) == ("tuned@1", "tiny@1")
+        assert ("max_logit_difference" in found) == (ref == "merged")
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             assert (target / name).read_bytes() == (adapter.path / name).read_bytes()
     with pytest.raises(UnknownName, match="'tiny' has no adapter among its ancestors"):
@@ -175,3 +177,26 @@ def test_what_says_something_else_is_not_handed_out(
     with pytest.raises(GateError, match="logits of hf differ by"):
         export("tiny", tmp_path / "hf", to="hf", book=book)
     assert not list(tmp_path.glob("*hf*")), "neither it nor anything half-done"
+
+
+def test_an_adapter_that_the_merged_model_does_not_say_is_not_handed_out(
+    tiny: Artifact, book: Book, tmp_path: Path
+) -> None:
+    desk = tmp_path / "adapter"
+    desk.mkdir()
+    decoder = load_decoder(tiny.path, torch.float32)
+    torch.nn.init.normal_(put_adapter(decoder, "blocks.0.attention.q", 2, 4.0).B)
+    torch.nn.init.normal_(decoder.blocks[0].attention.q.A)
+    peft_format.save(decoder, desk, base=tiny.id)
+    tuned = enter(book, desk, "tuned", "adapter", [tiny])
+    merge_lora(decoder)
+    save_hf(decoder, Tokenizer.load(tiny.path), tmp_path / "right", torch.float32)
+    enter(book, tmp_path / "right", "right", "model", [tiny, tuned])
+    found = export("right", tmp_path / "good", to="peft", book=book)
+    assert found["max_logit_difference"] < 1e-3
+    wrong = Path(shutil.copytree(tiny.path, tmp_path / "wrong"))  # as if nothing had been merged
+    (wrong / "LICENSE").touch()
+    enter(book, wrong, "wrong", "model", [tiny, tuned])
+    with pytest.raises(GateError, match="logits of bad differ"):
+        export("wrong", tmp_path / "bad", to="peft", book=book)
+    assert not (tmp_path / "bad").exists()
