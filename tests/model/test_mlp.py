@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from herdbook.files import gguf
+from herdbook.model.checkpoint import save_gguf
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import by_source
 from herdbook.model.mlp import Experts
@@ -28,6 +31,15 @@ def test_expert_by_expert_is_token_by_token(used: int) -> None:
     torch.testing.assert_close(mixture(x), mixture.plain(x), atol=1e-4, rtol=1e-4)
     assert mixture.load is not None and int(mixture.load.sum()) == 37 * used
     assert torch.equal(mixture(x[:0]), x[:0])
+
+
+def test_a_router_is_never_rounded(tmp_path: Path) -> None:
+    decoder = random_decoder(config())
+    decoder.family = "mixtral"
+    save_gguf(decoder, None, tmp_path / "m.gguf", "Q4_1")
+    types = {name: tensor.type for name, tensor in gguf.read(tmp_path / "m.gguf").tensors.items()}
+    assert types["blk.0.ffn_gate_inp.weight"] == "F32"
+    assert types["blk.0.ffn_gate_exps.weight"] == "Q4_1"
 
 
 def test_an_even_load_costs_the_number_of_experts_used() -> None:

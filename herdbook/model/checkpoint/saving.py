@@ -177,10 +177,11 @@ class _Waiting:
 def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     """How a tensor of ours is stored in a file of this quantisation.
 
-    Vectors and learned positions stay F32; beside 4-bit matrices the embedding and the head have 8
+    Vectors, learned positions and routers stay F32 (a router decides which experts see a token, and
+    rounded it decides otherwise); beside 4-bit matrices the embedding and the head have 8
     bits, as they decide every word; rows that do not fill blocks of 32 stay F16.
     """
-    if len(shape) == 1 or name == "places.weight":
+    if len(shape) == 1 or name == "places.weight" or name.endswith(".router.weight"):
         return "F32"
     if quant in ("Q4_0", "Q4_1") and name in ("embed.weight", "head.weight"):
         quant = "Q8_0"
