@@ -157,7 +157,7 @@ class Engine:
             return pieces
         begun = time.perf_counter()
         logits = self.runner.run(batch)
-        ready = [one for one in batch if one.scheduled == one.remaining]
+        ready = [one for one in batch if one.wanted]
         tokens_computed = sum(one.scheduled for one in batch)
         self.scheduler.advance(batch)
         if logits is not None:

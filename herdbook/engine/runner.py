@@ -243,25 +243,27 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
-        """Logits [B, V] for the B sequences of the batch that catch up in this step, in its order.
+        """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
 
-        None when all are inside their prompts. Where there is a native step, every sequence that
-        decodes goes through it, whoever else is served: so its tokens do not depend on the others.
+        Where there is a native step, every sequence that decodes goes through it, whoever else is
+        served: so its tokens do not depend on the others.
         """
         if self._native is None:
             return self._pass(batch)
-        decoding = [one for one in batch if one.scheduled == 1 and one.computed]
-        others = [one for one in batch if not (one.scheduled == 1 and one.computed)]
-        rows: dict[int, Tensor] = {}
+        decoding: list[Sequence] = []
+        others: list[Sequence] = []
+        for one in batch:
+            (decoding if one.scheduled == 1 and one.computed else others).append(one)
+        rows: dict[int, Tensor] = {}  # a sequence's [wanted, V]
         for start in range(0, len(decoding), native.MOST):
             some = decoding[start : start + native.MOST]
-            rows |= {id(one): row for one, row in zip(some, self._decode(some), strict=True)}
+            rows |= {id(one): row[None] for one, row in zip(some, self._decode(some), strict=True)}
         logits = self._pass(others) if others else None
         if logits is not None:
-            ready = (one for one in others if one.scheduled == one.remaining)
-            rows |= {id(one): row for one, row in zip(ready, logits, strict=True)}
-        ordered = [rows[id(one)] for one in batch if one.scheduled == one.remaining]
-        return torch.stack(ordered) if ordered else None
+            each = torch.split(logits, [one.wanted for one in others])
+            rows |= {id(one): some for one, some in zip(others, each, strict=True)}
+        ordered = [rows[id(one)] for one in batch if one.wanted]
+        return torch.cat(ordered) if ordered else None
 
     def _decode(self, batch: Many[Sequence]) -> Tensor:
         """Logits [B, V] of sequences that compute one token after others, by the native step."""
@@ -274,13 +276,12 @@ class Runner:
         return self._native(self.cache.layers(), ids, places, pages, slots)
 
     def _pass(self, batch: Many[Sequence]) -> Tensor | None:
-        """The same by PyTorch; the head is computed for the last tokens alone."""
+        """The same by PyTorch; the head is computed only where logits are wanted."""
         ids: list[int] = []
-        last: list[int] = []
+        wanted: list[int] = []
         for sequence in batch:
             ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
-            if sequence.scheduled == sequence.remaining:
-                last.append(len(ids) - 1)
+            wanted += range(len(ids) - sequence.wanted, len(ids))
         layout: Layout
         if self.decoder.memory == "pages":
             layout = Paged(self.cache, batch, self.device)
@@ -288,6 +289,6 @@ class Runner:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
             layout = Carried(lengths, states, self.device)
         hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
-        if not last:
+        if not wanted:
             return None
-        return self.decoder.logits(hidden[torch.tensor(last, device=self.device)])
+        return self.decoder.logits(hidden[torch.tensor(wanted, device=self.device)])

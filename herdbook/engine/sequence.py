@@ -42,6 +42,8 @@ class Sequence:
         self.keys: list[bytes] = []  # hashes of the full pages of `ids`
         self.computed = 0
         self.scheduled = 0
+        #: logits are wanted after each token from this place on; None: after the last one alone
+        self.wanted_from: int | None = None
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
         self.finish: Finish | None = None
@@ -53,6 +55,12 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute until the next one can be drawn."""
         return len(self.ids) - self.computed
+
+    @property
+    def wanted(self) -> int:
+        """After so many of the scheduled tokens, the last ones, logits are wanted."""
+        first = len(self.ids) - 1 if self.wanted_from is None else self.wanted_from
+        return max(0, self.computed + self.scheduled - max(self.computed, first))
 
     @property
     def together(self) -> int:
