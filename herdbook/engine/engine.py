@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from herdbook.engine.pages import PagePool
 from herdbook.engine.request import Finish, Piece, Reply, Request
-from herdbook.engine.runner import Cache, Runner
+from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
@@ -66,6 +66,7 @@ class Engine:
         if pages is None:
             pages = _pages(decoder, page_tokens, cache_bytes)
         self._size = (pages, page_tokens, max_batch_tokens)
+        self.runner = Runner(decoder, pages, page_tokens)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._active: dict[str, Sequence] = {}
@@ -90,7 +91,7 @@ class Engine:
         self.pool = PagePool(pages, page_tokens)
         share = self.decoder.memory == "pages"
         self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
-        self.runner = Runner(self.decoder, Cache(pages, page_tokens))
+        self.runner.forget()
 
     @property
     def busy(self) -> bool:

@@ -1,6 +1,9 @@
-// One decoding step of a LLaMA-shaped decoder for B sequences, weights of 4 or 8 bits, activations of
-// 8 bits (per block of 32), everything else in float32. Built by native.py on first use; the PyTorch
-// path is its twin.
+// One step of a LLaMA-shaped decoder over T tokens of S sequences, parts of prompts and next tokens
+// alike: weights of 4 or 8 bits, activations of 8 bits (per block of 32), everything else in float32.
+// Built by native.py on first use; the PyTorch path is its twin.
+//
+// Every token is computed by the same operations in the same order, whatever else the step holds: what
+// is drawn for a sequence depends on its own tokens alone, bit by bit.
 //
 // A matrix is kept in tiles of 16 rows × 32 columns (a block), column blocks of a tile one after
 // another, so that a vector register holds 16 rows and the inputs are broadcast:
@@ -11,6 +14,9 @@
 //
 // With x ≈ s · a (a int8) a block's part of the product is scale · s · Σ code·a + minimum · s · Σ a:
 // Σ code·a is what VNNI (or AVX2's byte products) makes of unsigned codes and signed inputs.
+//
+// A page of the cache keeps keys as [KV, D, page_tokens], so that a register holds one dimension of 16
+// keys, and values as [KV, page_tokens, D].
 
 #include <omp.h>
 
@@ -22,7 +28,8 @@
 
 namespace {
 
-constexpr int TILE = 16, BLOCK = 32, GROUP = 4;  // GROUP: sequences that share a pass over the weights
+// GROUP tokens share a pass over the weights, QUERIES one over the keys, MIXES one over the values.
+constexpr int TILE = 16, BLOCK = 32, GROUP = REGISTERS / 4, QUERIES = REGISTERS / 4, MIXES = REGISTERS / 8;
 
 struct Matrix {
     const uint8_t* tiles;
@@ -33,35 +40,62 @@ struct Matrix {
 struct Layer {
     const float *attention_norm, *mlp_norm, *q_norm, *k_norm;  // the last two or null
     Matrix qkv, o, gate_up, down;                               // gate and up: tiles in turn
-    void* cache;                                                // [pages, page_tokens, 2, KV, D]
+    void *keys, *values;                                        // pages of the cache
+    float* scales;                                              // [pages, 2, KV, page_tokens] of int8
     int64_t window;                                             // 0: all
 };
 
 struct Model {
-    int64_t hidden, heads, kv_heads, head_dim, ffn, vocab, layers, page_tokens, bfloat_cache;
+    int64_t hidden, heads, kv_heads, head_dim, ffn, vocab, layers, page_tokens;
+    int64_t cache_bytes;  // of a number in the cache: 4 float32, 2 bfloat16, 1 int8
     float eps, scale;
     const Layer* layer;
     const float* norm;
     Matrix head;
 };
 
-// Inputs of one sequence as int8 with a scale per block.
-struct Inputs {
-    int8_t* codes;   // [columns]
-    float* scales;   // [blocks]
-    float* sums;     // [blocks] scale · Σ codes
+// What a step computes. Rows of one sequence follow one another.
+struct Batch {
+    int64_t rows, sequences, most, wanted, context, threads;
+    float* x;                    // [rows, hidden] embeddings, overwritten
+    const float *cos, *sin;      // [rows, D]
+    const int64_t* positions;    // [rows]
+    const int64_t* slots;        // [rows] where keys and values go
+    const int64_t* firsts;       // [sequences + 1] first row of each
+    const int64_t* pages;        // [sequences, most]
+    const int64_t* wants;        // [wanted] rows whose logits are wanted
+    float* logits;               // [wanted, vocab]
+    char* scratch;
 };
 
-void quantise(const float* x, int64_t columns, Inputs out) {
+// --- products ---------------------------------------------------------------------------------------
+
+// Inputs of rows in int8: those of a group lie side by side, [group, block, 8, GROUP, 4], and for each
+// block their scales and their scale · Σ codes, [group, block, 2, GROUP].
+struct Inputs {
+    int8_t* codes;
+    float* scales;
+    int8_t* codes_of(int64_t group, int64_t columns) const { return codes + group * columns * GROUP; }
+    float* scales_of(int64_t group, int64_t columns) const {
+        return scales + group * (columns / BLOCK) * 2 * GROUP;
+    }
+};
+
+void quantise(const float* x, int64_t columns, Inputs in, int64_t row) {
+    const int64_t n = row % GROUP;
+    int8_t* codes = in.codes_of(row / GROUP, columns) + 4 * n;
+    float* scales = in.scales_of(row / GROUP, columns) + n;
     for (int64_t b = 0; b < columns / BLOCK; b++) {
         const F first = load(x + b * BLOCK), second = load(x + b * BLOCK + 16);
         const float top = peak(most(size(first), size(second)));
         const float scale = top / 127.f;
         const F by = all(top > 0 ? 127.f / top : 0.f);
-        const int32_t total = sum(keep_bytes(out.codes + b * BLOCK, mul(first, by))) +
-                              sum(keep_bytes(out.codes + b * BLOCK + 16, mul(second, by)));
-        out.scales[b] = scale;
-        out.sums[b] = scale * total;
+        int8_t bytes[BLOCK];
+        const int32_t total = sum(keep_bytes(bytes, mul(first, by))) +
+                              sum(keep_bytes(bytes + 16, mul(second, by)));
+        for (int p = 0; p < 8; p++) std::memcpy(codes + (b * 8 + p) * 4 * GROUP, bytes + 4 * p, 4);
+        scales[b * 2 * GROUP] = scale;
+        scales[b * 2 * GROUP + GROUP] = scale * total;
     }
 }
 
@@ -71,63 +105,69 @@ inline int32_t four(const int8_t* p) {
     return found;
 }
 
-template <int N, int BITS>  // N sequences at a time
-inline void tile(const uint8_t* w, int64_t blocks, const Inputs* in, F* y) {
+template <int N, int BITS>  // N rows of inputs at a time
+inline void tile(const uint8_t* w, int64_t blocks, const int8_t* codes, const float* scales, F* y) {
     for (int n = 0; n < N; n++) y[n] = zero();
     for (int64_t b = 0; b < blocks; b++) {
         I sums[N];
         for (int n = 0; n < N; n++) sums[n] = none();
         for (int p = 0; p < BITS; p++) {
-            const C raw = bytes(w + 64 * p), codes = BITS == 8 ? raw : low_half(raw);
+            const C raw = bytes(w + 64 * p), low = BITS == 8 ? raw : low_half(raw);
             for (int n = 0; n < N; n++)
-                sums[n] = dot<BITS>(sums[n], codes, four(in[n].codes + b * BLOCK + 4 * p));
+                sums[n] = dot<BITS>(sums[n], low, four(codes + 4 * (p * GROUP + n)));
             if (BITS == 4) {
                 const C high = high_half(raw);
                 for (int n = 0; n < N; n++)
-                    sums[n] = dot<BITS>(sums[n], high, four(in[n].codes + b * BLOCK + 16 + 4 * p));
+                    sums[n] = dot<BITS>(sums[n], high, four(codes + 4 * ((p + 4) * GROUP + n)));
             }
         }
         w += 64 * BITS;
         const F scale = halves(w), minimum = halves(w + 32);
         w += 64;
         for (int n = 0; n < N; n++) {
-            y[n] = fma(floats(sums[n]), mul(scale, all(in[n].scales[b])), y[n]);
-            y[n] = fma(minimum, all(in[n].sums[b]), y[n]);
+            y[n] = fma(floats(sums[n]), mul(scale, all(scales[n])), y[n]);
+            y[n] = fma(minimum, all(scales[GROUP + n]), y[n]);
         }
+        codes += BLOCK * GROUP, scales += 2 * GROUP;
     }
 }
 
-template <int BITS>
-inline void tiles(const uint8_t* w, int64_t blocks, int N, const Inputs* in, F* y) {
-    switch (N) {
-        case 1: return tile<1, BITS>(w, blocks, in, y);
-        case 2: return tile<2, BITS>(w, blocks, in, y);
-        case 3: return tile<3, BITS>(w, blocks, in, y);
-        default: return tile<4, BITS>(w, blocks, in, y);
-    }
+template <int BITS, int N = GROUP>
+inline void tiles(const uint8_t* w, int64_t blocks, int count, const int8_t* codes,
+                  const float* scales, F* y) {
+    if constexpr (N > 1)
+        if (count < N) return tiles<BITS, N - 1>(w, blocks, count, codes, scales, y);
+    tile<N, BITS>(w, blocks, codes, scales, y);
 }
 
-// Rows 16t to 16t + 15 of the matrix times N inputs.
-inline void tiles(const Matrix& m, int64_t t, int N, const Inputs* in, F* y) {
+// Rows 16t to 16t + 15 of the matrix times `count` inputs of a group.
+inline void tiles(const Matrix& m, int64_t t, int count, Inputs in, int64_t group, F* y) {
     const int64_t blocks = m.columns / BLOCK;
     const uint8_t* w = m.tiles + t * blocks * (64 * m.bits + 64);
-    if (m.bits == 4) tiles<4>(w, blocks, N, in, y);
-    else tiles<8>(w, blocks, N, in, y);
+    const int8_t* codes = in.codes_of(group, m.columns);
+    const float* scales = in.scales_of(group, m.columns);
+    if (m.bits == 4) tiles<4>(w, blocks, count, codes, scales, y);
+    else tiles<8>(w, blocks, count, codes, scales, y);
     if (m.bias)
-        for (int n = 0; n < N; n++) y[n] = add(y[n], load(m.bias + t * TILE));
+        for (int n = 0; n < count; n++) y[n] = add(y[n], load(m.bias + t * TILE));
 }
 
-// This thread's part of y[b][row] (+)= matrix · x[b].
-void multiply(const Matrix& m, const Inputs* in, int64_t B, float* y, int64_t stride, bool onto,
-              int me, int threads) {
+inline int in_group(int64_t rows, int64_t group) {
+    const int64_t left = rows - group * GROUP;
+    return left < GROUP ? int(left) : GROUP;
+}
+
+// This thread's part of y[row] (+)= matrix · inputs[row].
+void multiply(const Matrix& m, Inputs in, int64_t rows, float* y, int64_t stride, bool onto, int me,
+              int team) {
     const int64_t count = m.rows / TILE;
-    for (int64_t t = count * me / threads; t < count * (me + 1) / threads; t++)
-        for (int64_t b = 0; b < B; b += GROUP) {
-            const int N = B - b < GROUP ? int(B - b) : GROUP;
+    for (int64_t t = count * me / team; t < count * (me + 1) / team; t++)
+        for (int64_t group = 0; group * GROUP < rows; group++) {
+            const int N = in_group(rows, group);
             F out[GROUP];
-            tiles(m, t, N, in + b, out);
+            tiles(m, t, N, in, group, out);
             for (int n = 0; n < N; n++) {
-                float* to = y + (b + n) * stride + t * TILE;
+                float* to = y + (group * GROUP + n) * stride + t * TILE;
                 keep(to, onto ? add(load(to), out[n]) : out[n]);
             }
         }
@@ -140,163 +180,283 @@ void rms_norm(const float* x, const float* weight, int64_t count, float eps, flo
     for (int64_t i = 0; i < count; i += 16) keep(y + i, mul(mul(load(x + i), by), load(weight + i)));
 }
 
+// --- attention --------------------------------------------------------------------------------------
+
 // Half style: i turns with i + D/2; sin comes negated in its first half.
 void rotate(float* x, const float* cos, const float* sin, int64_t D) {
-    for (int64_t i = 0; i < D / 2; i++) {
-        const float a = x[i], b = x[i + D / 2];
+    const int64_t half = D / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[i + half];
         x[i] = a * cos[i] + b * sin[i];
-        x[i + D / 2] = b * cos[i + D / 2] + a * sin[i + D / 2];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
     }
 }
 
-// One head of one sequence: q [D] looks at the tokens `first` to `last` of its pages.
+inline float scale_of(const float* x, int64_t D) {  // of a head's numbers in int8
+    F top = zero();
+    for (int64_t d = 0; d < D; d += 16) top = most(top, size(load(x + d)));
+    return peak(top) / 127.f;
+}
+
+// k and v [KV, D] into their slot.
 template <typename T>
-void attend(const Model& m, const T* cache, const int64_t* pages, int64_t first, int64_t last,
-            int64_t kv, const float* q, float* scores, float* y) {
-    const int64_t D = m.head_dim, token = 2 * m.kv_heads * D;
-    const auto at = [&](int64_t i) {
-        return cache + (pages[i / m.page_tokens] * m.page_tokens + i % m.page_tokens) * token + kv * D;
-    };
-    float top = -INFINITY;
-    for (int64_t i = first; i < last; i++) {
-        const T* k = at(i);
-        F dot = zero();
-        for (int64_t d = 0; d < D; d += 16) dot = fma(load(q + d), load(k + d), dot);
-        const float score = sum(dot) * m.scale;
-        scores[i - first] = score;
-        top = score > top ? score : top;
-    }
-    const int64_t count = last - first;
-    float total = 0;
-    for (int64_t i = 0; i < count; i += 16) {
-        keep(scores + i, exponential(sub(load(scores + i), all(top))));
-        if (count - i < 16)
-            for (int64_t j = count; j < i + 16; j++) scores[j] = 0;
-        total += sum(load(scores + i));
-    }
-    for (int64_t d = 0; d < D; d += 64) {
-        F mix[4] = {zero(), zero(), zero(), zero()};
-        const int64_t parts = D - d >= 64 ? 4 : (D - d) / 16;
-        for (int64_t i = first; i < last; i++) {
-            const T* v = at(i) + m.kv_heads * D + d;
-            const F weight = all(scores[i - first]);
-            for (int64_t p = 0; p < parts; p++) mix[p] = fma(weight, load(v + 16 * p), mix[p]);
+void put(const Model& m, const Layer& layer, int64_t slot, const float* k, const float* v) {
+    const int64_t D = m.head_dim, P = m.page_tokens, page = slot / P, at = slot % P;
+    for (int64_t h = 0; h < m.kv_heads; h++, k += D, v += D) {
+        T* keys = (T*)layer.keys + (page * m.kv_heads + h) * D * P + at;
+        T* values = (T*)layer.values + ((page * m.kv_heads + h) * P + at) * D;
+        float key_by = 1, value_by = 1;
+        if (sizeof(T) == 1) {
+            const float key_scale = scale_of(k, D), value_scale = scale_of(v, D);
+            layer.scales[((page * 2) * m.kv_heads + h) * P + at] = key_scale;
+            layer.scales[((page * 2 + 1) * m.kv_heads + h) * P + at] = value_scale;
+            key_by = key_scale > 0 ? 1 / key_scale : 0, value_by = value_scale > 0 ? 1 / value_scale : 0;
         }
-        for (int64_t p = 0; p < parts; p++) keep(y + d + 16 * p, mul(mix[p], all(1.f / total)));
+        for (int64_t d = 0; d < D; d += 16) {
+            T some[16];
+            keep(some, mul(load(k + d), all(key_by)));
+            for (int i = 0; i < 16; i++) keys[(d + i) * P] = some[i];
+            keep(values + d, mul(load(v + d), all(value_by)));
+        }
     }
 }
 
-template <typename T>
-void put(const Model& m, T* cache, int64_t slot, const float* k, const float* v) {
-    T* to = cache + slot * 2 * m.kv_heads * m.head_dim;
-    const int64_t half = m.kv_heads * m.head_dim;
-    for (int64_t i = 0; i < half; i += 16) keep(to + i, load(k + i));
-    for (int64_t i = 0; i < half; i += 16) keep(to + half + i, load(v + i));
+// Up to QUERIES heads that share the keys of one head, of tokens that follow one another.
+struct Asking {
+    const int64_t* pages;
+    int64_t kv, count, first, last;  // of all: they look at first … last − 1
+    const float* q[QUERIES];
+    float* y[QUERIES];
+    int64_t from[QUERIES], to[QUERIES];  // each one's own
+};
+
+template <int N, typename T>
+inline void score(const T* keys, int64_t D, int64_t P, const float* q, F* scores) {
+    for (int n = 0; n < N; n++) scores[n] = zero();
+    for (int64_t d = 0; d < D; d++, q += QUERIES) {
+        const F k = load(keys + d * P);
+        for (int n = 0; n < N; n++) scores[n] = fma(all(q[n]), k, scores[n]);
+    }
 }
+
+template <typename T, int N = QUERIES>
+inline void score_some(int64_t count, const T* keys, int64_t D, int64_t P, const float* q, F* scores) {
+    if constexpr (N > 1)
+        if (count < N) return score_some<T, N - 1>(count, keys, D, P, q, scores);
+    score<N, T>(keys, D, P, q, scores);
+}
+
+// y[n] = Σ weights[n][i] · values[i], dimensions d to d + 16·PARTS, for N queries.
+template <int N, int PARTS, typename T>
+inline void mix(const Model& m, const Layer& layer, const Asking& a, int64_t d, const float* weights,
+                int64_t stride, float* const* y) {
+    const int64_t D = m.head_dim, P = m.page_tokens;
+    F sums[N][PARTS];
+    for (int n = 0; n < N; n++)
+        for (int p = 0; p < PARTS; p++) sums[n][p] = zero();
+    for (int64_t i = a.first; i < a.last;) {
+        const int64_t end = (i / P + 1) * P < a.last ? (i / P + 1) * P : a.last;
+        const T* v = (const T*)layer.values + ((a.pages[i / P] * m.kv_heads + a.kv) * P + i % P) * D + d;
+        for (; i < end; i++, v += D) {
+            F part[PARTS];
+            for (int p = 0; p < PARTS; p++) part[p] = load(v + 16 * p);
+            for (int n = 0; n < N; n++)
+                for (int p = 0; p < PARTS; p++)
+                    sums[n][p] = fma(all(weights[n * stride + i]), part[p], sums[n][p]);
+        }
+    }
+    for (int n = 0; n < N; n++)
+        for (int p = 0; p < PARTS; p++) keep(y[n] + d + 16 * p, sums[n][p]);
+}
+
+template <typename T, int PARTS, int N = MIXES>
+inline void mix_some(int64_t count, const Model& m, const Layer& layer, const Asking& a, int64_t d,
+                     const float* weights, int64_t stride, float* const* y) {
+    if constexpr (N > 1)
+        if (count < N) return mix_some<T, PARTS, N - 1>(count, m, layer, a, d, weights, stride, y);
+    mix<N, PARTS, T>(m, layer, a, d, weights, stride, y);
+}
+
+// scratch: floats, QUERIES · (D + context + 32)
+template <typename T>
+void attend(const Model& m, const Layer& layer, const Asking& a, int64_t context, float* scratch) {
+    const int64_t D = m.head_dim, P = m.page_tokens, count = a.count;
+    const int64_t begin = a.first / 16 * 16, stride = (context + 31) / 16 * 16;
+    float* q = scratch;  // [D, QUERIES], scaled
+    float* scores = scratch + D * QUERIES;  // [QUERIES, stride], by the token's place
+    for (int64_t n = 0; n < count; n++)
+        for (int64_t d = 0; d < D; d++) q[d * QUERIES + n] = a.q[n][d] * m.scale;
+    F tops[QUERIES];
+    for (int64_t n = 0; n < count; n++) tops[n] = all(-INFINITY);
+    for (int64_t i = begin; i < a.last; i += 16) {
+        const int64_t page = a.pages[i / P];
+        F found[QUERIES];
+        score_some<T>(count, (const T*)layer.keys + (page * m.kv_heads + a.kv) * D * P + i % P, D, P, q, found);
+        for (int64_t n = 0; n < count; n++) {
+            float* mine = scores + n * stride + i;
+            if (sizeof(T) == 1)
+                found[n] = mul(found[n], load(layer.scales + (page * 2 * m.kv_heads + a.kv) * P + i % P));
+            keep(mine, found[n]);
+            if (i < a.from[n] || i + 16 > a.to[n]) {
+                for (int64_t j = 0; j < 16; j++)
+                    if (i + j < a.from[n] || i + j >= a.to[n]) mine[j] = -INFINITY;
+                found[n] = load(mine);
+            }
+            tops[n] = most(tops[n], found[n]);
+        }
+    }
+    float totals[QUERIES];
+    for (int64_t n = 0; n < count; n++) {
+        const F top = all(peak(tops[n]));
+        F total = zero();
+        for (int64_t i = begin; i < a.last; i += 16) {
+            float* mine = scores + n * stride + i;
+            F weight = exponential(sub(load(mine), top));
+            total = add(total, weight);
+            if (sizeof(T) == 1)
+                weight = mul(weight, load(layer.scales + ((a.pages[i / P] * 2 + 1) * m.kv_heads + a.kv) * P + i % P));
+            keep(mine, weight);
+        }
+        totals[n] = sum(total);
+    }
+    for (int64_t n = 0; n < count; n += MIXES) {
+        const int64_t some = count - n < MIXES ? count - n : MIXES;
+        int64_t d = 0;
+        for (; d + 64 <= D; d += 64)
+            mix_some<T, 4>(some, m, layer, a, d, scores + n * stride, stride, a.y + n);
+        for (; d < D; d += 16)
+            mix_some<T, 1>(some, m, layer, a, d, scores + n * stride, stride, a.y + n);
+    }
+    for (int64_t n = 0; n < count; n++) {
+        const F by = all(1.f / totals[n]);
+        for (int64_t d = 0; d < D; d += 16) keep(a.y[n] + d, mul(load(a.y[n] + d), by));
+    }
+}
+
+// This thread's part of all attention of a layer: q in qkv [rows, …], results in y [rows, wide].
+template <typename T>
+void attend_all(const Model& m, const Layer& layer, const Batch& batch, const float* qkv, int64_t QKV,
+                float* y, int64_t wide, float* scratch, int me, int team) {
+    const int64_t D = m.head_dim, each = m.heads / m.kv_heads;
+    int64_t task = 0;
+    for (int64_t s = 0; s < batch.sequences; s++) {
+        const int64_t first = batch.firsts[s], asked = (batch.firsts[s + 1] - first) * each;
+        for (int64_t kv = 0; kv < m.kv_heads; kv++)
+            for (int64_t u = 0; u < asked; u += QUERIES) {
+                if (task++ % team != me) continue;
+                Asking a;
+                a.pages = batch.pages + s * batch.most, a.kv = kv;
+                a.count = asked - u < QUERIES ? asked - u : QUERIES;
+                for (int64_t n = 0; n < a.count; n++) {
+                    const int64_t row = first + (u + n) / each, head = kv * each + (u + n) % each;
+                    a.q[n] = qkv + row * QKV + head * D, a.y[n] = y + row * wide + head * D;
+                    a.to[n] = batch.positions[row] + 1;
+                    a.from[n] = layer.window && a.to[n] > layer.window ? a.to[n] - layer.window : 0;
+                }
+                a.first = a.from[0], a.last = a.to[a.count - 1];
+                attend<T>(m, layer, a, batch.context, scratch);
+            }
+    }
+}
+
+int64_t wide_of(const Model& m) {
+    const int64_t widest = m.ffn > m.hidden ? m.ffn : m.hidden;
+    return widest > m.heads * m.head_dim ? widest : m.heads * m.head_dim;
+}
+
+int64_t up64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
 
-// Bytes of scratch memory that a step of B sequences of at most `context` tokens needs.
-extern "C" int64_t herd_scratch(const Model* m, int64_t B, int64_t context, int64_t threads) {
-    const int64_t widest = m->ffn > m->hidden ? m->ffn : m->hidden;
-    const int64_t wide = widest > m->heads * m->head_dim ? widest : m->heads * m->head_dim;
-    const int64_t qkv = (m->heads + 2 * m->kv_heads) * m->head_dim;
-    const int64_t floats = B * (m->hidden + qkv + 2 * wide + 2 * (wide / BLOCK)) +
-                           threads * (context + 16);
-    return 4 * floats + B * wide + B * (int64_t)sizeof(Inputs) + 4096;
+// Bytes of scratch memory that a step of so many rows needs, no sequence longer than `context`.
+extern "C" int64_t herd_scratch(const Model* m, int64_t rows, int64_t context, int64_t threads) {
+    const int64_t wide = wide_of(*m), qkv = (m->heads + 2 * m->kv_heads) * m->head_dim;
+    const int64_t groups = (rows + GROUP - 1) / GROUP;
+    const int64_t inputs = up64(groups * GROUP * wide) + up64(groups * GROUP * wide / BLOCK * 8);
+    const int64_t own = 4 * (wide + QUERIES * (m->head_dim + context + 32));
+    return up64(4 * rows * qkv) + up64(4 * rows * wide) + (threads + 1) * inputs + threads * up64(own);
 }
 
-// x [B, hidden] (the tokens' embeddings, overwritten), cos and sin [B, D], positions [B],
-// pages [B, most], slots [B] → logits [B, vocab].
-extern "C" void herd_step(const Model* model, int64_t B, float* x, const float* cos, const float* sin,
-                          const int64_t* positions, const int64_t* pages, int64_t most,
-                          const int64_t* slots, char* scratch, int64_t context, int64_t threads,
-                          float* logits) {
+extern "C" void herd_step(const Model* model, const Batch* given) {
     const Model& m = *model;
-    const int64_t H = m.hidden, D = m.head_dim, QD = m.heads * D, KD = m.kv_heads * D;
-    const int64_t QKV = QD + 2 * KD, each = m.heads / m.kv_heads;
-    int64_t wide = m.ffn > H ? m.ffn : H;
-    if (QD > wide) wide = QD;
-    auto take = [&](int64_t bytes) {
-        char* p = scratch;
-        scratch += (bytes + 63) / 64 * 64;
-        return p;
-    };
-    float* qkv = (float*)take(4 * B * QKV);
-    float* mid = (float*)take(4 * B * wide);
-    float* scores = (float*)take(4 * threads * (context + 16));
-    float* scales = (float*)take(4 * B * (wide / BLOCK));
-    float* sums = (float*)take(4 * B * (wide / BLOCK));
-    int8_t* codes = (int8_t*)take(B * wide);
-    Inputs* in = (Inputs*)take(B * sizeof(Inputs));
-    for (int64_t b = 0; b < B; b++)
-        in[b] = {codes + b * wide, scales + b * (wide / BLOCK), sums + b * (wide / BLOCK)};
-
-#pragma omp parallel num_threads(threads)
+    const Batch& batch = *given;
+    const int64_t rows = batch.rows, H = m.hidden, D = m.head_dim, wide = wide_of(m);
+    const int64_t QD = m.heads * D, KD = m.kv_heads * D, QKV = QD + 2 * KD;
+    const int64_t groups = (rows + GROUP - 1) / GROUP;
+    // Few rows: each thread makes the inputs of all for itself, which is cheaper than to wait.
+    const bool alone = rows <= GROUP;
+    char* at = batch.scratch;
+    const auto take = [&](int64_t bytes) { char* mine = at; at += up64(bytes); return mine; };
+    float* qkv = (float*)take(4 * rows * QKV);
+    float* mid = (float*)take(4 * rows * wide);
+    char* rest = at;
+    float* x = batch.x;
+#pragma omp parallel num_threads(batch.threads)
     {
         const int me = omp_get_thread_num(), team = omp_get_num_threads();
-        // every thread takes its share of the sequences where work is by sequence
-        const auto normed = [&](const float* weight) {
-            for (int64_t b = me; b < B; b += team) {
-                rms_norm(x + b * H, weight, H, m.eps, mid + b * wide);
-                quantise(mid + b * wide, H, in[b]);
+        const int64_t codes = up64(groups * GROUP * wide), scales = up64(groups * GROUP * wide / BLOCK * 8);
+        char* mine = rest + (alone ? me : 0) * (codes + scales);
+        const Inputs in = {(int8_t*)mine, (float*)(mine + codes)};
+        const int64_t own = up64(4 * (wide + QUERIES * (D + batch.context + 32)));
+        float* normed = (float*)(rest + (batch.threads + 1) * (codes + scales) + me * own);
+        float* scores = normed + wide;
+        // The inputs of the next product: from[row], with a norm before where there is one. A group's
+        // rows lie side by side in memory, so one thread makes them all.
+        const auto prepare = [&](const float* from, int64_t stride, int64_t columns, const float* norm,
+                                 int64_t count, const int64_t* which) {
+            for (int64_t r = 0; r < count; r++) {
+                if (!alone && r / GROUP % team != me) continue;
+                const float* row = from + (which ? which[r] : r) * stride;
+                if (norm) rms_norm(row, norm, columns, m.eps, normed);
+                quantise(norm ? normed : row, columns, in, r);
+            }
+            if (!alone) {
+#pragma omp barrier
             }
         };
         for (int64_t l = 0; l < m.layers; l++) {
             const Layer& layer = m.layer[l];
-            normed(layer.attention_norm);
+            prepare(x, H, H, layer.attention_norm, rows, nullptr);
+            multiply(layer.qkv, in, rows, qkv, QKV, false, me, team);
 #pragma omp barrier
-            multiply(layer.qkv, in, B, qkv, QKV, false, me, team);
-#pragma omp barrier
-            for (int64_t b = me; b < B; b += team) {
-                float* row = qkv + b * QKV;
+            for (int64_t r = me; r < rows; r += team) {
+                float* row = qkv + r * QKV;
                 for (int64_t h = 0; h < m.heads + m.kv_heads; h++) {
                     const float* norm = h < m.heads ? layer.q_norm : layer.k_norm;
                     if (norm) rms_norm(row + h * D, norm, D, m.eps, row + h * D);
-                    rotate(row + h * D, cos + b * D, sin + b * D, D);
+                    rotate(row + h * D, batch.cos + r * D, batch.sin + r * D, D);
                 }
-                if (m.bfloat_cache) put(m, (uint16_t*)layer.cache, slots[b], row + QD, row + QD + KD);
-                else put(m, (float*)layer.cache, slots[b], row + QD, row + QD + KD);
+                const auto put_one = m.cache_bytes == 4 ? put<float> : m.cache_bytes == 2 ? put<uint16_t> : put<int8_t>;
+                put_one(m, layer, batch.slots[r], row + QD, row + QD + KD);
             }
 #pragma omp barrier
-            for (int64_t task = me; task < B * m.heads; task += team) {
-                const int64_t b = task / m.heads, h = task % m.heads, last = positions[b] + 1;
-                const int64_t first = layer.window && last > layer.window ? last - layer.window : 0;
-                const float* q = qkv + b * QKV + h * D;
-                float* y = mid + b * wide + h * D;
-                float* mine = scores + me * (context + 16);
-                if (m.bfloat_cache)
-                    attend(m, (const uint16_t*)layer.cache, pages + b * most, first, last, h / each, q, mine, y);
-                else
-                    attend(m, (const float*)layer.cache, pages + b * most, first, last, h / each, q, mine, y);
-            }
+            const auto attend_some = m.cache_bytes == 4   ? attend_all<float>
+                                     : m.cache_bytes == 2 ? attend_all<uint16_t>
+                                                          : attend_all<int8_t>;
+            attend_some(m, layer, batch, qkv, QKV, mid, wide, scores, me, team);
 #pragma omp barrier
-            for (int64_t b = me; b < B; b += team) quantise(mid + b * wide, QD, in[b]);
+            prepare(mid, wide, QD, nullptr, rows, nullptr);
+            multiply(layer.o, in, rows, x, H, true, me, team);
 #pragma omp barrier
-            multiply(layer.o, in, B, x, H, true, me, team);
-#pragma omp barrier
-            normed(layer.mlp_norm);
-#pragma omp barrier
+            prepare(x, H, H, layer.mlp_norm, rows, nullptr);
             const int64_t pairs = m.ffn / TILE;
             for (int64_t t = pairs * me / team; t < pairs * (me + 1) / team; t++)
-                for (int64_t b = 0; b < B; b += GROUP) {
-                    const int N = B - b < GROUP ? int(B - b) : GROUP;
+                for (int64_t group = 0; group < groups; group++) {
+                    const int N = in_group(rows, group);
                     F gate[GROUP], up[GROUP];
-                    tiles(layer.gate_up, 2 * t, N, in + b, gate);
-                    tiles(layer.gate_up, 2 * t + 1, N, in + b, up);
+                    tiles(layer.gate_up, 2 * t, N, in, group, gate);
+                    tiles(layer.gate_up, 2 * t + 1, N, in, group, up);
                     for (int n = 0; n < N; n++) {  // gate · σ(gate) · up
                         const F below = add(all(1.f), exponential(sub(zero(), gate[n])));
-                        keep(mid + (b + n) * wide + t * TILE, mul(div(gate[n], below), up[n]));
+                        keep(mid + (group * GROUP + n) * wide + t * TILE, mul(div(gate[n], below), up[n]));
                     }
                 }
 #pragma omp barrier
-            for (int64_t b = me; b < B; b += team) quantise(mid + b * wide, m.ffn, in[b]);
-#pragma omp barrier
-            multiply(layer.down, in, B, x, H, true, me, team);
+            prepare(mid, wide, m.ffn, nullptr, rows, nullptr);
+            multiply(layer.down, in, rows, x, H, true, me, team);
 #pragma omp barrier
         }
-        normed(m.norm);
-#pragma omp barrier
-        multiply(m.head, in, B, logits, m.vocab, false, me, team);
+        prepare(x, H, H, m.norm, batch.wanted, batch.wants);
+        multiply(m.head, in, batch.wanted, batch.logits, m.vocab, false, me, team);
     }
 }

@@ -1,9 +1,8 @@
-"""The decoding step as machine code: native.cpp, compiled on first use for the processor at hand.
+"""The engine's step as machine code: native.cpp, compiled on first use for the processor at hand.
 
 What it serves: LLaMA-shaped decoders on the CPU whose matrices are kept in 4 or 8 bits, where the
-processor has AVX2 (better: AVX-512 VNNI) and the machine a C++ compiler. Everything else, and every step with more
-than `MOST` sequences or with part of a prompt, goes the PyTorch way, which is also its twin in the
-tests. The weights are the packaged ones, not quantised again; the inputs of each product are rounded
+processor has AVX2 (better: AVX-512 VNNI) and the machine a C++ compiler. Everything else goes the
+PyTorch way, which is also its twin in the tests. The weights are the packaged ones, not quantised again; the inputs of each product are rounded
 to 8 bits in blocks of 32, as llama.cpp does.
 
 HERDBOOK_NATIVE=0 switches it off.
@@ -20,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,15 @@ from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Block, Decoder
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, RMSNorm
 from herdbook.model.mlp import MLP
-from herdbook.model.references import cache
+from herdbook.model.references import cache as fetched
+
+if TYPE_CHECKING:
+    from herdbook.engine.runner import Cache
 
 SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("vector.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 TILE = 16
-#: sequences of one step: more, and products of whole matrices are faster
-MOST = 16
 
 
 class Matrix(ctypes.Structure):
@@ -52,7 +53,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, Matrix) for name in ("qkv", "o", "gate_up", "down")),
-        ("cache", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "scales")),
         ("window", ctypes.c_int64),
     ]
 
@@ -70,7 +71,7 @@ class Model(ctypes.Structure):
                 "vocab",
                 "layers",
                 "page_tokens",
-                "bfloat_cache",
+                "cache_bytes",
             )
         ),
         ("eps", ctypes.c_float),
@@ -79,6 +80,30 @@ class Model(ctypes.Structure):
         ("norm", ctypes.c_void_p),
         ("head", Matrix),
     ]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "sequences", "most", "wanted", "context", "threads")
+        ),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("x", "cos", "sin", "positions", "slots", "firsts", "pages", "wants")
+        ),
+        ("logits", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    ]
+
+
+class Span(NamedTuple):
+    """What a step computes of one sequence: these tokens, from place `start` on."""
+
+    ids: Sequence[int]
+    start: int
+    pages: Sequence[int]
+    wanted: int = 1  # logits are wanted after so many of them, the last ones
 
 
 # --- building --------------------------------------------------------------------------------------
@@ -113,7 +138,7 @@ def _built(compiler: str) -> Path:
     key = hashlib.sha256(
         b"".join(one.read_bytes() for one in SOURCES) + about + _processor().encode()
     ).hexdigest()[:16]
-    target = cache() / "native" / f"step-{key}.so"
+    target = fetched() / "native" / f"step-{key}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as work:
@@ -171,9 +196,9 @@ def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 class Step:
-    """The decoding step of one decoder over one cache of keys and values."""
+    """The step of one decoder."""
 
-    def __init__(self, decoder: Decoder, library: ctypes.CDLL, page_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, library: ctypes.CDLL) -> None:
         c = decoder.config
         self.decoder, self.library, self.config = decoder, library, c
         self._kept: list[Tensor] = []  # what the structures point into
@@ -192,8 +217,6 @@ class Step:
             ffn=c.ffn,
             vocab=c.vocab,
             layers=c.layers,
-            page_tokens=page_tokens,
-            bfloat_cache=int(decoder.dtype == torch.bfloat16),
             eps=c.eps,
             scale=c.attention_scale or c.head_dim**-0.5,
             layer=self._layers,
@@ -246,54 +269,48 @@ class Step:
         return self._matrix(parts, torch.cat(biases) if biases else None)
 
     @torch.inference_mode()
-    def __call__(
-        self,
-        caches: Sequence[Tensor],
-        ids: Sequence[int],
-        positions: Sequence[int],
-        pages: Sequence[Sequence[int]],
-        slots: Sequence[int],
-    ) -> Tensor:
-        """Logits float32 [B, V] of B sequences' next token; its keys and values go into the caches.
-
-        caches: a layer's [pages, page_tokens, 2, KV, D]. positions: of the new tokens. pages: of each
-        sequence. slots: where the new keys and values go.
-        """
-        count, context = len(ids), max(positions) + 1
-        for layer, held in zip(self._layers, caches, strict=True):
-            layer.cache = held.data_ptr()
-        decoder, model = self.decoder, self.model
-        at = torch.tensor(positions)
+    def __call__(self, cache: Cache, spans: Sequence[Span]) -> Tensor:
+        """Logits float32 [R, V] after the tokens that want them; keys and values go into the cache."""
+        decoder, model, size = self.decoder, self.model, cache.page_tokens
+        model.page_tokens, model.cache_bytes = size, cache.dtype.itemsize
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+        for layer, scales in zip(self._layers, cache.scales, strict=False):
+            layer.scales = scales.data_ptr()
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        wants: list[int] = []
+        firsts = [0]
+        for span in spans:
+            places = range(span.start, span.start + len(span.ids))
+            ids += span.ids
+            positions += places
+            slots += [span.pages[at // size] * size + at % size for at in places]
+            wants += range(len(ids) - span.wanted, len(ids))
+            firsts.append(len(ids))
+        context = max(positions) + 1
+        most = -(-context // size)
+        table = torch.tensor([[*one.pages[:most], *[0] * (most - len(one.pages))] for one in spans])
+        whole = [torch.tensor(one) for one in (positions, slots, firsts)]
+        wanted = torch.tensor(wants, dtype=torch.int64)
         assert decoder.rotary is not None
-        cos, sin = (one.view(count, -1) for one in decoder.rotary(at, torch.float32))
+        cos, sin = (one.contiguous() for one in decoder.rotary(whole[0], torch.float32))
         x = decoder.embed(torch.tensor(ids)).float().contiguous()
-        most = max(map(len, pages))
-        table = torch.tensor([[*one, *[0] * (most - len(one))] for one in pages])
-        where = torch.tensor(slots)
-        logits = torch.empty(count, self.config.vocab)
+        logits = torch.empty(len(wants), self.config.vocab)
         threads = torch.get_num_threads()
         room = self.library.herd_scratch(
-            ctypes.byref(model),
-            *map(ctypes.c_int64, (count, context, threads)),
+            ctypes.byref(model), *map(ctypes.c_int64, (len(ids), context, threads))
         )
         if self._scratch.numel() < room + 64:
-            self._scratch = torch.empty(room + 4096, dtype=torch.uint8)
+            self._scratch = torch.empty(room + 64, dtype=torch.uint8)
+        pointed = (x, cos, sin, *whole, table, wanted, logits)
+        pointers = [one.data_ptr() for one in pointed]
         scratch = (self._scratch.data_ptr() + 63) // 64 * 64
-        pointer, whole = ctypes.c_void_p, ctypes.c_int64
-        self.library.herd_step(
-            ctypes.byref(model),
-            whole(count),
-            *(
-                pointer(one.data_ptr())
-                for one in (x, cos.contiguous(), sin.contiguous(), at, table)
-            ),
-            whole(most),
-            pointer(where.data_ptr()),
-            pointer(scratch),
-            whole(context),
-            whole(threads),
-            pointer(logits.data_ptr()),
+        batch = Batch(
+            *(len(ids), len(spans), most, len(wants), context, threads), *pointers, scratch
         )
+        self.library.herd_step(ctypes.byref(model), ctypes.byref(batch))
         return logits
 
 
@@ -303,12 +320,12 @@ def _alternate(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([a.view(shape), b.view(shape)], 1).flatten(0, 2).contiguous()
 
 
-def step_for(decoder: Decoder, page_tokens: int) -> Step | None:
+def step_for(decoder: Decoder) -> Step | None:
     """The native step of this decoder; None where it, the processor or the machine does not fit."""
     if not _fits(decoder):
         return None
     found = library()
-    return None if found is None else Step(decoder, found, page_tokens)
+    return None if found is None else Step(decoder, found)
 
 
 def _fits(decoder: Decoder) -> bool:

@@ -11,6 +11,7 @@ it writes the new keys and values into the pages and lets each sequence look at 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,50 +22,72 @@ from herdbook.model.attention import Look, attend
 from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
-from herdbook.model.layers import Int4Linear
 from herdbook.model.layout import Layout
 
 
 class Cache:
-    """Keys and values: for each layer one tensor [pages, page_tokens, 2, KV, D], keys then values.
+    """Keys and values of every layer, by page and place in it: logically [pages, page_tokens, KV, D].
 
-    Keys and values of a token lie side by side, so one gather fetches both. A layer's tensor is made
-    when its first keys arrive: their shape and type decide, and the operating system gives the
-    memory page by page as it is written. It starts as zeros: what is masked must still be a number.
+    dimensions_first: keys lie in memory as [pages, KV, D, page_tokens] and values as
+    [pages, KV, page_tokens, D], so that one register holds a dimension of many keys (native.cpp).
+    With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
+    The operating system gives the memory page by page as it is written; it starts as zeros: what is
+    masked must still be a number.
     """
 
-    def __init__(self, pages: int, page_tokens: int) -> None:
-        self.pages, self.page_tokens = pages, page_tokens
-        self._layers: dict[int, Tensor] = {}
-
-    def layers(self) -> list[Tensor]:
-        """Every layer's tensor, once something was written."""
-        return [self._layers[layer] for layer in sorted(self._layers)]
+    def __init__(
+        self,
+        decoder: Decoder,
+        pages: int,
+        page_tokens: int,
+        dtype: torch.dtype | None = None,
+        *,
+        dimensions_first: bool = False,
+    ) -> None:
+        c = decoder.config
+        self.pages, self.page_tokens, self.dtype = pages, page_tokens, dtype or decoder.dtype
+        zeros = partial(torch.zeros, dtype=self.dtype, device=decoder.device)
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        #: of keys and of values, [pages, page_tokens, 2, KV] float32; empty unless int8
+        self.scales: list[Tensor] = []
+        if decoder.memory != "pages":
+            return
+        for _ in range(c.layers):
+            if dimensions_first:
+                shape = (pages, c.kv_heads, c.head_dim, page_tokens)
+                self.keys.append(zeros(shape).permute(0, 3, 1, 2))
+                self.values.append(zeros((*shape[:2], *shape[:1:-1])).transpose(1, 2))
+            else:
+                shape = (pages, page_tokens, c.kv_heads, c.head_dim)
+                self.keys.append(zeros(shape))
+                self.values.append(zeros(shape))
+            if self.dtype == torch.int8:
+                shape = (pages, 2, c.kv_heads, page_tokens)
+                self.scales.append(torch.zeros(shape, device=decoder.device).permute(0, 3, 1, 2))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
-        held = self._layers.get(layer)
-        if held is None:
-            shape = (self.pages, self.page_tokens, 2, *k.shape[1:])
-            held = self._layers[layer] = torch.zeros(shape, dtype=k.dtype, device=k.device)
-        held.flatten(0, 1).index_copy_(0, slots, torch.stack((k, v), dim=1))
+        page, at = slots // self.page_tokens, slots % self.page_tokens
+        if self.scales:
+            both = torch.stack([k, v], 1).float()  # [T, 2, KV, D]
+            scale = both.abs().amax(-1) / 127
+            self.scales[layer][page, at] = scale
+            codes = both * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
+            k, v = codes.round().to(torch.int8).unbind(1)
+        self.keys[layer][page, at] = k.to(self.dtype)
+        self.values[layer][page, at] = v.to(self.dtype)
 
-    def read(
-        self, layer: int, pages: Tensor | slice, start: int, end: int
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values [KV, end - start, D] of places `start` to `end` in a run of pages."""
-        held = self._layers[layer]
-        # Pages that follow one another are read where they lie; others are gathered.
-        run = held[pages] if isinstance(pages, slice) else held.index_select(0, pages)
-        k, v = run.flatten(0, 1)[start:end].unbind(1)
-        return k.transpose(0, 1), v.transpose(0, 1)
+    def read(self, layer: int, pages: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values [..., P, page_tokens, KV, D] of the pages [..., P].
 
-    def read_many(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, KV, P · page_tokens, D] of the pages [B, P] of B sequences."""
-        held = self._layers[layer]
-        run = held.index_select(0, pages.flatten()).view(len(pages), -1, *held.shape[2:])
-        k, v = run.unbind(2)
-        return k.transpose(1, 2), v.transpose(1, 2)
+        Pages that follow one another (a slice) are read where they lie, others are gathered.
+        """
+        k, v = self.keys[layer][pages], self.values[layer][pages]
+        if self.scales:
+            scale = self.scales[layer][pages][..., None]
+            return (k * scale[..., 0, :, :]).to(dtype), (v * scale[..., 1, :, :]).to(dtype)
+        return k.to(dtype), v.to(dtype)
 
 
 class _Span:
@@ -197,7 +220,8 @@ class Paged:
         window = look.window
         result = torch.empty_like(q)
         if self._decoding is not None:
-            keys, values = self._cache.read_many(layer, self._decoding.pages)
+            both = self._cache.read(layer, self._decoding.pages, q.dtype)
+            keys, values = (one.flatten(1, 2).transpose(1, 2) for one in both)
             # queries [B, KV, H / KV, D]: the heads that share keys, as a sequence
             out = attend(
                 q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
@@ -213,7 +237,10 @@ class Paged:
             if whole:  # the beginning of a prompt: all it sees is at hand
                 mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
             else:
-                mine = self._cache.read(layer, *span.reach(window))
+                pages, start, end = span.reach(window)
+                both = self._cache.read(layer, pages, q.dtype)
+                keys, values = (one.flatten(0, 1)[start:end].transpose(0, 1) for one in both)
+                mine = keys, values
             plain = whole and not look.slopes and span.context < 2
             out = attend(
                 q[rows].transpose(0, 1)[None],
@@ -228,52 +255,40 @@ class Paged:
 
 
 class Runner:
-    """Runs the decoder over a scheduled batch."""
+    """Runs the decoder over a scheduled batch, over a cache of its own."""
 
-    def __init__(self, decoder: Decoder, cache: Cache) -> None:
-        self.decoder, self.cache = decoder, cache
-        self.device = decoder.device
-        self._native = native.step_for(decoder, cache.page_tokens)
-        if self._native is not None:
-            # Prompts then always go the dense way: how many rows a step has, which other chats and the
-            # prefix cache decide, must not choose the arithmetic.
-            for layer in decoder.modules():
-                if isinstance(layer, Int4Linear):
-                    layer.forget_kernel()
+    def __init__(
+        self, decoder: Decoder, pages: int, page_tokens: int, dtype: torch.dtype | None = None
+    ) -> None:
+        self.decoder, self.device = decoder, decoder.device
+        self._native = native.step_for(decoder) if page_tokens % native.TILE == 0 else None
+        first = self._native is not None
+        self._cache = partial(Cache, decoder, pages, page_tokens, dtype, dimensions_first=first)
+        self.forget()
+
+    def forget(self) -> None:
+        """An empty cache."""
+        self.cache = self._cache()
 
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
 
-        Where there is a native step, every sequence that decodes goes through it, whoever else is
-        served: so its tokens do not depend on the others.
+        Where there is a native step, what a sequence gets does not depend on who else is served.
         """
         if self._native is None:
             return self._pass(batch)
-        decoding: list[Sequence] = []
-        others: list[Sequence] = []
-        for one in batch:
-            (decoding if one.scheduled == 1 and one.computed else others).append(one)
-        rows: dict[int, Tensor] = {}  # a sequence's [wanted, V]
-        for start in range(0, len(decoding), native.MOST):
-            some = decoding[start : start + native.MOST]
-            rows |= {id(one): row[None] for one, row in zip(some, self._decode(some), strict=True)}
-        logits = self._pass(others) if others else None
-        if logits is not None:
-            each = torch.split(logits, [one.wanted for one in others])
-            rows |= {id(one): some for one, some in zip(others, each, strict=True)}
-        ordered = [rows[id(one)] for one in batch if one.wanted]
-        return torch.cat(ordered) if ordered else None
-
-    def _decode(self, batch: Many[Sequence]) -> Tensor:
-        """Logits [B, V] of sequences that compute one token after others, by the native step."""
-        assert self._native is not None
-        size = self.cache.page_tokens
-        places = [one.computed for one in batch]
-        pages = [one.pages[: at // size + 1] for one, at in zip(batch, places, strict=True)]
-        slots = [run[-1] * size + at % size for run, at in zip(pages, places, strict=True)]
-        ids = [one.ids[at] for one, at in zip(batch, places, strict=True)]
-        return self._native(self.cache.layers(), ids, places, pages, slots)
+        spans = [
+            native.Span(
+                ids=one.ids[one.computed : one.computed + one.scheduled],
+                start=one.computed,
+                pages=one.pages,
+                wanted=one.wanted,
+            )
+            for one in batch
+        ]
+        logits = self._native(self.cache, spans)
+        return logits if len(logits) else None
 
     def _pass(self, batch: Many[Sequence]) -> Tensor | None:
         """The same by PyTorch; the head is computed only where logits are wanted."""

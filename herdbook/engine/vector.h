@@ -8,6 +8,7 @@
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
+constexpr int REGISTERS = 32;
 using F = __m512;   // 16 floats
 using I = __m512i;  // 16 int32
 using C = __m512i;  // 64 bytes
@@ -33,6 +34,12 @@ inline F load(const uint16_t* p) {  // bfloat16
     const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline F load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+inline F or_zero_below(F y, F x, F least) {  // y where x ≥ least, else 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), y);
+}
 inline void keep(uint16_t* p, F x) {  // to the nearest bfloat16, ties to even
     const I bits = _mm512_castps_si512(x);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -48,6 +55,7 @@ inline I keep_bytes(int8_t* p, F x) {  // rounded; what was kept
     _mm_storeu_si128((__m128i*)p, _mm512_cvtsepi32_epi8(a));
     return a;
 }
+inline void keep(int8_t* p, F x) { keep_bytes(p, x); }
 
 inline C bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline C low_half(C a) { return _mm512_and_si512(a, _mm512_set1_epi8(15)); }
@@ -60,6 +68,7 @@ inline I dot(I a, C codes, int32_t inputs) {
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
+constexpr int REGISTERS = 16;  // each half of what holds 16 floats
 struct F { __m256 a, b; };
 struct I { __m256i a, b; };
 using C = I;
@@ -106,6 +115,14 @@ inline __m256 from_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
 }
 inline F load(const uint16_t* p) { return {from_bfloat(p), from_bfloat(p + 8)}; }
+inline F load(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8))))};
+}
+inline F or_zero_below(F y, F x, F least) {
+    return {_mm256_and_ps(y.a, _mm256_cmp_ps(x.a, least.a, _CMP_GE_OQ)),
+            _mm256_and_ps(y.b, _mm256_cmp_ps(x.b, least.b, _CMP_GE_OQ))};
+}
 inline __m256i to_bfloat(__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -132,6 +149,7 @@ inline I keep_bytes(int8_t* p, F x) {
     _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(low, high));
     return a;
 }
+inline void keep(int8_t* p, F x) { keep_bytes(p, x); }
 
 inline C bytes(const uint8_t* p) {
     return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
@@ -163,14 +181,14 @@ inline I dot(I sums, C codes, int32_t inputs) {
 #error "needs AVX2 with FMA and F16C, or AVX-512 with VNNI"
 #endif
 
-// e^x, relative error about 2e-7: 2^n · polynomial of the rest.
-inline F exponential(F x) {
-    x = most(least(x, all(88.f)), all(-87.f));
+// e^x, relative error about 2e-7: 2^n · polynomial of the rest; 0 below e^-87.
+inline F exponential(F given) {
+    const F x = most(least(given, all(88.f)), all(-87.f));
     const F n = whole(mul(x, all(1.44269504f)));
     F r = fma(n, all(-0.693359375f), x);
     r = fma(n, all(2.12194440e-4f), r);
     const float factors[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
     F p = all(1.f / 5040);
     for (int i = 0; i < 7; i++) p = fma(p, r, all(factors[i]));
-    return times_two_to(p, n);
+    return or_zero_below(times_two_to(p, n), given, all(-87.f));
 }

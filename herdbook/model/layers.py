@@ -84,33 +84,37 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
-        self.packed: Tensor | None = None
-        self.scale_and_zero: Tensor | None = None
-        if self.outputs % 16 == 0 and codes.device.type == "cpu":
-            whole = torch.cat([codes & 15, codes >> 4], -1).view(self.outputs, self.inputs)
-            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)
-            # the kernel's formula is (code − 8)·scale + zero
-            zero = minimum.float() + 8 * scale.float()
-            both = torch.stack([scale.float(), zero], -1).transpose(0, 1)  # [B, out, 2]
-            self.scale_and_zero = both.bfloat16().contiguous()
+        #: what the kernel reads, made when it is first called: its codes, its scales and zeros
+        self._packed: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        return self.outputs % 16 == 0 and self.codes.device.type == "cpu"
+
+    def _pack(self) -> tuple[Tensor, Tensor]:
+        whole = torch.cat([self.codes & 15, self.codes >> 4], -1).view(self.outputs, self.inputs)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole.int(), 1)
+        # the kernel's formula is (code − 8)·scale + zero
+        zero = self.minimum.float() + 8 * self.scale.float()
+        both = torch.stack([self.scale.float(), zero], -1).transpose(0, 1)  # [B, out, 2]
+        return packed, both.bfloat16().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.inputs
         if (
-            self.packed is None
+            not self.has_kernel
             or rows > INT4_KERNEL_ROWS
             or (x.requires_grad and torch.is_grad_enabled())
         ):
             return F.linear(x, self.dense(x.dtype), self.bias)
+        if self._packed is None:
+            self._packed = self._pack()
+        codes, scale_and_zero = self._packed
         y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            x.reshape(rows, self.inputs).bfloat16(), self.packed, BLOCK, self.scale_and_zero
+            x.reshape(rows, self.inputs).bfloat16(), codes, BLOCK, scale_and_zero
         )
         y = y.to(x.dtype).view(*x.shape[:-1], self.outputs)
         return y if self.bias is None else y + self.bias
-
-    def forget_kernel(self) -> None:
-        """Give the kernel's copy of the weights back; all rows are multiplied densely from now on."""
-        self.packed = self.scale_and_zero = None
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         d, m = self.scale.float()[..., None], self.minimum.float()[..., None]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from herdbook.engine import native
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
+from herdbook.engine.runner import Cache
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, Linear
@@ -108,26 +109,32 @@ def rounding(decoder: Decoder) -> Iterator[None]:
             setattr(decoder.get_submodule(parent), leaf, layer)
 
 
-def native_logits(decoder: Decoder, prompts: list[list[int]], page_tokens: int = 8) -> Tensor:
-    """Logits [B, T, V] of prompts of equal length, token by token through the native step."""
-    c, step = decoder.config, native.step_for(decoder, page_tokens)
+def native_logits(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    chunk: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Logits [B, T, V] of prompts of equal length, so many tokens a step, through the native step."""
+    step = native.step_for(decoder)
     assert step is not None
-    each = -(-len(prompts[0]) // page_tokens)
-    shape = (each * len(prompts), page_tokens, 2, c.kv_heads, c.head_dim)
-    caches = [torch.zeros(shape, dtype=decoder.dtype) for _ in range(c.layers)]
-    pages = list(range(shape[0]))
+    length = len(prompts[0])
+    each = -(-length // 16)
+    cache = Cache(decoder, each * len(prompts), 16, dtype, dimensions_first=True)
+    pages = list(range(cache.pages))
     random.Random(1).shuffle(pages)
     mine = [pages[b * each : (b + 1) * each] for b in range(len(prompts))]
     rows = []
-    for at in range(len(prompts[0])):
-        slots = [own[at // page_tokens] * page_tokens + at % page_tokens for own in mine]
-        tables = [own[: at // page_tokens + 1] for own in mine]
-        ids = [prompt[at] for prompt in prompts]
-        rows.append(step(caches, ids, [at] * len(prompts), tables, slots))
-    return torch.stack(rows, 1)
+    for at in range(0, length, chunk):
+        spans = [
+            native.Span(prompt[at : at + chunk], at, own, wanted=len(prompt[at : at + chunk]))
+            for prompt, own in zip(prompts, mine, strict=True)
+        ]
+        rows.append(step(cache, spans).view(len(prompts), -1, decoder.config.vocab))
+    return torch.cat(rows, 1)
 
 
-def prompts(count: int, length: int = 21) -> list[list[int]]:
+def prompts(count: int, length: int = 39) -> list[list[int]]:
     dice = random.Random(4)
     return [[dice.randrange(96) for _ in range(length)] for _ in range(count)]
 
@@ -136,9 +143,9 @@ def prompts(count: int, length: int = 21) -> list[list[int]]:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_step_is_its_twin(name: str, bits: int) -> None:
-    """The same rounding of inputs in PyTorch gives the same logits, whatever the number of chats."""
+    """The same rounding of inputs in PyTorch gives the same logits."""
     decoder = quantised(CONFIGS[name], bits)
-    asked = prompts(5)
+    asked = prompts(3)
     got = native_logits(decoder, asked)
     with rounding(decoder), torch.inference_mode():
         for row, prompt in zip(got, asked, strict=True):
@@ -149,43 +156,75 @@ def test_the_step_is_its_twin(name: str, bits: int) -> None:
 
 
 @needs_native
-def test_a_chat_does_not_depend_on_the_others() -> None:
-    decoder = quantised(CONFIG)
-    asked = prompts(7)
-    together = native_logits(decoder, asked)
-    for row, prompt in zip(together, asked, strict=True):
-        assert torch.equal(native_logits(decoder, [prompt])[0], row), "bit by bit"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_token_depends_on_its_own_sequence_alone(name: str, dtype: torch.dtype) -> None:
+    """Bit by bit: alone or among others, token by token, in chunks or the whole prompt at once."""
+    decoder = quantised(CONFIGS[name])
+    asked = prompts(11)
+    together = native_logits(decoder, asked, dtype=dtype)
+    for chunk in (3, 8, 39):
+        assert torch.equal(native_logits(decoder, asked, chunk, dtype), together)
+    for row, prompt in zip(together[:3], asked, strict=False):
+        assert torch.equal(native_logits(decoder, [prompt], dtype=dtype)[0], row)
 
 
 @needs_native
-def test_a_bfloat16_cache_stays_near() -> None:
-    exact = native_logits(quantised(CONFIG), prompts(2))
-    near = native_logits(quantised(CONFIG, dtype=torch.bfloat16), prompts(2))
-    assert (near - exact).abs().mean() <= 0.05 * exact.std()
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.05), (torch.int8, 0.1)])
+def test_a_smaller_cache_stays_near(dtype: torch.dtype, most: float) -> None:
+    decoder = quantised(CONFIG)
+    exact, near = (
+        native_logits(decoder, prompts(2)),
+        native_logits(decoder, prompts(2), dtype=dtype),
+    )
+    assert (near - exact).abs().mean() <= most * exact.std()
+    assert not torch.equal(near, exact)
 
 
 @needs_native
-def test_the_engine_decodes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More chats than one step takes, joined at different times; alone each says the same."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_what_lies_in_the_cache_is_what_the_twin_puts_there(dtype: torch.dtype) -> None:
     decoder = quantised(CONFIG)
-    calls: list[int] = []
+    step = native.step_for(decoder)
+    assert step is not None
+    exact = Cache(decoder, 3, 16, torch.float32, dimensions_first=True)
+    found, twin = (Cache(decoder, 3, 16, dtype, dimensions_first=first) for first in (True, False))
+    span = native.Span(prompts(1)[0], 0, [2, 0, 1])
+    step(exact, [span])
+    step(found, [span])
+    slots = torch.tensor([span.pages[at // 16] * 16 + at % 16 for at in range(39)])
+    k, v = (one[0].flatten(0, 1)[slots] for one in (exact.keys, exact.values))
+    twin.write(0, slots, k, v)
+    assert torch.equal(found.keys[0], twin.keys[0]) and torch.equal(found.values[0], twin.values[0])
+    if dtype == torch.int8:
+        assert torch.equal(found.scales[0], twin.scales[0])
+        read = twin.read(0, slice(0, 3), torch.float32)[0].flatten(0, 1)[slots]
+        step_of = k.abs().amax(-1, keepdim=True) / 127
+        assert ((read - k).abs() <= 0.51 * step_of).all()
+
+
+@needs_native
+def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chats, joined at different times, their prompts in chunks; alone each says the same."""
+    decoder = quantised(CONFIG)
+    rows: list[int] = []
     real = native.Step.__call__
 
-    def counted(self: native.Step, caches: object, ids: list[int], *rest: object) -> Tensor:
-        calls.append(len(ids))
-        return real(self, caches, ids, *rest)  # type: ignore[arg-type]
+    def counted(self: native.Step, cache: Cache, spans: list[native.Span]) -> Tensor:
+        rows.append(sum(len(span.ids) for span in spans))
+        return real(self, cache, spans)
 
     monkeypatch.setattr(native.Step, "__call__", counted)
     sampling = Sampling(max_tokens=6, ignore_eos=True)
 
-    def ask(some: list[list[int]]) -> list[tuple[int, ...]]:
-        engine = Engine(decoder, None, page_tokens=4, pages=400, max_batch_tokens=64)
+    def ask(some: list[list[int]], budget: int = 64) -> list[tuple[int, ...]]:
+        engine = Engine(decoder, None, page_tokens=16, pages=200, max_batch_tokens=budget)
         return [one.ids for one in engine.generate([Request(ids, sampling) for ids in some])]
 
-    asked = [prompt[: 5 + n % 9] for n, prompt in enumerate(prompts(20))]
+    asked = [prompt[: 5 + n % 30] for n, prompt in enumerate(prompts(20))]
     together = ask(asked)
-    assert max(calls) == native.MOST and sum(calls) == 20 * 5
-    assert together == [ask([prompt])[0] for prompt in asked]
+    assert max(rows) == 64 and sum(rows) == sum(map(len, asked)) + 20 * 5
+    assert together == [ask([prompt])[0] for prompt in asked] == ask(asked, 7 + 16)
 
 
 def test_tiles_hold_what_native_cpp_reads() -> None:
@@ -217,13 +256,13 @@ def test_a_matrix_of_8_bits_is_recognised() -> None:
 
 @pytest.mark.parametrize("change", [{"gated": False}, {"norm": "ln"}, {"position": "alibi"}])
 def test_other_shapes_go_the_plain_way(change: dict[str, object]) -> None:
-    assert native.step_for(quantised(dataclasses.replace(CONFIG, **change)), 16) is None
-    assert native.step_for(Decoder(CONFIG), 16) is None, "dense matrices"
+    assert native.step_for(quantised(dataclasses.replace(CONFIG, **change))) is None
+    assert native.step_for(Decoder(CONFIG)) is None, "dense matrices"
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERDBOOK_NATIVE", "0")
-    assert native.step_for(quantised(CONFIG), 16) is None
+    assert native.step_for(quantised(CONFIG)) is None
 
 
 def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -232,4 +271,4 @@ def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for compiler in ("no-such-compiler", "false"):
         monkeypatch.setenv("CXX", compiler)
         native.library.cache_clear()
-        assert native.step_for(quantised(CONFIG), 16) is None
+        assert native.step_for(quantised(CONFIG)) is None

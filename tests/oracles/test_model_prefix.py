@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
-from herdbook.engine.runner import Cache, Runner
+from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut
@@ -254,7 +254,7 @@ def test_golden_chatglm_6b(shared_data: Callable[[str], Path], tmp_path: Path) -
     context = find_context(prompt, decoder.config)
     sequence = Sequence(request, 8, chooser, TextOut(None, ()), context)
     sequence.pages, sequence.scheduled = [0, 1], 3
-    runner = Runner(decoder, Cache(2, 4))
+    runner = Runner(decoder, 2, 4)
     for step, token in enumerate([3, 4, 0]):
         logits = runner.run([sequence])
         last = expected[f"step{step}.last_hidden_state"][-1:]
