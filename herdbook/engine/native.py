@@ -161,38 +161,25 @@ def _processor() -> str:
 # --- packing ---------------------------------------------------------------------------------------
 
 
-def pack_tiles(codes: Tensor, scale: Tensor, minimum: Tensor, bits: int) -> Tensor:
-    """codes uint8 [R, B, 32], scale and minimum [R, B] → the tiles that native.cpp reads, uint8."""
-    rows, blocks, _ = codes.shape
-    # [tile, row, block, part, 4] → [tile, block, part, row, 4]
-    parts = codes.view(rows // TILE, TILE, blocks, 8, 4).permute(0, 2, 3, 1, 4)
-    if bits == 4:
-        parts = parts[:, :, :4] | (parts[:, :, 4:] << 4)
-    bytes = parts.reshape(rows // TILE, blocks, -1)
-    floats = torch.stack([scale, minimum]).to(torch.float16)  # [2, R, B]
-    floats = floats.view(2, rows // TILE, TILE, blocks).permute(1, 3, 0, 2).contiguous()
-    tail = floats.view(rows // TILE, blocks, -1).view(torch.uint8)
-    return torch.cat([bytes, tail], -1).contiguous()
-
-
-def unpacked(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor, int] | None:
-    """codes uint8 [R, B, 32], scale, minimum [R, B], bits; None for a layer that keeps no blocks."""
-    if isinstance(layer, Int4Linear):
-        codes = torch.cat([layer.codes & 15, layer.codes >> 4], -1)
-        return codes, layer.scale, layer.minimum, 4
+def pack_tiles(layer: nn.Module) -> Tensor:
+    """A layer's matrix as the tiles that native.cpp reads, uint8 [R / 16, blocks, bytes]."""
+    assert isinstance(layer, Int4Linear | Int8Linear)
+    words = layer.codes.view(torch.int32)  # [R, B, parts]: four codes, or eight, of a row
+    scale, minimum = (
+        (layer.scale, layer.minimum)
+        if isinstance(layer, Int4Linear)
+        else (layer.scale[..., 0], layer.scale[..., 0] * -128)
+    )
+    rows, blocks, parts = words.shape
+    out = torch.empty(rows // TILE, blocks, (parts + 1) * TILE, dtype=torch.int32)
+    codes = out[..., : parts * TILE].view(rows // TILE, blocks, parts, TILE)
+    codes.copy_(words.view(rows // TILE, TILE, blocks, parts).permute(0, 2, 3, 1))
     if isinstance(layer, Int8Linear):
-        scale = layer.scale[..., 0]
-        codes = (layer.codes.to(torch.int16) + 128).to(torch.uint8)
-        return codes, scale, scale * -128, 8
-    return None
-
-
-def _eight_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A dense matrix in blocks of 8 bits: one that came from Q8_0 gets its very codes again."""
-    blocks = weight.float().view(len(weight), -1, BLOCK)
-    scale = blocks.abs().amax(-1) / 127
-    codes = torch.round(blocks / scale.clamp_min(1e-30)[..., None]) + 128
-    return codes.to(torch.uint8), scale, scale * -128, 8
+        codes ^= -0x7F7F7F80  # 0x80808080: bytes from 0 to 255
+    floats = out[..., parts * TILE :].view(torch.float16).view(*out.shape[:2], 2, TILE)
+    for at, one in enumerate((scale, minimum)):
+        floats[:, :, at] = one.view(rows // TILE, TILE, blocks).transpose(1, 2)
+    return out.view(torch.uint8)
 
 
 class Step:
@@ -207,7 +194,8 @@ class Step:
             assert isinstance(block, Block)
             self._fill(layer, block)
         head = decoder.embed if decoder.head is None else decoder.head
-        eight = unpacked(head)
+        kept = isinstance(head, Int4Linear | Int8Linear)
+        tiles = pack_tiles(head if kept else Int8Linear.of(head.dense(torch.float32)))
         assert decoder.norm is not None
         self.model = Model(
             hidden=c.hidden,
@@ -221,7 +209,7 @@ class Step:
             scale=c.attention_scale or c.head_dim**-0.5,
             layer=self._layers,
             norm=self._floats(decoder.norm.weight),
-            head=self._matrix([eight or _eight_bits(head.dense(torch.float32))], None),
+            head=self._matrix(tiles, None),
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
@@ -232,17 +220,10 @@ class Step:
     def _floats(self, tensor: Tensor) -> int:
         return self._keep(tensor.detach().float().contiguous())
 
-    def _matrix(
-        self, parts: Sequence[tuple[Tensor, Tensor, Tensor, int]], bias: Tensor | None
-    ) -> Matrix:
-        bits = parts[0][3]
-        codes, scale, minimum = (
-            torch.cat(some) for some in zip(*(part[:3] for part in parts), strict=True)
-        )
-        tiles = pack_tiles(codes, scale, minimum, bits)
-        rows, columns = codes.shape[0], codes.shape[1] * BLOCK
+    def _matrix(self, tiles: Tensor, bias: Tensor | None) -> Matrix:
+        count, blocks, size = tiles.shape
         pointer = None if bias is None else self._floats(bias)
-        return Matrix(self._keep(tiles), pointer, rows, columns, bits)
+        return Matrix(self._keep(tiles), pointer, count * TILE, blocks * BLOCK, size // 64 - 1)
 
     def _fill(self, layer: Layer, block: Block) -> None:
         attention, mlp = block.attention, block.mlp
@@ -254,19 +235,18 @@ class Step:
             layer.k_norm = self._floats(attention.k_norm.weight)
         layer.qkv = self._joined([attention.q, attention.k, attention.v])
         layer.o, layer.down = self._joined([attention.o]), self._joined([mlp.down])
-        gate, up = unpacked(mlp.gate), unpacked(mlp.up)
-        assert gate is not None and up is not None
-        mixed = [_alternate(a, b) for a, b in zip(gate[:3], up[:3], strict=True)]
-        biased = mlp.gate.bias is not None and mlp.up.bias is not None
-        bias = _alternate(mlp.gate.bias, mlp.up.bias) if biased else None  # type: ignore[arg-type]
-        layer.gate_up = self._matrix([(mixed[0], mixed[1], mixed[2], gate[3])], bias)
+        gate, up = mlp.gate, mlp.up
+        bias = None
+        if gate.bias is not None and up.bias is not None:
+            bias = _alternate(gate.bias.view(-1, TILE), up.bias.view(-1, TILE))
+        layer.gate_up = self._matrix(_alternate(pack_tiles(gate), pack_tiles(up)), bias)
         layer.window = attention.look.window or 0
 
     def _joined(self, linears: Sequence[nn.Module]) -> Matrix:
-        parts = [part for one in linears if (part := unpacked(one)) is not None]
-        assert len(parts) == len(linears), "every matrix is kept in blocks"
         biases = [bias for one in linears if isinstance(bias := one.bias, Tensor)]
-        return self._matrix(parts, torch.cat(biases) if biases else None)
+        return self._matrix(
+            torch.cat([pack_tiles(one) for one in linears]), torch.cat(biases) if biases else None
+        )
 
     @torch.inference_mode()
     def __call__(self, cache: Cache, spans: Sequence[Span]) -> Tensor:
@@ -315,9 +295,8 @@ class Step:
 
 
 def _alternate(a: Tensor, b: Tensor) -> Tensor:
-    """Rows of a and b, a tile of each in turn."""
-    shape = (-1, TILE, *a.shape[1:])
-    return torch.stack([a.view(shape), b.view(shape)], 1).flatten(0, 2).contiguous()
+    """One of a, one of b, and so on."""
+    return torch.stack([a, b], 1).flatten(0, 1)
 
 
 def step_for(decoder: Decoder) -> Step | None:

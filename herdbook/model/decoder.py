@@ -23,7 +23,15 @@ from torch.nn import functional as F
 from herdbook.errors import FileError, RequestError
 from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
-from herdbook.model.layers import Embedding, Linear, RMSNorm, Rotary, make_norm, rotate
+from herdbook.model.layers import (
+    Embedding,
+    Int8Embedding,
+    Linear,
+    RMSNorm,
+    Rotary,
+    make_norm,
+    rotate,
+)
 from herdbook.model.layout import Layout
 from herdbook.model.mlp import MLP, Experts
 
@@ -126,7 +134,7 @@ class Decoder(nn.Module):
         self.family: str = "llama"
         self.source_config: dict[str, Any] = {}
         width = c.embed_dim or c.hidden
-        self.embed = Embedding(c.vocab, width)
+        self.embed: Embedding | Int8Embedding = Embedding(c.vocab, width)
         learned = c.position == "learned"
         self.places = Embedding(c.max_pos + c.position_offset, c.hidden) if learned else None
         self.project_in = Linear(width, c.hidden) if c.embed_dim else None

@@ -148,8 +148,26 @@ class Int8Linear(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         return self._rows(slice(None)).to(dtype)
 
-    def _rows(self, which: slice) -> Tensor:
+    def _rows(self, which: slice | Tensor) -> Tensor:
         return (self.codes[which] * self.scale[which]).view(-1, self.inputs)
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Int8Linear:
+        """weight [out, in] rounded to this form; one that came from it gets its very codes again."""
+        blocks = weight.detach().float().view(len(weight), -1, BLOCK)
+        scale = blocks.abs().amax(-1) / 127
+        codes = torch.round(blocks / scale.clamp_min(1e-30)[..., None])
+        return cls(codes.to(torch.int8), scale, None, weight.dtype)
+
+
+class Int8Embedding(Int8Linear):
+    """ids [T] → rows of the matrix, kept as Int8Linear keeps it; `project` is the tied head."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self._rows(ids).to(self.dtype)
+
+    def project(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class RMSNorm(nn.Module):

@@ -97,8 +97,7 @@ def rounding(decoder: Decoder) -> Iterator[None]:
             parent, _, leaf = name.rpartition(".")
             setattr(decoder.get_submodule(parent), leaf, Twin(layer))
     project = decoder.embed.project
-    codes, scale, minimum, _ = native._eight_bits(decoder.embed.weight)
-    head = (codes * scale[..., None] + minimum[..., None]).flatten(1)
+    head = Int8Linear.of(decoder.embed.weight).dense(torch.float32)
     decoder.embed.project = lambda x: nn.functional.linear(rounded(x), head)  # type: ignore[method-assign]
     try:
         yield
@@ -227,31 +226,32 @@ def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert together == [ask([prompt])[0] for prompt in asked] == ask(asked, 7 + 16)
 
 
-def test_tiles_hold_what_native_cpp_reads() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles_hold_what_native_cpp_reads(bits: int) -> None:
     """Every weight at its place, by the layout that is written down at the head of native.cpp."""
-    codes = torch.randint(0, 16, (32, 3, 32), dtype=torch.uint8)
-    scale, minimum = torch.rand(32, 3).half(), -torch.rand(32, 3).half()
-    for bits in (4, 8):
-        tiles = native.pack_tiles(codes, scale, minimum, bits)
-        assert tiles.shape == (2, 3, 64 * bits + 64)
-        for row, block, column in ((0, 0, 0), (5, 1, 17), (16, 2, 31), (31, 0, 14)):
-            tile = tiles[row // 16, block]
-            part, c = divmod(column, 4)
-            byte = tile[64 * (part % bits) + 4 * (row % 16) + c].item()
-            value = byte if bits == 8 else (byte >> 4 if part >= 4 else byte & 15)
-            assert value == codes[row, block, column]
-            floats = tile[64 * bits :].view(torch.float16)
-            assert floats[row % 16] == scale[row, block]
-            assert floats[16 + row % 16] == minimum[row, block]
+    decoder = quantised(dataclasses.replace(CONFIG, hidden=96, heads=2, kv_heads=2), bits)
+    layer = decoder.blocks[0].mlp.up
+    assert isinstance(layer, (Int4Linear, Int8Linear))
+    dense = layer.dense(torch.float32)
+    tiles = native.pack_tiles(layer)
+    assert tiles.shape == (6, 3, 64 * bits + 64)
+    for row, block, column in ((0, 0, 0), (5, 1, 17), (16, 2, 31), (31, 0, 14), (95, 2, 3)):
+        tile = tiles[row // 16, block]
+        part, c = divmod(column, 4)
+        byte = tile[64 * (part % bits) + 4 * (row % 16) + c].item()
+        code = byte if bits == 8 else (byte >> 4 if part >= 4 else byte & 15)
+        floats = tile[64 * bits :].view(torch.float16).float()
+        value = floats[row % 16] * code + floats[16 + row % 16]
+        assert value == pytest.approx(dense[row, 32 * block + column].item(), abs=1e-6)
 
 
 def test_a_matrix_of_8_bits_is_recognised() -> None:
     codes = torch.randint(-127, 128, (16, 2, 32))
     codes[..., 0] = 127
     scale = torch.rand(16, 2).half().float()
-    found, scales, minimum, bits = native._eight_bits((codes * scale[..., None]).flatten(1))
-    assert bits == 8 and torch.equal(found.int() - 128, codes.int())
-    assert torch.allclose(scales, scale, rtol=1e-6) and torch.equal(minimum, scales * -128)
+    found = Int8Linear.of((codes * scale[..., None]).flatten(1))
+    assert torch.equal(found.codes.int(), codes.int())
+    assert torch.allclose(found.scale[..., 0], scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("change", [{"gated": False}, {"norm": "ln"}, {"position": "alibi"}])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.decoder import Decoder
-from herdbook.model.layers import Int4Linear, Int8Linear
+from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear
 from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
@@ -45,13 +45,16 @@ def load_decoder(
 def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module | None:
     """The layer that keeps this weight's blocks; None where it has none that a layer can keep."""
     found = checkpoint.blocks(name)
-    if found is None or name == "embed.weight":  # rows are taken singly, and a tied head is dense
+    if found is None:
         return None
     type, raw = found
+    if name == "embed.weight" and type != "Q8_0":  # rows are taken singly
+        return None
     scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
     if type == "Q8_0":
         codes = raw[..., 2:].contiguous().view(torch.int8)
-        return Int8Linear(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
+        kind = Int8Embedding if name == "embed.weight" else Int8Linear
+        return kind(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
     if type == "Q4_1":
         minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0]
         codes = raw[..., 4:].contiguous()
