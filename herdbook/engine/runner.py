@@ -10,9 +10,11 @@ it writes the new keys and values into the pages and lets each sequence look at 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class Cache:
     ) -> None:
         c = decoder.config
         self.pages, self.page_tokens, self.dtype = pages, page_tokens, dtype or decoder.dtype
-        zeros = partial(torch.zeros, dtype=self.dtype, device=decoder.device)
+        zeros = partial(_zeros, dtype=self.dtype, device=decoder.device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         #: of keys and of values, [pages, page_tokens, 2, KV] float32; empty unless int8
@@ -64,7 +66,7 @@ class Cache:
                 self.values.append(zeros(shape))
             if self.dtype == torch.int8:
                 shape = (pages, 2, c.kv_heads, page_tokens)
-                self.scales.append(torch.zeros(shape, device=decoder.device).permute(0, 3, 1, 2))
+                self.scales.append(zeros(shape, dtype=torch.float32).permute(0, 3, 1, 2))
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
@@ -88,6 +90,17 @@ class Cache:
             scale = self.scales[layer][pages][..., None]
             return (k * scale[..., 0, :, :]).to(dtype), (v * scale[..., 1, :, :]).to(dtype)
         return k.to(dtype), v.to(dtype)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take memory only where they are written (torch's own are written at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return (
+        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+        .view(dtype)
+        .view(shape)
+    )
 
 
 class _Span:

@@ -21,6 +21,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -198,8 +199,15 @@ def read(path: Path | str) -> GGUF:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}", rule="is no file", next="check the path")
-    if not path.stat().st_size:  # an empty file cannot be mapped
+    about = path.stat()
+    if not about.st_size:  # an empty file cannot be mapped
         raise FileError(f"{path}", rule="is empty", next="fetch it again")
+    return _read_once(path, (about.st_ino, about.st_size, about.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=2)
+def _read_once(path: Path, about: tuple[int, ...]) -> GGUF:
+    """A file is read by those who want its weights and by those who want its vocabulary."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return _read(path, data)
 
