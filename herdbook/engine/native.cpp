@@ -106,7 +106,8 @@ inline int32_t four(const int8_t* p) {
 }
 
 template <int N, int BITS>  // N rows of inputs at a time
-inline void tile(const uint8_t* w, int64_t blocks, const int8_t* codes, const float* scales, F* y) {
+inline void tile(const uint8_t* w, int64_t blocks, const int8_t* codes, const float* scales, F* to) {
+    F y[N];  // not `to`: what another pointer might reach is written each time
     for (int n = 0; n < N; n++) y[n] = zero();
     for (int64_t b = 0; b < blocks; b++) {
         I sums[N];
@@ -130,6 +131,7 @@ inline void tile(const uint8_t* w, int64_t blocks, const int8_t* codes, const fl
         }
         codes += BLOCK * GROUP, scales += 2 * GROUP;
     }
+    for (int n = 0; n < N; n++) to[n] = y[n];
 }
 
 template <int BITS, int N = GROUP>
@@ -231,12 +233,14 @@ struct Asking {
 };
 
 template <int N, typename T>
-inline void score(const T* keys, int64_t D, int64_t P, const float* q, F* scores) {
+inline void score(const T* keys, int64_t D, int64_t P, const float* q, F* to) {
+    F scores[N];
     for (int n = 0; n < N; n++) scores[n] = zero();
     for (int64_t d = 0; d < D; d++, q += QUERIES) {
         const F k = load(keys + d * P);
         for (int n = 0; n < N; n++) scores[n] = fma(all(q[n]), k, scores[n]);
     }
+    for (int n = 0; n < N; n++) to[n] = scores[n];
 }
 
 template <typename T, int N = QUERIES>

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -37,6 +38,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("vector.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 TILE = 16
+
+log = logging.getLogger("herdbook.engine")
 
 
 class Matrix(ctypes.Structure):
@@ -111,32 +114,45 @@ class Span(NamedTuple):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step, from the cache or built now; None where this machine cannot have it."""
-    if os.environ.get("HERDBOOK_NATIVE") == "0" or not torch.cpu._is_avx2_supported():
+    """The compiled step, from the cache or built now; None where this machine cannot have it.
+
+    Why not is said once, as a warning: without it the engine is right but several times slower.
+    """
+    if os.environ.get("HERDBOOK_NATIVE") == "0":
         return None
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    try:
+        return _library()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        reason = str(error)
+        if isinstance(error, subprocess.CalledProcessError):
+            said = error.stderr.decode(errors="replace").strip().splitlines()
+            reason = f"{error.cmd[0]} failed: {said[0] if said else error}"
+        log.warning("the engine computes by PyTorch, slower than it could: %s", reason)
+        return None
+
+
+def _library() -> ctypes.CDLL:
+    if not torch.cpu._is_avx2_supported():
+        raise RuntimeError("this processor has no AVX2")
+    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("no C++ compiler was found (install g++, or name one in CXX)")
     omp = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-    if compiler is None or omp is None:
-        return None
+    if omp is None:
+        raise RuntimeError("PyTorch came without its OpenMP library (libgomp)")
     # the threads are torch's own: its OpenMP is made visible, and none is linked
     ctypes.CDLL(str(omp), mode=ctypes.RTLD_GLOBAL)
-    try:
-        found = ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    found = ctypes.CDLL(str(_built(compiler)))
     found.herd_scratch.restype = ctypes.c_int64
     return found
 
 
 def _built(compiler: str) -> Path:
     """The shared object for this source, compiler and processor."""
-    about = subprocess.run(
-        [compiler, *FLAGS, "-Q", "--help=target", "--version"],
-        capture_output=True,
-        check=False,
-    ).stdout
+    about = os.stat(compiler)
+    version = f"{os.path.realpath(compiler)} {about.st_size} {about.st_mtime_ns} {FLAGS}"
     key = hashlib.sha256(
-        b"".join(one.read_bytes() for one in SOURCES) + about + _processor().encode()
+        b"".join(one.read_bytes() for one in SOURCES) + (version + _processor()).encode()
     ).hexdigest()[:16]
     target = fetched() / "native" / f"step-{key}.so"
     if not target.is_file():

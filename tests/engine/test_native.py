@@ -265,10 +265,20 @@ def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native.step_for(quantised(CONFIG)) is None
 
 
-def test_no_compiler_is_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither one that is not there nor one that fails: the plain way."""
+@pytest.mark.parametrize(("compiler", "why"), [("no-such", "no C++ compiler"), ("false", "failed")])
+def test_no_compiler_is_no_fault(
+    compiler: str,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither one that is not there nor one that fails: the plain way, and it is said once."""
     monkeypatch.setenv("HERDBOOK_CACHE", str(tmp_path))
-    for compiler in ("no-such-compiler", "false"):
-        monkeypatch.setenv("CXX", compiler)
-        native.library.cache_clear()
+    monkeypatch.setenv("CXX", compiler)
+    if compiler == "no-such":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    native.library.cache_clear()
+    for _ in range(2):
         assert native.step_for(quantised(CONFIG)) is None
+    assert len(caplog.messages) == 1 and why in caplog.messages[0]
