@@ -15,11 +15,14 @@ An engine belongs to one thread.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from herdbook.engine.pages import PagePool
 from herdbook.engine.request import Finish, Piece, Reply, Request
@@ -31,6 +34,7 @@ from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
 from herdbook.model.prefix import find_context
+from herdbook.training.memory import free_bytes
 
 if TYPE_CHECKING:
     from herdbook.tokens.tokenizer import Tokenizer
@@ -45,7 +49,9 @@ CACHE_CONTEXTS = 16
 class Engine:
     """Paged cache, continuous batching, prefix sharing, over one decoder.
 
-    cache_bytes or pages: the size of the cache. max_batch_tokens: the most tokens that one step
+    cache_bytes or pages: the size of the cache. cache_dtype: how it keeps its numbers, float32,
+    bfloat16 or int8 (a scale for each token and head); without it as the model computes, or, where
+    that leaves too little room, in fewer bits. max_batch_tokens: the most tokens that one step
     computes; a longer prompt is computed in chunks, while others go on decoding.
     """
 
@@ -57,16 +63,19 @@ class Engine:
         page_tokens: int = 16,
         pages: int | None = None,
         cache_bytes: int | None = None,
+        cache_dtype: torch.dtype | None = None,
         max_batch_tokens: int = 512,
     ) -> None:
         decoder.need_head()
         self.decoder, self.tokenizer = decoder, tokenizer
         self.vocab = decoder.config.vocab
         self.context = decoder.config.max_pos  # tokens
+        if cache_dtype is None:
+            cache_dtype = _cache_dtype(decoder, cache_bytes)
         if pages is None:
-            pages = _pages(decoder, page_tokens, cache_bytes)
+            pages = _pages(decoder, page_tokens, cache_bytes, cache_dtype)
         self._size = (pages, page_tokens, max_batch_tokens)
-        self.runner = Runner(decoder, pages, page_tokens)
+        self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._active: dict[str, Sequence] = {}
@@ -302,11 +311,30 @@ class Engine:
         )
 
 
-def _pages(decoder: Decoder, page_tokens: int, cache_bytes: int | None) -> int:
+def _token_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
+    """What the cache needs for a token's keys and values."""
+    c = decoder.config
+    heads = 2 * c.layers * c.kv_heads
+    return heads * (c.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+
+
+def _cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
+    """The widest in which the cache holds a context, or CACHE_TOKENS of it."""
+    if decoder.memory != "pages":
+        return decoder.dtype
+    if cache_bytes is None:
+        cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
+    tokens = min(decoder.config.max_pos, CACHE_TOKENS)
+    for kind in (decoder.dtype, torch.bfloat16):
+        if tokens * _token_bytes(decoder, kind) <= cache_bytes:
+            return kind
+    return torch.int8
+
+
+def _pages(decoder: Decoder, page_tokens: int, cache_bytes: int | None, dtype: torch.dtype) -> int:
     """How many pages the cache gets."""
     c = decoder.config
-    values = 2 * c.layers * c.kv_heads * c.head_dim  # a token's keys and values
-    token_bytes = values * decoder.dtype.itemsize
+    token_bytes = _token_bytes(decoder, dtype)
     if cache_bytes is None:
         tokens = max(CACHE_BYTES // token_bytes, CACHE_TOKENS)
         tokens = min(tokens, CACHE_CONTEXTS * c.max_pos)

@@ -38,6 +38,8 @@ SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("vector.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
 TILE = 16
+#: how the cache may keep its numbers
+CACHES = (torch.float32, torch.bfloat16, torch.int8)
 
 log = logging.getLogger("herdbook.engine")
 

@@ -274,7 +274,8 @@ class Runner:
         self, decoder: Decoder, pages: int, page_tokens: int, dtype: torch.dtype | None = None
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
-        self._native = native.step_for(decoder) if page_tokens % native.TILE == 0 else None
+        fits = page_tokens % native.TILE == 0 and (dtype or decoder.dtype) in native.CACHES
+        self._native = native.step_for(decoder) if fits else None
         first = self._native is not None
         self._cache = partial(Cache, decoder, pages, page_tokens, dtype, dimensions_first=first)
         self.forget()

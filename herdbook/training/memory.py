@@ -1,7 +1,8 @@
-"""Peak memory of a piece of work, as the operating system counts it."""
+"""Memory as the operating system counts it: the peak of a piece of work, and what is free."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -47,3 +48,13 @@ def peak_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_bytes() -> int:
+    """What this machine can still give without swapping."""
+    about = Path("/proc/meminfo")
+    if about.exists():
+        for line in about.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Piece, Reply, Request, Sampling
+from herdbook.engine.sequence import Sequence
 from herdbook.errors import CapacityError, FileError, RequestError
 from herdbook.model.decoder import Decoder
 
@@ -176,10 +178,59 @@ def test_a_refused_request_takes_the_others_of_its_call_back(decoder: Decoder) -
 
 def test_cache_bytes(decoder: Decoder) -> None:
     token = 2 * 2 * 2 * 8 * 4  # keys and values × layers × kv_heads × head_dim × float32
-    assert Engine(decoder, None, cache_bytes=token * 16 * 3 + 5).pool.pages == 3
+    exact = torch.float32
+    assert Engine(decoder, None, cache_bytes=token * 16 * 3 + 5, cache_dtype=exact).pool.pages == 3
     with pytest.raises(CapacityError, match=f"cache_bytes=9 holds no page.*{token * 16} bytes"):
-        Engine(decoder, None, cache_bytes=9)
+        Engine(decoder, None, cache_bytes=9, cache_dtype=exact)
     assert Engine(decoder, None).pool.tokens == 16 * 256  # never more than 16 contexts
+
+
+def test_the_cache_takes_fewer_bits_where_a_context_would_not_fit(decoder: Decoder) -> None:
+    numbers = 2 * 2 * 2 * 8  # of a token: keys and values × layers × kv_heads × head_dim
+    scales = 2 * 2 * 2 * 4  # bytes
+    context = decoder.config.max_pos
+    for room, kind in (
+        (numbers * 4, torch.float32),
+        (numbers * 4 - 1, torch.bfloat16),
+        (numbers * 2 - 1, torch.int8),
+        (numbers + scales, torch.int8),
+    ):
+        engine = Engine(decoder, None, cache_bytes=room * context)
+        assert engine.runner.cache.dtype == kind
+        assert (
+            engine.pool.tokens
+            == context
+            * room
+            // (numbers * kind.itemsize + scales * (kind == torch.int8))
+            // 16
+            * 16
+        )
+
+
+@pytest.mark.parametrize(("kind", "most"), [(torch.bfloat16, 0.01), (torch.int8, 0.08)])
+def test_a_smaller_cache_stays_near(decoder: Decoder, kind: torch.dtype, most: float) -> None:
+    """Logits with it differ by so much of their spread, prefix hits and chunks included."""
+
+    def logits(dtype: torch.dtype) -> Tensor:
+        found: list[Tensor] = []
+        engine = Engine(
+            decoder, None, page_tokens=4, pages=64, cache_dtype=dtype, max_batch_tokens=8
+        )
+        run = engine.runner.run
+
+        def heard(batch: list[Sequence]) -> Tensor | None:
+            rows = run(batch)
+            found.extend([] if rows is None else rows)
+            return rows
+
+        engine.runner.run = heard  # type: ignore[method-assign]
+        for _ in range(2):
+            greedy(engine, [list(range(1, 30))], 1)
+        return torch.stack(found)
+
+    exact, near = logits(torch.float32), logits(kind)
+    off = (near - exact).abs().max() / exact.std()
+    assert 0 < off <= most
 
 
 def test_wrong_requests(decoder: Decoder) -> None:
