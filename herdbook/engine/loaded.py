@@ -129,7 +129,7 @@ class LoadedModel:
         if isinstance(prompt, str):
             for meant, written in escapes(self.tokenizer.chat_template).items():
                 prompt = prompt.replace(meant, written)
-            return Request(self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos), sampling)
+            return Request(self.tokenizer.prompt(prompt), sampling)
         if isinstance(prompt, Mapping):
             tree = self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
             return Request(tree, sampling)

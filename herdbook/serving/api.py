@@ -180,7 +180,7 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
         return prompt
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return engine.tokenizer.encode(prompt, bos=engine.tokenizer.add_bos)
+    return engine.tokenizer.prompt(prompt)
 
 
 def _echo(engine: Engine, prompt: Prompt) -> str:
