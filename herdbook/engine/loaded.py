@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -135,11 +136,11 @@ class LoadedModel:
             return Request(tree, sampling)
         if prompt and isinstance(prompt[0], int):
             return Request(list(prompt), sampling)  # type: ignore[arg-type]
-        return self.ask(prompt, sampling)  # type: ignore[arg-type]
+        return self.ask(prompt, sampling, datetime.now())  # type: ignore[arg-type]
 
-    def ask(self, messages: Messages, sampling: Sampling) -> Request:
-        """The request for the next turn of a conversation."""
-        ids = self.render(messages, reply=True).ids
+    def ask(self, messages: Messages, sampling: Sampling, now: datetime | None = None) -> Request:
+        """The request for the next turn of a conversation. now: the date that a template may write."""
+        ids = render(self.tokenizer, messages, reply=True, now=now).ids
         return Request(ids, sampling, stop=self.tokenizer.stop_strings, trim=True)
 
     def as_teacher(self) -> EngineTeacher:

@@ -84,6 +84,24 @@ def exists(path: Path) -> bool:
     return path.is_file() and path.suffix in (".json", ".model", ".tiktoken", ".txt")
 
 
+def template(path: Path) -> str | None:
+    """The chat template that `read` would find, its own or one of ours that fits its name."""
+    file = find(path) if path.is_dir() else path
+    if file is None:
+        return None
+    return (
+        _named(gguf.read(file).metadata, file)
+        if file.suffix == ".gguf"
+        else Settings.of(file).template
+    )
+
+
+def _named(metadata: Mapping[str, Any], path: Path) -> str | None:
+    """A GGUF's own chat template, or one of ours that fits its names."""
+    own = {"chat_template": metadata.get("tokenizer.chat_template")}
+    return find_template(path, own, path.stem, metadata.get("general.name"))
+
+
 def read(path: Path, template: str | None = None) -> Parts:
     """The tokenizer of a Hugging Face folder or of one file.
 
@@ -296,8 +314,7 @@ def from_gguf(metadata: Mapping[str, Any], path: Path, template: str | None = No
             rule="holds no tokenizer (no tokenizer.ggml.tokens)",
             next="use it by token ids, or load a folder that has a tokenizer.json",
         )
-    brought = {"chat_template": own.get("tokenizer.chat_template")}
-    template = template or find_template(path, brought, path.stem, metadata.get("general.name"))
+    template = template or _named(metadata, path)
     types = list(get("token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise FileError(

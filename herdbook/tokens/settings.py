@@ -26,6 +26,11 @@ _DELIMITER = re.compile(
 )
 CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+#: all that is read beside a tokenizer's file
+FILES = (
+    *(CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *(TEMPLATE, "chat_template.json", _GENERATION, "config.json"),
+)
 
 
 @dataclass(frozen=True)
