@@ -29,9 +29,17 @@ from typing import Any
 
 from herdbook.errors import FileError
 from herdbook.files.atomic import write_bytes
-from herdbook.tokens.codec import Span
+from herdbook.tokens.codec import Parts, Span, plain_specials
 from herdbook.tokens.pieces import PieceCodec
-from herdbook.tokens.sentence import BYTE, CONTROL, UNUSED, USER_DEFINED, PieceModel
+from herdbook.tokens.sentence import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    PieceModel,
+)
+from herdbook.tokens.settings import Settings
 
 FILE = "ice_text.model"
 #: ids below the text's where the settings do not say how many
@@ -121,3 +129,28 @@ class IceCodec(PieceCodec):
 
 def _piece(white: re.Match[str]) -> str:
     return _WRITTEN[white[0]]
+
+
+def parts(pieces: PieceModel, settings: Settings) -> Parts:
+    """ChatGLM-6B's kind. The text's ids are where the published tokenizer has them."""
+    images = settings.config.get("num_image_tokens", IMAGES)
+    if not isinstance(images, int) or not 0 <= images <= IMAGES:
+        raise FileError(
+            f"num_image_tokens = {images!r} in tokenizer_config.json",
+            rule=f"must be a number from 0 to {IMAGES:,}",
+            next="get the file again from the original model",
+        )
+    pieces = completed(pieces, images)
+    special = {
+        pieces.pieces[id]: id for id, kind in enumerate(pieces.types) if kind in (CONTROL, UNKNOWN)
+    }
+    return Parts(
+        IceCodec(pieces),
+        plain_specials(list(special)),
+        special,
+        bos_id=special["<sop>"],  # the first files call them otherwise
+        eos_id=special["<eop>"],
+        ends=settings.ends,
+        chat_template=settings.template,
+        config={**settings.config, "num_image_tokens": 0},  # saved, they are pieces like all others
+    )

@@ -240,7 +240,7 @@ def _from_model(path: Path, template: str | None) -> Parts:
         ) from error
     settings = Settings.of(path, template)
     if ice.is_ice(path, pieces):
-        return _from_ice(pieces, settings)
+        return ice.parts(pieces, settings)
     config, size = settings.config, len(pieces.pieces)
     declared = {
         id: (token.content, CONTROL if token.special else USER_DEFINED)
@@ -282,24 +282,6 @@ def _from_model(path: Path, template: str | None) -> Parts:
         add_bos=bool(config.get("add_bos_token", not glm)) and bos_id is not None,
         chat_template=settings.template,
         config=config,
-    )
-
-
-def _from_ice(pieces: PieceModel, settings: Settings) -> Parts:
-    """ChatGLM-6B's kind. The text's ids are where the published tokenizer has them, images' included."""
-    pieces = ice.completed(pieces, settings.config.get("num_image_tokens", ice.IMAGES))
-    special = {
-        pieces.pieces[id]: id for id, kind in enumerate(pieces.types) if kind in (CONTROL, UNKNOWN)
-    }
-    return Parts(
-        ice.IceCodec(pieces),
-        plain_specials(list(special)),
-        special,
-        bos_id=special.get(settings.bos or "<sop>"),
-        eos_id=special.get(settings.eos or "<eop>"),
-        ends=settings.ends,
-        chat_template=settings.template,
-        config={**settings.config, "num_image_tokens": 0},  # saved, they are pieces like all others
     )
 
 

@@ -292,7 +292,7 @@ def test_no_template_says_what_to_do() -> None:
     with pytest.raises(TemplateError) as error:
         render(with_template(None), talk("a"))
     assert str(error.value).startswith("this model has no chat template\n  next: use a chat model")
-    assert "--template: a file of Jinja, or one of alpaca, aquila" in str(error.value)
+    assert "--template: a file of Jinja, or one of alpaca, alpaca-lora" in str(error.value)
 
 
 @pytest.mark.parametrize(

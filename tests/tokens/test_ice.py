@@ -124,6 +124,18 @@ def test_images_come_before_the_text(tmp_path: Path, make: object) -> None:
     assert again.encode("a\n  b") == tokenizer.encode("a\n  b")
 
 
+@pytest.mark.parametrize("number", ["many", -1, 10**12])
+def test_images_without_number_are_refused(tmp_path: Path, number: int | str) -> None:
+    with pytest.raises(FileError, match="must be a number from 0 to 20,000"):
+        Tokenizer.load(folder(tmp_path / "glm", later(), num_image_tokens=number))
+
+
+def test_the_first_files_names_of_the_marks_count_for_nothing(tmp_path: Path) -> None:
+    said = {"bos_token": "sop", "eos_token": "eos", "num_image_tokens": 0}
+    tokenizer = Tokenizer.load(folder(tmp_path / "glm", later(), **said))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (SOP, EOP)
+
+
 def test_saved_and_fewer(chatglm: Tokenizer, tmp_path: Path) -> None:
     chatglm.save(tmp_path / "saved")
     assert reading.find(tmp_path / "saved") == tmp_path / "saved" / "tokenizer.model"

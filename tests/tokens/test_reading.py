@@ -74,11 +74,15 @@ def test_chatglm_has_its_special_tokens_behind_the_pieces(tmp_path: Path) -> Non
     tokenizer = Tokenizer.load(tmp_path)
     start = tokenizer.encode("[gMASK]sop<|user|>", specials=True)
     assert start == [SIZE + 1, SIZE + 3, SIZE + 6]
+    assert tokenizer.prompt("ab") == [*start[:2], *tokenizer.encode("ab")], (
+        "before any text; no <s>"
+    )
     assert not tokenizer.holds_special("philosophy, sopping")
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("[gMASK]sop"))
     tokenizer.save(tmp_path / "again")
     again = Tokenizer.load(tmp_path / "again")
     assert (again.size, again.special_ids) == (tokenizer.size, tokenizer.special_ids)
+    assert again.prompt("ab") == tokenizer.prompt("ab")
     assert not again.holds_special("philosophy, sopping")
 
 
