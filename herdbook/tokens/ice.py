@@ -148,8 +148,8 @@ def parts(pieces: PieceModel, settings: Settings) -> Parts:
         IceCodec(pieces),
         plain_specials(list(special)),
         special,
-        bos_id=special["<sop>"],  # the first files call them otherwise
-        eos_id=special["<eop>"],
+        bos_id=special.get("<sop>"),  # the first files call them otherwise
+        eos_id=special.get("<eop>"),
         ends=settings.ends,
         chat_template=settings.template,
         config={**settings.config, "num_image_tokens": 0},  # saved, they are pieces like all others
