@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -129,17 +130,17 @@ class LoadedModel:
         if isinstance(prompt, str):
             for meant, written in escapes(self.tokenizer.chat_template).items():
                 prompt = prompt.replace(meant, written)
-            return Request(self.tokenizer.encode(prompt, bos=self.tokenizer.add_bos), sampling)
+            return Request(self.tokenizer.prompt(prompt), sampling)
         if isinstance(prompt, Mapping):
             tree = self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
             return Request(tree, sampling)
         if prompt and isinstance(prompt[0], int):
             return Request(list(prompt), sampling)  # type: ignore[arg-type]
-        return self.ask(prompt, sampling)  # type: ignore[arg-type]
+        return self.ask(prompt, sampling, datetime.now())  # type: ignore[arg-type]
 
-    def ask(self, messages: Messages, sampling: Sampling) -> Request:
-        """The request for the next turn of a conversation."""
-        ids = self.render(messages, reply=True).ids
+    def ask(self, messages: Messages, sampling: Sampling, now: datetime | None = None) -> Request:
+        """The request for the next turn of a conversation. now: the date that a template may write."""
+        ids = render(self.tokenizer, messages, reply=True, now=now).ids
         return Request(ids, sampling, stop=self.tokenizer.stop_strings, trim=True)
 
     def as_teacher(self) -> EngineTeacher:

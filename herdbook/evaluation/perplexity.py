@@ -62,7 +62,7 @@ def perplexity(model: LoadedModel, text: str, window: int = 512) -> dict[str, An
     ``passages`` lists every passage of the text, so that it pairs with another model's.
     """
     tokenizer = model.tokenizer
-    start = tokenizer.encode("", bos=tokenizer.add_bos)
+    start = tokenizer.prompt("")
     scores: list[tuple[float, int]] = []
     for ids, lengths in _windows(tokenizer, text, window - len(start)):
         nll = nlls(model, start + ids)[max(len(start) - 1, 0) :]  # one per scored token of ids

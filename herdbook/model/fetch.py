@@ -22,7 +22,7 @@ from herdbook.model.checkpoint import (
     open_checkpoint,
 )
 from herdbook.model.references import SMOLLM2_SHA256, resolve
-from herdbook.tokens import templates
+from herdbook.tokens import reading, templates
 from herdbook.tokens.reading import files as other_files
 from herdbook.tokens.settings import TEMPLATE
 from herdbook.tokens.tokenizer import Tokenizer
@@ -91,7 +91,12 @@ class Fetch(Step):
             return {"model.gguf": f"sha256:{SMOLLM2_SHA256}"} | chosen
         if not Path(self.ref).expanduser().exists():
             return chosen  # from the hub: known by its name
-        files = files_of(open_checkpoint(resolve(self.ref, None)))
+        checkpoint = open_checkpoint(resolve(self.ref, None))
+        files = files_of(checkpoint)
+        if not chosen and Tokenizer.exists(
+            checkpoint.path
+        ):  # it may be one that only the name tells
+            chosen = {"chat template": digest(reading.template(checkpoint.path))}
         return {name: sha256_once(path) for name, path in sorted(files.items())} | chosen
 
     def make(self, bench: Bench) -> dict[str, Any]:

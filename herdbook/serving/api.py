@@ -30,6 +30,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -163,7 +164,7 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
 def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return render(engine.tokenizer, turns, reply=True).ids
+    return render(engine.tokenizer, turns, reply=True, now=datetime.now()).ids
 
 
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
@@ -180,7 +181,7 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
         return prompt
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return engine.tokenizer.encode(prompt, bos=engine.tokenizer.add_bos)
+    return engine.tokenizer.prompt(prompt)
 
 
 def _echo(engine: Engine, prompt: Prompt) -> str:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Generator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from herdbook.engine.loaded import load
@@ -104,7 +105,7 @@ class Talk:
                 rule="so it cannot be talked to",
                 next="add tokenizer.json to its folder",
             )
-        ids = render(engine.tokenizer, turns, reply=True).ids
+        ids = render(engine.tokenizer, turns, reply=True, now=datetime.now()).ids
         if len(ids) >= engine.most_tokens:
             raise CapacityError(
                 f"the conversation has {len(ids)} tokens",

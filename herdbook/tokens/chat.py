@@ -33,6 +33,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -54,18 +55,24 @@ class Rendering:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any] | Message], *, reply: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any] | Message],
+    *,
+    reply: bool = False,
+    now: datetime | None = None,
 ) -> Rendering:
     """Ids and mask of a conversation. reply: end with the generation prompt, ready for an answer.
 
-    With reply=True nothing is to be learned and the mask is False throughout.
+    With reply=True nothing is to be learned and the mask is False throughout. now: what a template
+    that writes the date is told, for who talks to the model today. Without it that is one fixed day
+    (`sandbox.DAY`), so that what is trained or made of data is the same tomorrow.
     """
     rows = [_mapping(index, message) for index, message in enumerate(messages)]
     if not rows:
         raise DataError(
             "an empty conversation", rule="has nothing to render", next="give at least one message"
         )
-    template = _Template.of(tokenizer, rows)
+    template = _Template.of(tokenizer, rows, now)
     page = template.render(rows, reply=reply)
     contents = None if reply else template.locate(rows, page.text)
     plain: list[Span] = []
@@ -195,9 +202,12 @@ class _Template:
     tokenizer: Tokenizer
     program: jinja2.Template
     marks: str  # generation starts, ends; content starts, its number ends, content ends
+    now: datetime | None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, rows: list[dict[str, Any]]) -> _Template:
+    def of(
+        cls, tokenizer: Tokenizer, rows: list[dict[str, Any]], now: datetime | None
+    ) -> _Template:
         source = tokenizer.chat_template
         if source is None:
             raise TemplateError(
@@ -216,7 +226,7 @@ class _Template:
                 next="take such characters out of the data",
             )
         try:
-            return cls(tokenizer, sandbox.compile(source), marks)
+            return cls(tokenizer, sandbox.compile(source), marks, now)
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise TemplateError(
                 "the chat template",
@@ -242,6 +252,7 @@ class _Template:
                     "_generation_marks": self.marks[:2],
                     **words,
                 },
+                self.now,
             )
         except (
             jinja2.TemplateError,

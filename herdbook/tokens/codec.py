@@ -2,6 +2,7 @@
 
     LibraryCodec   library.py   the `tokenizers` library: byte-level BPE, "▁" pieces of a tokenizer.json
     PieceCodec     pieces.py    the `sentencepiece` library: BPE and unigram models, GGUF's llama
+    IceCodec       ice.py       the same with tokens of white space: ChatGLM-6B, GLM-130B
     LongestCodec   longest.py   the longest token first: RWKV's World vocabulary, CPM-Bee's words
 
 A codec reads plain text; it is told nothing of special tokens but their names and ids.

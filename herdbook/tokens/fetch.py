@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from herdbook.book.hashing import digest
 from herdbook.book.step import Bench, Step, require
 from herdbook.errors import FileError
 from herdbook.files.atomic import sha256_once
-from herdbook.tokens import reading
+from herdbook.tokens import reading, settings
 from herdbook.tokens.tokenizer import Tokenizer
 
 
@@ -34,13 +35,17 @@ class FetchTokenizer(Step):
             raise FileError(f"{self.path}", rule="is not there", next="check the path")
 
     def fingerprint(self) -> dict[str, str]:
+        """The files that are read, and the chat template: it may be one that only the name tells."""
         path = Path(self.path)
+        file = reading.find(path) if path.is_dir() else path
+        found = set() if file is None else {file}
         if path.is_dir():
-            found = {path / "tokenizer.model", *path.glob("*.json"), *path.glob("*.jinja")}
-            found |= {one for one in [reading.find(path)] if one is not None}
-        else:
-            found = {path}
-        return {one.name: sha256_once(one) for one in sorted(found) if one.is_file()}
+            found.add(path / "tokenizer.model")
+        if file is not None and file.suffix != ".gguf":
+            found |= {file.parent / name for name in (*settings.FILES, "merges.txt")}
+        hashes = {one.name: sha256_once(one) for one in sorted(found) if one.is_file()}
+        template = reading.template(path)
+        return hashes | ({} if template is None else {"chat template": digest(template)})
 
     def make(self, bench: Bench) -> dict[str, Any]:
         path = Path(self.path)

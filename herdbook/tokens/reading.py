@@ -2,6 +2,7 @@
 
     tokenizer.json                          the `tokenizers` library
     tokenizer.model, spiece.model, *.model  SentencePiece; or, by its content, tiktoken (LLaMA 3)
+    ice_text.model                          SentencePiece with ChatGLM-6B's rules of white space
     *.gguf, model.gguf                      either library, from the file's lists
     *.tiktoken                              ranks (Qwen 1)
     vocab.json with merges.txt              byte-level BPE (GPT-2, MOSS)
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer as Library
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
-from herdbook.tokens import bytebpe, longest, ranks
+from herdbook.tokens import bytebpe, ice, longest, ranks
 from herdbook.tokens.codec import Parts, plain_specials
 from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
@@ -34,7 +35,10 @@ from herdbook.tokens.settings import Settings, beside, delimits, find_template
 #: where a folder keeps its tokenizer, in the order in which they are looked for
 FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
 #: the same for tokenizers of a kind of their own
-OTHERS = ("spiece.model", "*.tiktoken", "vocab.json", "rwkv_vocab*.txt", longest.CPM_BEE_FILE)
+OTHERS = (
+    *("spiece.model", ice.FILE, "*.tiktoken", "vocab.json"),
+    *("rwkv_vocab*.txt", longest.CPM_BEE_FILE),
+)
 #: what a ChatGLM 2 or 3 has behind its SentencePiece model, in this order
 _CHATGLM = (
     *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
@@ -78,6 +82,24 @@ def exists(path: Path) -> bool:
     if path.suffix == ".gguf" and path.is_file():
         return "tokenizer.ggml.tokens" in gguf.read(path).metadata
     return path.is_file() and path.suffix in (".json", ".model", ".tiktoken", ".txt")
+
+
+def template(path: Path) -> str | None:
+    """The chat template that `read` would find, its own or one of ours that fits its name."""
+    file = find(path) if path.is_dir() else path
+    if file is None:
+        return None
+    return (
+        _named(gguf.read(file).metadata, file)
+        if file.suffix == ".gguf"
+        else Settings.of(file).template
+    )
+
+
+def _named(metadata: Mapping[str, Any], path: Path) -> str | None:
+    """A GGUF's own chat template, or one of ours that fits its names."""
+    own = {"chat_template": metadata.get("tokenizer.chat_template")}
+    return find_template(path, own, path.stem, metadata.get("general.name"))
 
 
 def read(path: Path, template: str | None = None) -> Parts:
@@ -217,6 +239,8 @@ def _from_model(path: Path, template: str | None) -> Parts:
             next="get the file again; it may be damaged",
         ) from error
     settings = Settings.of(path, template)
+    if ice.is_ice(path, pieces):
+        return ice.parts(pieces, settings)
     config, size = settings.config, len(pieces.pieces)
     declared = {
         id: (token.content, CONTROL if token.special else USER_DEFINED)
@@ -224,7 +248,7 @@ def _from_model(path: Path, template: str | None) -> Parts:
     }
     for text, id in beside(path, "added_tokens.json").items():
         declared.setdefault(id, (text, CONTROL))
-    if config.get("tokenizer_class") == "ChatGLMTokenizer":
+    if glm := config.get("tokenizer_class") == "ChatGLMTokenizer":
         for place, text in enumerate(_CHATGLM):
             declared.setdefault(size + place, (text, CONTROL))
     for place in range(count := int(config.get("extra_ids") or 0)):  # T5 counts them down
@@ -255,7 +279,7 @@ def _from_model(path: Path, template: str | None) -> Parts:
         bos_id=bos_id,
         eos_id=eos_id,
         ends=settings.ends,
-        add_bos=bool(config.get("add_bos_token", True)) and bos_id is not None,
+        add_bos=bool(config.get("add_bos_token", not glm)) and bos_id is not None,
         chat_template=settings.template,
         config=config,
     )
@@ -272,8 +296,7 @@ def from_gguf(metadata: Mapping[str, Any], path: Path, template: str | None = No
             rule="holds no tokenizer (no tokenizer.ggml.tokens)",
             next="use it by token ids, or load a folder that has a tokenizer.json",
         )
-    brought = {"chat_template": own.get("tokenizer.chat_template")}
-    template = template or find_template(path, brought, path.stem, metadata.get("general.name"))
+    template = template or _named(metadata, path)
     types = list(get("token_type") or [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise FileError(

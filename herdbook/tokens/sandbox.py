@@ -58,10 +58,17 @@ _WIDE |= {"replace", "rjust", "slice", "translate", "wordwrap", "zfill"}
 _meter = threading.local()  # .until: CPU time of this thread; .left: characters
 
 
-def render(program: jinja2.Template, words: Mapping[str, Any]) -> str:
-    """The template's output; jinja2.TemplateError and what else a template can raise, as it is."""
+#: the day that a template is told where nobody says which: LLaMA 3.1's own, for want of a better
+DAY = datetime(2024, 7, 26)
+
+
+def render(program: jinja2.Template, words: Mapping[str, Any], now: datetime | None = None) -> str:
+    """The template's output; jinja2.TemplateError and what else a template can raise, as it is.
+
+    now: what `strftime_now` tells of; DAY without it.
+    """
     _meter.until, _meter.left = time.thread_time() + SECONDS, CHARACTERS
-    return program.render(words)
+    return program.render(words, strftime_now=(now or DAY).strftime)
 
 
 @functools.lru_cache(maxsize=64)
@@ -227,7 +234,6 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters |= {" turns": _Turns, " paid": _paid}  # no template can write these names
         del self.globals["lipsum"]
         self.globals["raise_exception"] = _fail
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """The program with _Turns around what loops go through, and _paid around new texts."""

@@ -21,11 +21,16 @@ from herdbook.tokens import templates
 
 #: how a turn's delimiter looks where a file calls it an ordinary added token
 _DELIMITER = re.compile(
-    r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|\[/?INST\]|<eo[ham]>"
+    r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|<(human|bot|root|ans)>|\[/?INST\]|<eo[ham]>"
     r"|<reserved_\d+>|\[g?MASK\]|<?[se]op>?"
 )
 CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
+#: all that is read beside a tokenizer's file
+FILES = (
+    *(CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    *(TEMPLATE, "chat_template.json", _GENERATION, "config.json"),
+)
 
 
 @dataclass(frozen=True)

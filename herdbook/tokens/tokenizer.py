@@ -4,6 +4,7 @@
     .gguf with tokenizer.ggml.model = gpt2     tokenizers, built from tokens, merges and `pre`
     .gguf with tokenizer.ggml.model = llama    SentencePiece, built from pieces and scores
     tokenizer.model, spiece.model              SentencePiece
+    ice_text.model                             SentencePiece with tokens of white space (ChatGLM-6B)
     *.tiktoken, LLaMA 3's tokenizer.model      tokenizers, built from the ranks
     vocab.json with merges.txt                 tokenizers
     rwkv_vocab_v20230424.txt, vocab.txt        the longest token first (RWKV World, CPM-Bee)
@@ -36,6 +37,7 @@ from tokenizers import AddedToken
 from herdbook.files.atomic import write_json
 from herdbook.tokens import reading, templates
 from herdbook.tokens.codec import Codec, Parts, Span
+from herdbook.tokens.ice import IceCodec
 from herdbook.tokens.sentence import UNUSED
 from herdbook.tokens.settings import CONFIG
 
@@ -113,6 +115,16 @@ class Tokenizer:
         if specials:
             return start + self.encode_spans(text)[0]
         return start + self.codec.encode(text)
+
+    def prompt(self, text: str) -> list[int]:
+        """Ids of a plain text as its model expects to go on with it: BOS before it where there is one;
+        of GLM's models [gMASK] and sop, of ChatGLM-6B's kind behind it."""
+        sop = self._parts.special_ids.get("sop", self._parts.special_ids.get("<sop>"))
+        mask = self._parts.special_ids.get("[gMASK]")
+        if sop is None or mask is None:
+            return self.encode(text, bos=self.add_bos)
+        ids = self.codec.encode(text)
+        return [*ids, mask, sop] if isinstance(self.codec, IceCodec) else [mask, sop, *ids]
 
     def encode_spans(self, text: str, plain: Sequence[Span] = ()) -> tuple[list[int], list[Span]]:
         """Ids with special tokens parsed, and the characters [start, end) that each id stands for.

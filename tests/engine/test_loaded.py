@@ -6,7 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from herdbook.book.book import Book
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask
 from herdbook.engine.loaded import LoadedModel
+from herdbook.engine.request import Request
 from herdbook.errors import CapacityError, ConfigError, FileError, RequestError, UnknownName
 from herdbook.model.checkpoint import load_decoder
 from herdbook.model.layout import Packed
@@ -66,6 +69,28 @@ def test_a_template_by_name(tiny_folder: Path) -> None:
     assert text.endswith("BEGINNING OF CONVERSATION: USER: hello who are you GPT:")
     with pytest.raises(UnknownName, match="template 'kaola' is none that comes with Herdbook"):
         herdbook.load("never looked for", template="kaola")
+
+
+def test_who_talks_is_told_todays_date_and_data_steps_are_not(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher's answers and training rows must not hang on the day they are made."""
+    file = tmp_path / "dated.jinja"
+    file.write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}", encoding="utf-8")
+    own = herdbook.load(str(tiny_folder), dtype="float32", template=str(file))
+    asked: list[str] = []
+
+    def noted(requests: list[Request]) -> list[Any]:
+        asked.extend(own.tokenizer.decode(request.ids) for request in requests)
+        return generate(requests)
+
+    generate = own.engine.generate
+    monkeypatch.setattr(own.engine, "generate", noted)
+    own.generate(CHAT, max_tokens=1)
+    own.as_teacher().generate([Ask((Message(**CHAT[0]),), max_tokens=1)])
+    text = CHAT[0]["content"]
+    assert asked == [f"{datetime.now():%Y} {text}", f"2024 {text}"]
+    assert own.tokenizer.decode(own.render(CHAT, reply=True).ids) == f"2024 {text}"
 
 
 def test_importing_herdbook_costs_nothing() -> None:

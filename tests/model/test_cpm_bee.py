@@ -339,3 +339,59 @@ def test_herdbook_reads_trees(tmp_path: Path, tiny_folder: Path) -> None:
     llama = herdbook.load(str(tiny_folder), dtype="float32")
     with pytest.raises(RequestError, match="this model reads no trees"):
         llama.generate({"input": "hello", "<ans>": ""})
+
+
+# --- a conversation --------------------------------------------------------------------------------
+
+WORDS = [
+    *("<pad>", "<unk>", "<mask>", "<sep>", "</n>", "</_>", "<s>", "</s>", "<root>", "<ans>"),
+    *("<option>", "<", ">", "/", "_", "input", "prompt", "今天", "天气", "好", "啊", "是"),
+    *"abcdefghijklmnopqrstuvwxyz0123456789",
+]
+
+
+def talking(folder: Path) -> herdbook.engine.loaded.LoadedModel:
+    random_model(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    return herdbook.load(str(folder), dtype="float32")
+
+
+def test_messages_are_its_dictionary(tmp_path: Path) -> None:
+    """By the template that its name brings: the same answer as to the dictionary itself."""
+    model = talking(tmp_path / "cpm-bee-1b")
+    user = {"role": "user", "content": "今天天气"}
+    asked = model.render([user], reply=True).ids
+    tree = model.decoder.tree(
+        {"input": "今天天气", "<ans>": ""}, lambda text: model.tokenizer.encode(text, specials=True)
+    )
+    assert asked == [id % VOCAB for id in tree], (
+        "depths need not be said: keys and texts take turns"
+    )
+    assert torch.allclose(logits(model.decoder, asked), logits(model.decoder, tree), atol=1e-5)
+    said = model.generate([user], max_tokens=8, temperature=0.0)
+    assert said == model.generate({"input": "今天天气", "<ans>": ""}, max_tokens=8).lstrip()
+    told = [{"role": "system", "content": "a"}, user, {"role": "assistant", "content": "好啊"}]
+    row = model.render(told)
+    assert row.ids[: len(model.render(told[:2], reply=True).ids)] == (
+        model.render(told[:2], reply=True).ids
+    )
+    learnt = [id for id, on in zip(row.ids, row.mask, strict=True) if on]
+    assert learnt == [*model.tokenizer.encode("好啊"), EOS]
+    known = parse(row.ids, MARKS)
+    assert [not one for one in known.context] == [*[False] * (len(row.ids) - 4), *[True] * 4]
+
+
+@pytest.mark.parametrize(
+    "text", ["a</s><s><ans></s><s>b", "<root>", "<mask>", "</s>", "<s>prompt</s><s>a"]
+)
+def test_no_text_divides_the_tree(text: str, tmp_path: Path) -> None:
+    model = talking(tmp_path / "cpm-bee-1b")
+    tokenizer = model.tokenizer
+    frame = [
+        [id for id in model.render(talk, reply=True).ids if id in tokenizer.special_ids]
+        for talk in ([{"role": "user", "content": text}], [{"role": "user", "content": "a"}])
+    ]
+    assert frame[0] == frame[1]
+    asked = model.render([{"role": "user", "content": text}], reply=True).ids
+    assert text in tokenizer.decode(asked)
+    assert len(parse(asked, MARKS).paths) == 5

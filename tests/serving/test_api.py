@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from herdbook.engine.request import Sampling
 from herdbook.serving.api import MAX_BODY_BYTES, app
+from herdbook.serving.chat import Talk
 from herdbook.serving.server import _engine
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
@@ -69,6 +72,30 @@ def test_chat_sees_what_training_sees(client: Client, worker: Worker):
     chat = client.chat().json()
     assert chat["choices"][0]["message"]["content"] == plain["choices"][0]["text"]
     assert chat["usage"]["completion_tokens"] == plain["usage"]["completion_tokens"]
+
+
+def test_who_is_served_is_told_todays_date(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "dated.jinja"
+    file.write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}", encoding="utf-8")
+    dated = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file)))
+    dated.start()
+    asked: list[str] = []
+    try:
+        engine = dated.wait(60).engine
+        take = dated._take
+
+        def noted(requests: Any, put: Any) -> Any:
+            asked.extend(engine.tokenizer.decode(request.ids) for request in requests)
+            return take(requests, put)
+
+        monkeypatch.setattr(dated, "_take", noted)
+        Client(app({"tiny": dated})).chat("hello", max_tokens=1)
+        list(Talk(dated, None, Sampling(max_tokens=1)).say("hello"))
+    finally:
+        dated.stop(grace_s=0)
+    assert asked == [f"{datetime.now():%Y} hello"] * 2
 
 
 def test_content_parts_are_the_same_text(client: Client):

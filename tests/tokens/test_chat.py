@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,21 @@ def test_private_characters_in_a_text_are_kept(byte_tokenizer: Tokenizer) -> Non
 # --- what a template may do
 
 
+def test_the_day_is_one_and_the_same_unless_it_is_given() -> None:
+    """What is trained today and resumed after midnight must be the same rows."""
+    tokenizer = with_template(
+        "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+        "{{ eos_token }}"
+    )
+    rows = talk("a", "b")
+    assert tokenizer.decode(render(tokenizer, rows).ids) == "2024-07-26 a b"
+    whole = render(tokenizer, rows, now=datetime(2031, 12, 24))
+    assert tokenizer.decode(whole.ids) == "2031-12-24 a b"
+    assert show_plain(whole, tokenizer) == "2031-12-24 a ⟦b<|im_end|>⟧", (
+        "the prompt had that day too"
+    )
+
+
 def test_sandbox_tools() -> None:
     tokenizer = with_template(
         "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}"
@@ -276,7 +292,7 @@ def test_no_template_says_what_to_do() -> None:
     with pytest.raises(TemplateError) as error:
         render(with_template(None), talk("a"))
     assert str(error.value).startswith("this model has no chat template\n  next: use a chat model")
-    assert "--template: a file of Jinja, or one of alpaca, aquila" in str(error.value)
+    assert "--template: a file of Jinja, or one of alpaca, alpaca-lora" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from herdbook.book.book import Book
-from herdbook.tokens import reading, sentence
+from herdbook.tokens import reading, sentence, templates
 from herdbook.tokens.fetch import FetchTokenizer
 from herdbook.tokens.sentence import BYTE, CONTROL, NORMAL, UNKNOWN, PieceModel
 from herdbook.tokens.tokenizer import Tokenizer
@@ -74,11 +74,15 @@ def test_chatglm_has_its_special_tokens_behind_the_pieces(tmp_path: Path) -> Non
     tokenizer = Tokenizer.load(tmp_path)
     start = tokenizer.encode("[gMASK]sop<|user|>", specials=True)
     assert start == [SIZE + 1, SIZE + 3, SIZE + 6]
+    assert tokenizer.prompt("ab") == [*start[:2], *tokenizer.encode("ab")], (
+        "before any text; no <s>"
+    )
     assert not tokenizer.holds_special("philosophy, sopping")
     assert tokenizer.special_ids.isdisjoint(tokenizer.encode("[gMASK]sop"))
     tokenizer.save(tmp_path / "again")
     again = Tokenizer.load(tmp_path / "again")
     assert (again.size, again.special_ids) == (tokenizer.size, tokenizer.special_ids)
+    assert again.prompt("ab") == tokenizer.prompt("ab")
     assert not again.holds_special("philosophy, sopping")
 
 
@@ -122,3 +126,49 @@ def test_a_models_own_kind_of_tokenizer_comes_with_it(
     (folder / "spiece.model").write_bytes(pieces(ORDERED).serialise())
     made = Fetch(ref=str(folder)).run(book)
     assert Tokenizer.load(made.path).encode("ab") == Tokenizer.load(folder).encode("ab")
+
+
+def test_a_tokenizer_fetched_under_another_name_is_another(
+    book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template may be found by the folder's name alone, and "." says nothing of it."""
+    ids = {}
+    for name in ("plain", "other", "koala-7b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.model").write_bytes(pieces(ORDERED).serialise())
+        monkeypatch.chdir(tmp_path / name)
+        made = FetchTokenizer(path=".").run(book)
+        ids[name] = made.id
+        found = Tokenizer.load(made.path).chat_template
+        assert found == (templates.read("koala") if name == "koala-7b" else None)
+    assert ids["plain"] == ids["other"] != ids["koala-7b"]
+    (tmp_path / "koala-7b" / "tokenizer_config.json").write_text('{"chat_template": "{{ 1 }}"}')
+    own = FetchTokenizer(path=".").run(book).id
+    assert own not in ids.values()
+    (tmp_path / "koala-7b").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert FetchTokenizer(path=".").run(book).id == own, "its own template hangs on no name"
+
+
+def test_all_that_is_read_beside_a_file_counts(tmp_path: Path) -> None:
+    """Of one file too, and merges.txt of a vocab.json."""
+    (tmp_path / "y.model").write_bytes(pieces(ORDERED).serialise())
+    step = FetchTokenizer(path=str(tmp_path / "y.model"))
+    keys = [step.key()]
+    for name, text in (
+        ("tokenizer_config.json", "{}"),
+        ("added_tokens.json", '{"<x>": 265}'),
+        ("generation_config.json", '{"eos_token_id": 1}'),
+    ):
+        (tmp_path / name).write_text(text)
+        keys.append(step.key())
+    assert len(set(keys)) == 4
+    (tmp_path / "unread.json").write_text("{}")
+    assert step.key() == keys[-1]
+    folder = tmp_path / "gpt"
+    folder.mkdir()
+    (folder / "vocab.json").write_text("{}")
+    (folder / "merges.txt").write_text("a b\n")
+    before = FetchTokenizer(path=str(folder)).key()
+    (folder / "merges.txt").write_text("b a\n")
+    assert FetchTokenizer(path=str(folder)).key() != before

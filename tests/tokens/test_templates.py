@@ -67,6 +67,11 @@ FORMS = {
         "<s>be kind\n\n### Instruction:\nHi\n\n### Response:⟦Hello</s>⟧\n\n"
         "### Instruction:\nAgain\n\n### Response:⟦World</s>⟧",
     ),
+    "alpaca-lora": Form(
+        f"<s>{INTRO}\n\n### Instruction:\nHi\n\n### Response:\n",
+        "<s>be kind\n\n### Instruction:\nHi\n\n### Response:\n⟦Hello</s>⟧\n\n"
+        "### Instruction:\nAgain\n\n### Response:\n⟦World</s>⟧",
+    ),
     "aquila": Form(
         f"{HUMAN}###Human: Hi###Assistant:",
         "be kind###Human: Hi###Assistant:⟦ Hello###⟧Human: Again###Assistant:⟦ World###⟧",
@@ -76,6 +81,15 @@ FORMS = {
         "be kind<|startofpiece|>Hi<|endofpiece|>⟦Hello</s>⟧"
         "<|startofpiece|>Again<|endofpiece|>⟦World</s>⟧",
         ("<|startofpiece|>", "<|endofpiece|>"),
+    ),
+    "aquila2-16k": Form(
+        f"{HUMAN}###Human: Hi###Assistant:",
+        "be kind###Human: Hi###Assistant:⟦ Hello</s>⟧Human: Again###Assistant:⟦ World</s>⟧",
+    ),
+    "aquila2-34b": Form(
+        f"{HUMAN}\n\n### Human: Hi\n### Assistant: ",
+        "be kind\n\n### Human: Hi\n### Assistant: ⟦Hello</s>⟧"
+        "### Human: Again\n### Assistant: ⟦World</s>⟧",
     ),
     "baichuan": Form(
         "<reserved_102>Hi<reserved_103>",
@@ -99,6 +113,7 @@ FORMS = {
         "<s>Human: Hi\nAssistant: ",
         "<s>be kind\nHuman: Hi\nAssistant: ⟦Hello\nHuman:⟧ Again\nAssistant: ⟦World</s>⟧",
     ),
+    "bloomz": Form("Hi", "be kind\nHi⟦ Hello</s>⟧Again⟦ World</s>⟧"),
     "chatglm": Form(
         "Hi[gMASK]<sop>",
         "be kind\n[Round 0]\n问：Hi\n答：Hello\n[Round 1]\n问：Again\n答：[gMASK]<sop>⟦World<eop>⟧",
@@ -137,6 +152,12 @@ FORMS = {
         "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nHi [/INST]⟦ Hello</s>⟧"
         "<s>[INST] Again [/INST]⟦ World</s>⟧",
     ),
+    "cpm-bee": Form(
+        "<s><root></s><s>input</s><s>Hi</s><s><ans></s><s>",
+        "<s><root></s><s>prompt</s><s>be kind</s><s>input</s><s>Hi\nHello\nAgain</s><s><ans></s><s>"
+        "⟦World</s>⟧",
+        ("<root>", "<ans>"),
+    ),
     "dolly": Form(
         f"{INTRO}\n\n### Instruction:\nHi\n\n### Response:\n",
         "be kind\n\n### Instruction:\nHi\n\n### Response:\n⟦Hello\n\n### End⟧\n\n"
@@ -147,7 +168,12 @@ FORMS = {
         "be kind\n\n### Human:\nHi\n\n### Assistant:\n⟦Hello</s>⟧\n\n"
         "### Human:\nAgain\n\n### Assistant:\n⟦World</s>⟧",
     ),
+    "falcon": Form(
+        "User: Hi\n\nAssistant:",
+        "be kind\n\nUser: Hi\n\nAssistant:⟦ Hello\n\nUser⟧: Again\n\nAssistant:⟦ World</s>⟧",
+    ),
     "firefly": Form("<s>Hi</s>", "<s>be kind\nHi</s>⟦Hello</s>⟧Again</s>⟦World</s>⟧"),
+    "gpt4all-j": Form("Hi\n", "be kind\nHi\n⟦Hello</s>⟧Again\n⟦World</s>⟧"),
     "huatuo": Form(
         f"<s>{HUATUO}\n### 问题:\nHi\n### 回答:\n",
         "<s>be kind\n### 问题:\nHi\n### 回答:\n⟦Hello</s>⟧\n### 问题:\nAgain\n### 回答:\n⟦World</s>⟧",
@@ -157,6 +183,12 @@ FORMS = {
         "be kind\n<s><|User|>:Hi<eoh>\n<|Bot|>:⟦Hello<eoa>⟧\n"
         "<s><|User|>:Again<eoh>\n<|Bot|>:⟦World<eoa>⟧\n",
         ("<eoh>", "<eoa>"),
+    ),
+    "internlm-1.1": Form(
+        "<s><|User|>:Hi\n<|Bot|>:",
+        "<s><|System|>:be kind\n<|User|>:Hi\n<|Bot|>:⟦Hello<eoa>⟧\n"
+        "<|User|>:Again\n<|Bot|>:⟦World<eoa>⟧\n",
+        ("<eoa>",),
     ),
     "internlm2": Form(
         "sha256:58e36809bb4a0d93",
@@ -183,6 +215,16 @@ FORMS = {
         "<s>[INST] <<SYS>>\nbe kind\n<</SYS>>\n\nHi [/INST]⟦ Hello </s>⟧"
         "<s>[INST] Again [/INST]⟦ World </s>⟧",
     ),
+    "llama-3": Form(
+        "<s><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nbe kind<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦Hello<|eot_id|>⟧"
+        "<|start_header_id|>user<|end_header_id|>\n\nAgain<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n⟦World<|eot_id|>⟧",
+        ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    ),
     "mistral": Form(
         "<s>[INST] Hi [/INST]",
         "<s>[INST] be kind\nHi [/INST]⟦ Hello</s>⟧[INST] Again [/INST]⟦ World</s>⟧",
@@ -197,6 +239,7 @@ FORMS = {
         "sha256:e3f45fb7c95dfbf9",
         "<s>be kind\n\nUser: Hi\nAssistant:⟦ Hello\nUser:⟧ Again\nAssistant:⟦ World</s>⟧",
     ),
+    "panda": Form("<s>Hi", "<s>be kind\n\nHi\n\nHello\n\nAgain⟦ World</s>⟧"),
     "phoenix": Form(
         f"{HUMAN}\n\nHuman: <s>Hi</s>Assistant: <s>",
         "be kind\n\nHuman: <s>Hi</s>Assistant: <s>⟦Hello</s>⟧"
@@ -235,8 +278,20 @@ FORMS = {
     "ziya": Form(
         "<s><human>:Hi\n<bot>:",
         "<s>be kind\n<human>:Hi\n<bot>:⟦ Hello</s>⟧<human>:Again\n<bot>:⟦ World</s>⟧",
+        ("<human>", "<bot>"),
     ),
 }
+
+
+#: forms that write an earlier answer otherwise → how a further question ends
+LAST_ONLY = {
+    "chatglm": "\n答：[gMASK]<sop>",
+    "cpm-bee": ">Hi\nHello\nAgain</s><s><ans></s><s>",
+    "panda": "Hi\n\nHello\n\nAgain",
+}
+
+
+BLANK_AT_THE_END = {"aquila2-34b", "billa", "chinese-alpaca"}
 
 
 def tokenizer_of(name: str, kind: int = USER_DEFINED, marks: tuple[str, ...] = ()) -> Tokenizer:
@@ -284,8 +339,8 @@ def test_two_turns_and_what_is_learnt_of_them(name: str, kind: int) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_the_next_question_follows_on_the_answers(name: str) -> None:
     plain = FORMS[name].learnt.replace("⟦", "").replace("⟧", "")
-    if name == "chatglm":
-        assert written(tokenizer_of(name), TALK[:4], reply=True).endswith("\n答：[gMASK]<sop>")
+    if end := LAST_ONLY.get(name):
+        assert written(tokenizer_of(name), TALK[:4], reply=True).endswith(end)
         return
     for upto in (2, 4):
         prompt = written(tokenizer_of(name), TALK[:upto], reply=True)
@@ -294,7 +349,7 @@ def test_the_next_question_follows_on_the_answers(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMS) - {"chatml", "internlm2"}))
+@pytest.mark.parametrize("name", sorted(set(FORMS) - {"chatml", "internlm2", "llama-3"}))
 def test_roles_that_the_form_has_no_place_for_are_refused(name: str) -> None:
     with pytest.raises(TemplateError, match=r"refused by the model's chat template: (only )?user"):
         render(tokenizer_of(name), [TALK[1], {"role": "tool", "content": "x"}], reply=True)
@@ -347,14 +402,17 @@ def test_no_content_can_write_a_token_of_the_form(name: str, data: st.DataObject
                 if id in tokenizer.special_ids and only(mask)
             ]
         said = tokenizer.decode(attacked.ids)
-        if "rwkv" not in name and name != "chatyuan":  # these write line breaks otherwise
+        if "rwkv" not in name and name not in (
+            "chatyuan",
+            "falcon",
+        ):  # these write line breaks otherwise
             assert all(text in said for text in contents[:upto])
 
 
 # --- with the models' own vocabularies
 
 
-@pytest.mark.parametrize("name", sorted(set(FORMS) - {"chatglm", "billa", "chinese-alpaca"}))
+@pytest.mark.parametrize("name", sorted(set(FORMS) - LAST_ONLY.keys() - BLANK_AT_THE_END))
 def test_llamas_pieces(name: str, shared_data: Callable[[str], Path]) -> None:
     """What is asked is the beginning of what is learnt, token for token."""
     file = shared_data("tokenizers/llama.model")
@@ -419,7 +477,9 @@ NAMES = {
     "koala-13B-HF": "koala",
     "baize-v2-7b": "baize",
     "Ziya-LLaMA-13B-v1": "ziya",
-    "Ziya2-13B-Chat": None,
+    "IDEA-CCNL/Ziya2-13B-Chat": "ziya",
+    "Ziya2-13B-Base": None,
+    "Ziya-Coding-15B-v1": None,
     "BELLE-7B-2M": "belle",
     "firefly-baichuan-13b": "firefly",
     "fnlp/moss-moon-003-sft": "moss",
@@ -433,7 +493,9 @@ NAMES = {
     "Baichuan-7B": None,
     "Baichuan2-13B-Base": None,
     "internlm/internlm-chat-7b": "internlm",
-    "internlm-chat-7b-v1_1": None,
+    "internlm-chat-7b-8k": "internlm",
+    "internlm-chat-7b-v1_1": "internlm-1.1",
+    "internlm/internlm-chat-20b": "internlm-1.1",
     "internlm2-chat-1_8b": "internlm2",
     "internlm-7b": None,
     "openbuddy-falcon-7b-v5-fp16": "openbuddy",
@@ -459,7 +521,33 @@ NAMES = {
     "yulan-chat-13b": "yulan",
     "AquilaChat-7B": "aquila",
     "AquilaChat2-7B": "aquila2",
-    "AquilaChat2-34B": None,
+    "AquilaChat2-7B-16K": "aquila2-16k",
+    "AquilaChat2-34B-16K": "aquila2-16k",
+    "BAAI/AquilaChat2-34B": "aquila2-34b",
+    "AquilaChat2-70B-Expr": None,
+    "Aquila2-7B": None,
+    "Aquila-7B": None,
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama-3",
+    "Meta-Llama-3-8B": None,
+    "Llama3-Chinese-8B-Instruct": None,
+    "falcon-7b-instruct": "falcon",
+    "falcon-7b": None,
+    "nomic-ai/gpt4all-j": "gpt4all-j",
+    "bigscience/bloomz-7b1": "bloomz",
+    "bloom-7b1": None,
+    "qychen/panda-7b": "panda",
+    "pandallm-7b": "panda",
+    "openbmb/cpm-bee-10b": "cpm-bee",
+    "zjunlp/CaMA-13B": "alpaca-lora",
+    "zjunlp/knowlm-13b-zhixi": "alpaca-lora",
+    "knowlm-13b-base-v1.0": None,
+    "Chinese-Vicuna-lora-7b-belle-and-guanaco": "alpaca",
+    "open-chinese-llama-7b-patch": None,  # a base model, as CodeGeeX2 is
+    "THUDM/codegeex2-6b": None,
+    "openbuddy-llama2-13b-v8.1": "openbuddy",
+    "dolly-v1-6b": "dolly",
+    "BELLE-LLaMA-EXT-13B": "belle",
+    "TigerBot-7B-sft": "tigerbot",
     "huatuo-llama-med-chinese": "huatuo",
     "HuatuoGPT-7B": None,
     "LaWGPT-7B": "lawgpt",
@@ -543,7 +631,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("vicunna", "did you mean 'vicuna'?"), ("zzz", "known are: alpaca, aquila")],
+    [("vicunna", "did you mean 'vicuna'?"), ("zzz", "known are: alpaca, alpaca-lora")],
 )
 def test_an_unknown_name_is_told(name: str, told: str) -> None:
     with pytest.raises(UnknownName) as error:
