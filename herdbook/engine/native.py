@@ -181,8 +181,7 @@ class Step:
         for layer, block in zip(self._layers, decoder.blocks, strict=True):
             assert isinstance(block, Block)
             self._fill(layer, block)
-        head = decoder.embed if decoder.head is None else decoder.head
-        eight = unpacked(head)
+        eight = unpacked(decoder.head_layer)
         assert decoder.norm is not None
         self.model = Model(
             hidden=c.hidden,
@@ -198,7 +197,9 @@ class Step:
             scale=c.attention_scale or c.head_dim**-0.5,
             layer=self._layers,
             norm=self._floats(decoder.norm.weight),
-            head=self._matrix([eight or _eight_bits(head.dense(torch.float32))], None),
+            head=self._matrix(
+                [eight or _eight_bits(decoder.head_layer.dense(torch.float32))], None
+            ),
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
