@@ -85,17 +85,21 @@ def saved_bytes_agree(theirs: Path, ours: Path) -> None:
 
 
 def cached_replies_agree(decoder: Decoder, model: Any) -> None:
-    """Prompts of several lengths at once, prefilled in chunks, decoded from pages."""
-    prompts = [prompt(length, length) for length in (1, 37, 5, 18)]
+    """Prompts of several lengths at once, prefilled in chunks, decoded from pages; then a second turn
+    each, whose beginning lies in pages already."""
     engine = Engine(decoder, None, page_tokens=4, max_batch_tokens=16)
     sampling = Sampling(max_tokens=12, ignore_eos=True)
-    replies = engine.generate([Request(ids, sampling) for ids in prompts])
-    for ids, reply in zip(prompts, replies, strict=True):
-        whole = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=12,
-            eos_token_id=-1,
-        )[0].tolist()
-        assert list(reply.ids) == whole[len(ids) :]
+    prompts = [prompt(length, length) for length in (1, 37, 5, 18)]
+    for turn in range(2):
+        replies = engine.generate([Request(ids, sampling) for ids in prompts])
+        for number, (ids, reply) in enumerate(zip(prompts, replies, strict=True)):
+            whole = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=False,
+                max_new_tokens=12,
+                eos_token_id=-1,
+            )[0].tolist()
+            assert list(reply.ids) == whole[len(ids) :]
+            assert (reply.cached_tokens > 0) == (turn == 1)
+            prompts[number] = [*whole, *prompt(5, number)]

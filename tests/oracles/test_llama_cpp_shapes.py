@@ -24,7 +24,6 @@ from tests.oracles.test_llama_cpp import LlamaCpp
 OTHERWISE = {
     "mistral-window": "a llama has no window there, so a Mistral is the same only within it",
     "mixtral-window": "likewise",
-    "mixtral": "a router's close choice falls otherwise; the replies: test_llama_cpp_moderns",
     "qwen3-bias": "its Qwen 3 has no biases",
     "glm-no-bias": "the heads of its ChatGLM fill the hidden state",
 }
@@ -59,7 +58,8 @@ def test_chances(shape: str, tiny_folder: Path, tmp_path: Path) -> None:
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     written = tmp_path / f"{shape}.gguf"
     save_gguf(decoder, tokenizer, written, "F32")
-    bound = 0.01 if re.match("GPT|Bloom|Falcon", name) else 0.02
+    # a router takes up what SiLU loses; another order of rows moves a chance by more than 1
+    bound = 0.01 if re.match("GPT|Bloom|Falcon", name) else 0.1 if "Mixtral" in name else 0.02
     server = LlamaCpp(written)
     for length in (1, 7, 60):
         prompt = torch.randint(3, tokenizer.size, (length,)).tolist()
