@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -16,28 +15,20 @@ from safetensors.torch import load_file
 from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import expected_shapes, load_decoder, save_gguf, save_hf
 from herdbook.model.config import DecoderConfig
-from herdbook.model.families import by_source
 from herdbook.model.family import Family
 from herdbook.model.modules import build
-from tests.model.test_families import FIXTURES
-
-
-def described(name: str) -> tuple[Family, DecoderConfig]:
-    """A family and the configuration of its fixture; «falcon-rw» is another one of falcon."""
-    source = json.loads(FIXTURES[name].read_text())
-    family = by_source(source, name)
-    return family, family.config(source, name)
+from tests.model.test_families import FIXTURES, of_fixture
 
 
 #: those whose tensors lie in another order, or several in one
-PACKED = [name for name in FIXTURES if described(name)[0].folds]
+PACKED = [name for name in FIXTURES if of_fixture(name)[0].folds]
 #: small ones that GGUF cannot say: it knows Baichuan by its layers
 NOT_IN_GGUF = {"baichuan", "baichuan-13b", "baichuan-2", "falcon-rw", "gpt2-cerebras"}
 
 
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_names_are_a_bijection(fixture: str) -> None:
-    family, config = described(fixture)
+    family, config = of_fixture(fixture)
     shapes = expected_shapes(config)
     for side in (family.hf_tensor, family.gguf_tensor) if family.gguf else (family.hf_tensor,):
         sources = {side(name, config).name: side(name, config) for name in shapes}
@@ -82,7 +73,7 @@ def sizes(draw: st.DrawFn, config: DecoderConfig) -> DecoderConfig:
 @given(data=st.data())
 def test_what_is_packed_is_unpacked(fixture: str, data: st.DataObject) -> None:
     """take ∘ join and join ∘ take are the identity, and the shape is the one that is expected."""
-    family, found = described(fixture)
+    family, found = of_fixture(fixture)
     config = data.draw(st.one_of(st.just(found), sizes(found)))
     shapes = expected_shapes(config)
     folded = set()
@@ -113,7 +104,7 @@ def test_what_is_packed_is_unpacked(fixture: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_what_is_written_is_read_again(fixture: str, tmp_path: Path) -> None:
     """Every tensor, bit by bit: as a folder, from there as a folder again, and as a GGUF file."""
-    family, config = described(fixture)
+    family, config = of_fixture(fixture)
     decoder = build(config).eval()
     decoder.family = family.name
     torch.manual_seed(0)

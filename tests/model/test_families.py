@@ -53,12 +53,16 @@ def test_every_family_has_a_fixture() -> None:
     assert {name.partition("-")[0] for name in FIXTURES} == set(families())
 
 
+def of_fixture(name: str) -> tuple[Family, DecoderConfig]:
+    """A family and the configuration of its fixture; «falcon-rw» is another one of falcon."""
+    source = json.loads(FIXTURES[name].read_text())
+    family = by_source(source, name)
+    return family, family.config(source, name)
+
+
 @pytest.fixture(params=FIXTURES)
 def described(request: Any) -> tuple[Family, DecoderConfig]:
-    """A family and the configuration of its fixture; «falcon-rw.json» is another one of falcon."""
-    source = json.loads(FIXTURES[request.param].read_text())
-    family = by_source(source, "fixture")
-    return family, family.config(source, "fixture")
+    return of_fixture(request.param)
 
 
 def test_the_engine_gives_what_a_plain_pass_gives(described: tuple[Family, DecoderConfig]) -> None:
