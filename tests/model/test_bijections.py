@@ -15,10 +15,8 @@ from safetensors.torch import load_file
 from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import expected_shapes, load_decoder, save_gguf, save_hf
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family
 from herdbook.model.modules import build
 from tests.model.test_families import FIXTURES, of_fixture
-
 
 #: those whose tensors lie in another order, or several in one
 PACKED = [name for name in FIXTURES if of_fixture(name)[0].folds]
