@@ -48,11 +48,21 @@ def oracles(name: str, family: Family) -> list[str]:
     pattern = re.compile(
         rf"\"({'|'.join(sorted(words))})\b|\b{stem}(ForCausalLM|LMHeadModel|Config)\b|\"{stem}\""
     )
-    files = sorted((ROOT / "tests" / "oracles").glob("test_[!t]*.py"))
-    files += sorted((ROOT / "tests" / "oracles").glob("test_t[!o]*.py"))  # not the tokenizers
-    found = [path.stem for path in files if pattern.search(path.read_text(encoding="utf-8"))]
+    folder = ROOT / "tests" / "oracles"
+    files = sorted(folder.glob("test_[!t]*.py"))
+    files += sorted(folder.glob("test_t[!o]*.py"))  # not the tokenizers
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in files}
+    found = {stem for stem, text in texts.items() if pattern.search(text)}
+    if f'"{family.architecture}"' in (folder / "shapes.py").read_text(encoding="utf-8"):
+        table = re.compile(
+            r'"shape", .*\b(SHAPES|IN_GGUF)\b' if family.gguf else r'"shape", SHAPES'
+        )
+        shared = {stem: text for stem, text in texts.items() if "oracles.shapes import" in text}
+        found |= {stem for stem, text in shared.items() if table.search(text)}
     own = (ROOT / "tests" / "model").glob("test_*.py")  # written straight from the formulas
-    return found + [path.stem for path in own if path.stem.replace("_", "") == f"test{name}"]
+    return sorted(found) + [
+        path.stem for path in own if path.stem.replace("_", "") == f"test{name}"
+    ]
 
 
 def table() -> str:

@@ -211,7 +211,7 @@ class Step:
         for layer, block in zip(self._layers, decoder.blocks, strict=True):
             assert isinstance(block, Block)
             self._fill(layer, block)
-        head = decoder.embed if decoder.head is None else decoder.head
+        head = decoder.head_layer
         kept = isinstance(head, Int4Linear | Int8Linear)
         tiles = pack_tiles(head if kept else Int8Linear.of(head.dense(torch.float32)))
         assert decoder.norm is not None

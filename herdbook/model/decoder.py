@@ -222,13 +222,18 @@ class Decoder(nn.Module):
         self.need_head()
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        project = self.embed.project if self.head is None else self.head
+        layer = self.head_layer
+        project = layer.project if isinstance(layer, Embedding) else layer
         logits: Tensor = project(hidden).float()
         if self.config.head_norm:
-            layer = self.embed if self.head is None else self.head
             logits = logits / layer.dense(torch.float32).norm(dim=1)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    @property
+    def head_layer(self) -> Linear | Embedding:
+        """The layer that gives the logits: the head, or the embedding that it is tied to."""
+        return self.embed if self.head is None else self.head
 
     @property
     def head_weight(self) -> Tensor:
@@ -236,9 +241,8 @@ class Decoder(nn.Module):
 
         Where `config.plain_head` does not hold, more belongs to the logits than this."""
         self.need_head()
-        layer = self.embed if self.head is None else self.head
-        weight = getattr(layer, "weight", None)
-        weight = layer.dense(self.dtype) if weight is None else weight
+        weight = getattr(self.head_layer, "weight", None)
+        weight = self.head_layer.dense(self.dtype) if weight is None else weight
         return F.normalize(weight) if self.config.head_norm else weight
 
     def need_head(self) -> None:

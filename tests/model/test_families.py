@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError
-from herdbook.model.checkpoint import expected_shapes
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_gguf, by_source, families
@@ -56,47 +53,16 @@ def test_every_family_has_a_fixture() -> None:
     assert {name.partition("-")[0] for name in FIXTURES} == set(families())
 
 
+def of_fixture(name: str) -> tuple[Family, DecoderConfig]:
+    """A family and the configuration of its fixture; «falcon-rw» is another one of falcon."""
+    source = json.loads(FIXTURES[name].read_text())
+    family = by_source(source, name)
+    return family, family.config(source, name)
+
+
 @pytest.fixture(params=FIXTURES)
 def described(request: Any) -> tuple[Family, DecoderConfig]:
-    """A family and the configuration of its fixture; «falcon-rw.json» is another one of falcon."""
-    source = json.loads(FIXTURES[request.param].read_text())
-    family = by_source(source, "fixture")
-    return family, family.config(source, "fixture")
-
-
-def test_names_are_a_bijection(described: tuple[Family, DecoderConfig]) -> None:
-    family, config = described
-    shapes = expected_shapes(config)
-    for side in (family.hf_tensor, family.gguf_tensor) if family.gguf else (family.hf_tensor,):
-        sources = {side(name, config).name: side(name, config) for name in shapes}
-        held = [name for one in sources.values() for name in one.ours]
-        assert sorted(held) == sorted(shapes), "each of ours in one place, once"
-        assert not any("{" in name for name in sources)
-    rows = family.names | family.renamed(config)
-    for module in {name.rpartition(".")[0] for name in shapes}:
-        numbered = re.sub(r"\bblocks\.\d+", "blocks.{n}", module)
-        alike = re.sub(r"\bexperts\.\d+", "experts.{e}", numbered)
-        assert module in rows or alike in rows, "no module without a row"
-
-
-def test_what_is_packed_is_unpacked(described: tuple[Family, DecoderConfig]) -> None:
-    """take ∘ join and join ∘ take are the identity, and the shape is the one that is expected."""
-    family, config = described
-    shapes = expected_shapes(config)
-    for side in (family.hf_tensor, family.gguf_tensor) if family.gguf else (family.hf_tensor,):
-        for name, shape in shapes.items():
-            source = side(name, config)
-            if source.fold is None or source.ours[0] != name:
-                continue
-            wanted = [shapes[one] for one in source.ours]
-            parts = [torch.randint(0, 1 << 20, one).double() for one in wanted]
-            whole = source.fold.join(parts, config)
-            assert tuple(whole.shape) == source.fold.shape(wanted)
-            rows = [one[0] for one in wanted]
-            for number, part in enumerate(parts):
-                assert torch.equal(source.fold.take(whole, number, rows, config), part)
-            assert len(whole.flatten().unique()) <= sum(int(np.prod(one)) for one in wanted)
-            assert shape == wanted[0]
+    return of_fixture(request.param)
 
 
 def test_the_engine_gives_what_a_plain_pass_gives(described: tuple[Family, DecoderConfig]) -> None:

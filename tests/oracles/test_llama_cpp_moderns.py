@@ -16,8 +16,8 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_source
 from herdbook.tokens.tokenizer import Tokenizer
 from tests.model.test_families import FIXTURES, random_decoder
+from tests.oracles.peers import ours
 from tests.oracles.test_llama_cpp import LlamaCpp
-from tests.oracles.test_model_classics import ours
 
 TOKENS = 12
 #: fixture → what llama.cpp needs besides: it knows Baichuan by its layers, and has no window in a

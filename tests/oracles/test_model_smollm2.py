@@ -13,8 +13,8 @@ import transformers
 from herdbook.files import gguf
 from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.decoder import Decoder
-from herdbook.model.layout import Packed
 from herdbook.tokens.tokenizer import Tokenizer
+from tests.oracles.peers import differ, ours, theirs
 
 TEXT = "The herd book is the register in which breeders write down every animal. 牛群登记册。" * 3
 
@@ -29,20 +29,13 @@ def ids(smollm2_path: Path) -> list[int]:
     return Tokenizer.load(smollm2_path).encode(TEXT)
 
 
-@torch.inference_mode()
-def logits(decoder: Decoder, ids: list[int]) -> torch.Tensor:
-    return decoder.logits(decoder(torch.tensor(ids), Packed([len(ids)])))
-
-
 def test_logits_equal_those_of_transformers(
     decoder: Decoder, ids: list[int], tmp_path: Path
 ) -> None:
     save_hf(decoder, None, tmp_path, torch.float32)
     model = transformers.LlamaForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    with torch.inference_mode():
-        want = model.float()(torch.tensor([ids])).logits[0]
-    got = logits(decoder, ids)
-    assert (got - want).abs().max() <= 1e-4 and torch.equal(got.argmax(-1), want.argmax(-1))
+    want, got = theirs(model.float(), ids), ours(decoder, ids)
+    assert differ(got, want) <= 1e-4 and torch.equal(got.argmax(-1), want.argmax(-1))
 
 
 def test_the_reader_agrees_with_the_gguf_package(smollm2_path: Path) -> None:
@@ -82,10 +75,10 @@ def test_the_quantised_decoder_is_the_dequantised_one(
 ) -> None:
     quantised = load_decoder(smollm2_path, dtype=torch.float32, quantised=True)
     # many rows: the same numbers are multiplied
-    assert (logits(quantised, ids) - logits(decoder, ids)).abs().max() <= 1e-3
+    assert differ(ours(quantised, ids), ours(decoder, ids)) <= 1e-3
     # few rows: the kernel computes in bfloat16
-    few_got, few_want = logits(quantised, ids[:8]), logits(decoder, ids[:8])
-    assert (few_got - few_want).abs().max() <= 0.05 * few_want.abs().max()
+    few_got, few_want = ours(quantised, ids[:8]), ours(decoder, ids[:8])
+    assert differ(few_got, few_want) <= 0.05 * few_want.abs().max()
     close = torch.nn.functional.kl_div(
         few_got.log_softmax(-1), few_want.log_softmax(-1), log_target=True, reduction="none"
     )

@@ -20,6 +20,7 @@ from herdbook.errors import FileError
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
 from herdbook.model.layout import Packed
 from herdbook.model.rwkv import RWKV, wkv
+from tests.oracles.peers import differ, ours, prompt, saved_bytes_agree, theirs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -62,25 +63,11 @@ def folder(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def prompt(n: int, seed: int = 1) -> list[int]:
-    return torch.randint(1, 120, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def theirs(model: Any, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(torch.tensor([ids])).logits[0]
-
-
-def ours(decoder: Any, ids: list[int]) -> torch.Tensor:
-    with torch.inference_mode():
-        return decoder.logits(decoder(torch.tensor(ids), Packed([len(ids)])))
-
-
 def test_logits(model: Any, folder: Path) -> None:
     decoder = load_decoder(folder, dtype=torch.float32)
     assert isinstance(decoder, RWKV)
     for n in (1, 8, 77):
-        assert (ours(decoder, prompt(n)) - theirs(model, prompt(n))).abs().max() <= 1e-4
+        assert differ(ours(decoder, prompt(n)), theirs(model, prompt(n))) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -96,7 +83,7 @@ def test_other_shapes(changes: dict[str, Any], tmp_path: Path) -> None:
     model.tie_weights()
     model.save_pretrained(tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    assert (ours(decoder, prompt(30)) - theirs(model, prompt(30))).abs().max() <= 1e-4
+    assert differ(ours(decoder, prompt(30)), theirs(model, prompt(30))) <= 1e-4
 
 
 def test_rescaling_changes_nothing(model: Any, folder: Path, tmp_path: Path) -> None:
@@ -108,9 +95,7 @@ def test_rescaling_changes_nothing(model: Any, folder: Path, tmp_path: Path) -> 
     )
     rescaled = transformers.RwkvForCausalLM.from_pretrained(tmp_path).eval()
     got = ours(load_decoder(tmp_path, dtype=torch.float32), prompt(30))
-    assert (
-        got - theirs(rescaled, prompt(30))
-    ).abs().max() <= 1e-3  # the norm's eps counts a little
+    assert differ(got, theirs(rescaled, prompt(30))) <= 1e-3  # the norm's eps counts a little
 
 
 def test_documents_of_a_pack_do_not_see_each_other(folder: Path) -> None:
@@ -121,7 +106,7 @@ def test_documents_of_a_pack_do_not_see_each_other(folder: Path) -> None:
             torch.tensor([id for row in rows for id in row]), Packed([len(row) for row in rows])
         )
         apart = torch.cat([decoder(torch.tensor(row), Packed([len(row)])) for row in rows])
-    assert (together - apart).abs().max() <= 1e-5
+    assert differ(together, apart) <= 1e-5
 
 
 def test_greedy_equals_transformers(model: Any, folder: Path) -> None:
@@ -169,9 +154,7 @@ def test_a_preempted_sequence_begins_anew(folder: Path) -> None:
 
 def test_saved_back_and_loaded_by_transformers(model: Any, folder: Path, tmp_path: Path) -> None:
     save_hf(load_decoder(folder, dtype=torch.float32), None, tmp_path, torch.float32)
-    before, after = (load_file(one / "model.safetensors") for one in (folder, tmp_path))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved_bytes_agree(folder, tmp_path)
     again = transformers.RwkvForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(theirs(again, prompt(20)), theirs(model, prompt(20)))
 
@@ -218,7 +201,7 @@ def test_blinkdls_layout_without_a_config(folder: Path, model: Any, tmp_path: Pa
     checkpoint = open_checkpoint(tmp_path)
     assert checkpoint.config.max_pos == 4096 and checkpoint.config.layers == 3
     decoder = load_decoder(tmp_path, dtype=torch.float32)
-    assert (ours(decoder, prompt(30)) - theirs(model, prompt(30))).abs().max() <= 1e-4
+    assert differ(ours(decoder, prompt(30)), theirs(model, prompt(30))) <= 1e-4
     save_hf(decoder, None, tmp_path / "back", torch.float32)
     again = transformers.RwkvForCausalLM.from_pretrained(tmp_path / "back").eval()
     assert torch.allclose(theirs(again, prompt(20)), theirs(model, prompt(20)), atol=1e-5)

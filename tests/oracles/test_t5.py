@@ -24,6 +24,7 @@ from herdbook.model.carried import Carried
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
 from herdbook.model.layout import Packed
 from herdbook.model.t5 import T5
+from tests.oracles.peers import differ, saved_bytes_agree
 
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
@@ -83,8 +84,8 @@ def compare(model: Any, decoder: Any, read: list[int], said: list[int]) -> None:
         row = [*read, 0, *said]
         hidden = decoder(torch.tensor(row), Packed([len(row)]))
         states = want.encoder_last_hidden_state[0]
-        assert (hidden[: len(read)] - states).abs().max() <= 1e-4
-        assert (decoder.logits(hidden[len(read) :]) - want.logits[0]).abs().max() <= 1e-4
+        assert differ(hidden[: len(read)], states) <= 1e-4
+        assert differ(decoder.logits(hidden[len(read) :]), want.logits[0]) <= 1e-4
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,7 +93,11 @@ def test_logits(shape: str, tmp_path: Path) -> None:
     model = make(shape, tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     assert isinstance(decoder, T5)
-    for read, said in ((some(1), some(1)), (some(9), some(30)), (some(150), some(140, 2))):
+    for read, said in (
+        (some(1), some(1)),
+        (some(9), some(30)),
+        (some(150), some(140, 2)),
+    ):
         compare(model, decoder, [*read, 1], said)
 
 
@@ -101,9 +106,7 @@ def test_saved_back_and_loaded_by_transformers(shape: str, tmp_path: Path) -> No
     model = make(shape, tmp_path / "theirs")
     decoder = load_decoder(tmp_path / "theirs", dtype=torch.float32)
     save_hf(decoder, None, tmp_path / "ours", torch.float32)
-    before, after = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    saved_bytes_agree(tmp_path / "theirs", tmp_path / "ours")
     decoder.source_config = {}  # as after tuning, or out of another format: the axes alone
     save_hf(decoder, None, tmp_path / "axes", torch.float32)
     for folder in ("ours", "axes"):
@@ -159,7 +162,7 @@ def test_decoding_is_the_pass_in_pieces(shape: str, tmp_path: Path) -> None:
                 mine.append(piece)
         for row, mine in zip(rows, pieces, strict=True):
             whole = decoder(torch.tensor(row), Packed([len(row)]))
-            assert (torch.cat(mine) - whole).abs().max() <= 1e-4
+            assert differ(torch.cat(mine), whole) <= 1e-4
 
 
 def test_an_expert_that_is_full_drops_the_same_tokens_in_decoding(tmp_path: Path) -> None:
@@ -206,10 +209,10 @@ def test_a_pack_is_its_rows(tmp_path: Path) -> None:
             torch.tensor([id for row in rows for id in row]), Packed(list(map(len, rows)))
         )
         apart = torch.cat([decoder(torch.tensor(row), Packed([len(row)])) for row in rows])
-    assert (together - apart).abs().max() <= 1e-4
+    assert differ(together, apart) <= 1e-4
 
 
-def test_a_row_without_a_mark_is_said_to_an_empty_prompt(tmp_path: Path) -> None:
+def test_a_row_without_a_mark_is_said_to_an_empty_some(tmp_path: Path) -> None:
     make("v1.0", tmp_path)
     decoder = load_decoder(tmp_path, dtype=torch.float32)
     ids = some(12)

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from herdbook.errors import FileError
 from herdbook.model.checkpoint import load_decoder
 from herdbook.model.decoder import Decoder
-from herdbook.model.layout import Packed
 from herdbook.model.lora import adapters_of, apply_lora
 from herdbook.tokens.chat import Rendering
 from herdbook.training import loop, peft_format
 from herdbook.training.loop import Plan
 from herdbook.training.tune import NextToken
+from tests.oracles.peers import ours
 
 #: peft asks transformers for a name that is on its way out
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -40,18 +40,12 @@ def rows() -> list[Rendering]:
     ]
 
 
-def logits_of(decoder: Decoder, ids: list[int]) -> torch.Tensor:
-    decoder.eval()
-    with torch.no_grad():
-        return decoder.logits(decoder(torch.tensor(ids), Packed([len(ids)])))
-
-
-def peft_model(folder: Path, ours: Decoder) -> Any:
+def peft_model(folder: Path, decoder: Decoder) -> Any:
     """The same model in PEFT with the same start."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=names))
-    for name, adapter in adapters_of(ours).items():
+    for name, adapter in adapters_of(decoder).items():
         _, number, part, target = name.split(".")
         part = "self_attn" if part == "attention" else "mlp"
         there = theirs.get_submodule(f"base_model.model.model.layers.{number}.{part}.{target}_proj")
@@ -111,31 +105,31 @@ def test_steps_equal_peft_s(started: Decoder, tiny_folder: Path, tmp_path: Path)
     ids = rows()[4].ids
     with torch.no_grad():
         wanted = theirs(torch.tensor([ids])).logits[0]
-    torch.testing.assert_close(logits_of(started, ids), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours(started.eval(), ids), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("group, last_layers", [(1, 0), (32, 0), (1, 2)])
 def test_peft_loads_our_adapter_with_the_same_logits(
     tiny_folder: Path, tmp_path: Path, group: int, last_layers: int
 ):
-    ours = load_decoder(tiny_folder, dtype=torch.float32)
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
     adapters = apply_lora(
-        ours, targets=("q", "v", "down"), rank=4, alpha=8, group=group, last_layers=last_layers
+        decoder, targets=("q", "v", "down"), rank=4, alpha=8, group=group, last_layers=last_layers
     )
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.B, std=0.2)
-    peft_format.save(ours, tmp_path, base="base")
+    peft_format.save(decoder, tmp_path, base="base")
     ids = rows()[4].ids
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with torch.no_grad():
         untuned = base(torch.tensor([ids])).logits[0]
         theirs = PeftModel.from_pretrained(base, tmp_path).eval()(torch.tensor([ids])).logits[0]
     assert (theirs - untuned).abs().max() > 0.1
-    torch.testing.assert_close(logits_of(ours, ids), theirs, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours(decoder, ids), theirs, rtol=0, atol=1e-4)
 
     back = load_decoder(tiny_folder, dtype=torch.float32)
     assert peft_format.load(back, tmp_path).keys() == adapters.keys()
-    torch.testing.assert_close(logits_of(back, ids), logits_of(ours, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(back, ids), ours(decoder, ids), rtol=0, atol=1e-5)
 
 
 def test_we_load_peft_s_adapter(started: Decoder, tiny_folder: Path, tmp_path: Path):
@@ -147,9 +141,9 @@ def test_we_load_peft_s_adapter(started: Decoder, tiny_folder: Path, tmp_path: P
     ids = rows()[1].ids
     with torch.no_grad():
         wanted = theirs.eval()(torch.tensor([ids])).logits[0]
-    ours = load_decoder(tiny_folder, dtype=torch.float32)
-    peft_format.load(ours, tmp_path)
-    torch.testing.assert_close(logits_of(ours, ids), wanted, rtol=0, atol=1e-4)
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
+    peft_format.load(decoder, tmp_path)
+    torch.testing.assert_close(ours(decoder, ids), wanted, rtol=0, atol=1e-4)
 
 
 def test_an_adapter_that_is_not_plain_lora_is_refused(tiny_folder: Path, tmp_path: Path):

@@ -14,33 +14,23 @@ from herdbook.errors import FamilyError, FileError
 from herdbook.model.checkpoint import load_decoder, save_gguf
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_source
-from herdbook.model.family import Family
 from herdbook.model.layout import Packed
 from herdbook.model.lora import TARGETS, adapters_of, apply_lora, merge_lora
 from herdbook.tokens.packing import Pack
 from herdbook.training import peft_format
 from herdbook.training.tune import NextToken
+from tests.model.test_families import FIXTURES, of_fixture
 
-FOLDER = Path(__file__).parents[1] / "model" / "families"
 LENGTHS = [13, 7, 13]
 
 
-def described(path: Path) -> tuple[Family, DecoderConfig]:
-    source = json.loads(path.read_text())
-    family = by_source(source, "fixture")
-    return family, family.config(source, "fixture")
-
-
 #: those that the one decoder computes; the modules of their own are tuned in test_modules.py
-FIXTURES = sorted(
-    path.stem for path in FOLDER.glob("*.json") if type(described(path)[1]) is DecoderConfig
-)
+DECODERS = [name for name in FIXTURES if type(of_fixture(name)[1]) is DecoderConfig]
 
 
-@pytest.fixture(params=FIXTURES)
+@pytest.fixture(params=DECODERS)
 def decoder(request: Any) -> Decoder:
-    family, config = described(FOLDER / f"{request.param}.json")
+    family, config = of_fixture(request.param)
     decoder = Decoder(config)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Gemma, Mixtral and GLM against transformers; the families of 2023 that it does not know against its
-LLaMA and GLM with the same weights, against golden files of the original code, and, where neither
-tells enough (ALiBi), against a plain computation.
+"""The families of 2023 that transformers does not know: against its LLaMA and GLM with the same weights,
+against golden files of the original code, and, where neither tells enough (ALiBi), against a plain
+computation.
 """
 
 from __future__ import annotations
@@ -12,219 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from herdbook.engine.engine import Engine
-from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError
-from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_gguf, save_hf
-from herdbook.model.decoder import Decoder
-from herdbook.model.families import by_source
+from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.layout import Packed
-
-VOCAB = 120
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "attn_implementation": "eager",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-GEMMA = {"head_dim": 32, "initializer_range": 0.2}
-GEMMA3 = GEMMA | {"num_hidden_layers": 7, "sliding_window": 7, "query_pre_attn_scalar": 32}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma": ("Gemma", GEMMA | {"num_key_value_heads": 1}),
-    "gemma2": ("Gemma2", GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 32}),
-    "gemma2-27b": ("Gemma2", GEMMA | {"sliding_window": 7, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3", GEMMA3),
-    "gemma3-4b": (
-        "Gemma3",
-        GEMMA3
-        | {
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
-            }
-        },
-    ),
-    "mixtral": ("Mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2}),
-    "mixtral-window": ("Mixtral", {"sliding_window": 9, "num_experts_per_tok": 3}),
-    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
-    "glm-no-bias": ("Glm", {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4}),
-    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
-}
-#: those that GGUF cannot say: llama.cpp scales scores by the head's width unless there are 46 layers
-NOT_IN_GGUF = {"gemma2-27b"}
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
-
-
-def random_model(name: str, settings: dict[str, Any], seed: int) -> Any:
-    """A model of transformers, its biases and norms made random too."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, CONFIGS.get(name, name + "Config"))(**(SIZES | settings))
-    model = getattr(transformers, name + "ForCausalLM")(config).eval().float()
-    with torch.no_grad():
-        for key, value in model.named_parameters():
-            if key.endswith("bias") or "norm" in key:
-                value.add_(torch.randn_like(value) * 0.3)
-    return model
-
-
-def make(shape: str, folder: Path) -> Any:
-    name, settings = SHAPES[shape]
-    model = random_model(name, settings, sum(map(ord, shape)))
-    model.save_pretrained(folder)
-    return model
-
-
-@torch.inference_mode()
-def ours(decoder: Decoder, ids: list[int]) -> Tensor:
-    return decoder.logits(decoder(torch.tensor(ids), Packed([len(ids)])))
-
-
-@torch.inference_mode()
-def theirs(model: Any, ids: list[int]) -> Tensor:
-    return model(torch.tensor([ids])).logits[0]
-
-
-def prompt(length: int, seed: int = 7) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
-
-
-def differ(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max())
-
-
-def cached_replies_agree(decoder: Decoder, model: Any) -> None:
-    """Prompts of several lengths at once, prefilled in chunks, decoded from pages."""
-    prompts = [prompt(length, length) for length in (1, 37, 5, 18)]
-    engine = Engine(decoder, None, page_tokens=4, max_batch_tokens=16)
-    sampling = Sampling(max_tokens=12, ignore_eos=True)
-    replies = engine.generate([Request(ids, sampling) for ids in prompts])
-    for ids, reply in zip(prompts, replies, strict=True):
-        whole = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=12,
-            eos_token_id=-1,
-        )[0].tolist()
-        assert list(reply.ids) == whole[len(ids) :]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_logits_and_what_we_save(shape: str, tmp_path: Path) -> None:
-    model = make(shape, tmp_path / "theirs")
-    decoder = load_decoder(tmp_path / "theirs", dtype=torch.float32)
-    want = theirs(model, prompt(150))
-    assert want.std() > 0.5, "the oracle says something"
-    assert differ(ours(decoder, prompt(150)), want) <= 1e-4
-
-    save_hf(decoder, None, tmp_path / "ours", torch.float32)
-    first, again = (load_file(tmp_path / one / "model.safetensors") for one in ("theirs", "ours"))
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)
-
-    # written from the axes alone, as after a GGUF
-    decoder.source_config = {}
-    save_hf(decoder, None, tmp_path / "axes", torch.float32)
-    back, report = type(model).from_pretrained(
-        tmp_path / "axes", output_loading_info=True, attn_implementation="eager", pad_token_id=0
-    )
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert differ(theirs(back.float(), prompt(150)), want) <= 1e-4
-    assert open_checkpoint(tmp_path / "axes").config == decoder.config
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_cached_replies(shape: str, tmp_path: Path) -> None:
-    model = make(shape, tmp_path)
-    cached_replies_agree(load_decoder(tmp_path, dtype=torch.float32), model)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_stays_as_near_as_theirs(shape: str, tmp_path: Path) -> None:
-    """By the median: a router's close choice falls otherwise, and then a token's logits are others."""
-    model = make(shape, tmp_path)
-    want = theirs(model, prompt(60))
-    got = ours(load_decoder(tmp_path, dtype=torch.bfloat16), prompt(60))
-    peer = theirs(model.bfloat16(), prompt(60)).float()
-    assert (got - want).abs().median() <= 1.5 * (peer - want).abs().median()
-
-
-@pytest.mark.parametrize("shape", sorted(set(SHAPES) - NOT_IN_GGUF))
-def test_gguf_and_back(shape: str, tmp_path: Path) -> None:
-    model = make(shape, tmp_path)
-    decoder = load_decoder(tmp_path, dtype=torch.float32)
-    save_gguf(decoder, None, tmp_path / "model.gguf", "F32")
-    back = load_decoder(tmp_path / "model.gguf", dtype=torch.float32)
-    assert differ(ours(back, prompt(150)), ours(decoder, prompt(150))) <= 1e-4
-    assert back.config == decoder.config
-    save_hf(back, None, tmp_path / "hf", torch.float32)
-    again = type(model).from_pretrained(
-        tmp_path / "hf", attn_implementation="eager", pad_token_id=0
-    )
-    again = again.float()
-    assert differ(theirs(again, prompt(150)), theirs(model, prompt(150))) <= 1e-4
-
-
-@pytest.mark.parametrize("shape", sorted(NOT_IN_GGUF))
-def test_what_gguf_cannot_say_is_refused(shape: str, tmp_path: Path) -> None:
-    make(shape, tmp_path)
-    with pytest.raises(FamilyError, match=r"attention_scale 0\.25 cannot be written as GGUF"):
-        save_gguf(load_decoder(tmp_path), None, tmp_path / "model.gguf", "F32")
-    assert not (tmp_path / "model.gguf").exists()
-
-
-def test_the_text_part_of_a_gemma_3_with_eyes(tmp_path: Path) -> None:
-    text = {key: value for key, value in (SIZES | GEMMA3).items() if key != "attn_implementation"}
-    eyes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "image_size": 28}
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=eyes | {"num_attention_heads": 2, "patch_size": 14}
-    )
-    torch.manual_seed(3)
-    model = transformers.Gemma3ForConditionalGeneration(config).eval().float()
-    model.save_pretrained(tmp_path / "theirs")
-    assert any("vision" in one for one in load_file(tmp_path / "theirs" / "model.safetensors"))
-    decoder = load_decoder(tmp_path / "theirs", dtype=torch.float32)
-    want = theirs(model, prompt(60))
-    assert differ(ours(decoder, prompt(60)), want) <= 1e-4
-    save_hf(decoder, None, tmp_path / "text", torch.float32)
-    alone = transformers.Gemma3ForCausalLM.from_pretrained(tmp_path / "text").eval().float()
-    assert differ(theirs(alone, prompt(60)), want) <= 1e-4
-
-
-def test_a_gemma_3_of_4b_says_only_what_differs() -> None:
-    source = {
-        "model_type": "gemma3",
-        "text_config": {
-            "hidden_size": 2560,
-            "intermediate_size": 10240,
-            "model_type": "gemma3_text",
-            "num_hidden_layers": 34,
-            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
-            "sliding_window": 1024,
-        },
-        "vision_config": {"hidden_size": 1152},
-        "mm_tokens_per_image": 256,
-    }
-    config = by_source(source, "4b").config(source, "4b")
-    assert (config.heads, config.kv_heads, config.head_dim, config.vocab) == (8, 4, 256, 262_208)
-    assert config.windows[:6] == (1024,) * 5 + (None,) and config.rope_base == 1e6
-
-
-# --- families that transformers does not know ------------------------------------------------------
+from tests.oracles.peers import cached_replies_agree, differ, ours, prompt, random_model, theirs
+from tests.oracles.shapes import SIZES, VOCAB
 
 State = dict[str, Tensor]
 
@@ -401,7 +197,7 @@ TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[State], St
 def twin(name: str, folder: Path) -> Any:
     """A model of transformers, and in the folder the same one as its publisher would have saved it."""
     kind, settings, config, pack = TWINS[name]
-    model = random_model(kind, settings, sum(map(ord, name)))
+    model = random_model(f"{kind}ForCausalLM", SIZES | settings, sum(map(ord, name)))
     state = pack({key: value.clone() for key, value in model.state_dict().items()})
     folder.mkdir(exist_ok=True)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / "m.safetensors")
@@ -456,7 +252,7 @@ def test_baichuan_2_norms_the_rows_of_its_head(tmp_path: Path) -> None:
 def test_baichuan_13b_is_a_llama_with_alibi(heads: int, hidden: int, tmp_path: Path) -> None:
     """transformers' layers around an attention written out: scores/√d + slope · (key − query)."""
     settings = {"num_attention_heads": heads, "num_key_value_heads": heads, "hidden_size": hidden}
-    model = random_model("Llama", settings, 13)
+    model = random_model("LlamaForCausalLM", SIZES | settings, 13)
     state = baichuan({key: value.clone() for key, value in model.state_dict().items()})
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "m.safetensors")
     config = LLAMA_KEYS | {"num_attention_heads": heads, "hidden_size": hidden}
