@@ -231,7 +231,7 @@ class Decoder(nn.Module):
         return cap * torch.tanh(logits / cap) if cap else logits
 
     @property
-    def head_layer(self) -> Linear | Embedding:
+    def head_layer(self) -> Linear | Embedding | Int8Embedding:
         """The layer that gives the logits: the head, or the embedding that it is tied to."""
         return self.embed if self.head is None else self.head
 
