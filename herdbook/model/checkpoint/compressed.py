@@ -223,7 +223,7 @@ def plan(layers: Sequence[Quantised]) -> dict[str, tuple[torch.dtype, tuple[int,
     """Leaf → type and shape of the tensors that matrices with the same inputs become, end to end."""
     rows, columns = sum(one.outputs for one in layers), layers[0].inputs
     scale = torch.cat([_scale(one) for one in layers])
-    of = next(t for t in (torch.bfloat16, torch.float16, torch.float32) if _exact(scale, t))
+    of = next(t for t in (torch.float16, torch.bfloat16, torch.float32) if _exact(scale, t))
     if isinstance(layers[0], Int8Linear):
         found = {PACKED: (torch.int32, (rows, columns // 4))}
     else:
