@@ -76,6 +76,7 @@ def _lies(layer: nn.Module, bits: int) -> bool:
     return isinstance(layer, Int4Linear) and zero_points(layer) is not None
 
 
+@torch.no_grad()
 def rounded(layer: Linear | Int4Linear | Int8Linear, bits: int) -> Int4Linear | Int8Linear:
     """The quantised layer that is nearest to this one."""
     weight = layer.dense(torch.float32)

@@ -42,8 +42,14 @@ class Parity:
 #: the most that a format's rounding may move a tensor, as a share of its norm. A permuted or
 #: transposed tensor is off by more than 1.
 ROUNDING = {
-    **{"F32": 1e-6, "F16": 2e-3, "BF16": 2e-2, "Q8_0": 0.03, "Q4_1": 0.25, "Q4_0": 0.35},
-    **{"int8": 0.03, "int4": 0.25},
+    "F32": 1e-6,
+    "F16": 2e-3,
+    "BF16": 2e-2,
+    "Q8_0": 0.03,
+    "Q4_1": 0.25,
+    "Q4_0": 0.35,
+    "int8": 0.03,
+    "int4": 0.25,
 }
 
 

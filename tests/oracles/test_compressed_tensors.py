@@ -32,14 +32,21 @@ HF: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_
 OPT = HF | {"ffn_dim": 96, "max_position_embeddings": 128, "init_std": 0.2}
 LLAMA = HF | {"intermediate_size": 96, "num_key_value_heads": 2}
 T5: dict[str, Any] = {
-    **{"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_heads": 4,
     "decoder_start_token_id": 0,
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("GPTJForCausalLM", GPT),
     "codegen": ("CodeGenForCausalLM", GPT),
     "opt": ("OPTForCausalLM", OPT),
-    "opt-350m": ("OPTForCausalLM", OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "opt-350m": (
+        "OPTForCausalLM",
+        OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    ),
     "opt-odd-rows": ("OPTForCausalLM", OPT | {"ffn_dim": 52}),  # fc2 stays dense; 52 = 6.5 · 8 rows
     "llama": ("LlamaForCausalLM", LLAMA),
     "falcon": ("FalconForCausalLM", HF),

@@ -35,7 +35,7 @@ PACKED, SCALE, ZERO, SHAPE = ("weight_packed", "weight_scale", "weight_zero_poin
 
 #: what does not change the weights, or says nothing by these values
 SILENT = {"version", "quantization_status", "global_compression_ratio", "ignore", "quant_method"}
-NOTHING = (None, {}, [], False)
+NOTHING: tuple[Any, ...] = (None, {}, [], False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def schemes(config: Any, where: str) -> frozenset[Scheme]:
                 raise refuse(f"{place}{key}", value, f"and Herdbook reads only {shown}")
         return found
 
-    free = dict.fromkeys(SILENT, ())
+    free: dict[str, tuple[Any, ...]] = dict.fromkeys(SILENT, ())
     if isinstance(config, dict) and config.get("quant_method") != METHOD:
         raise refuse("quant_method", config.get("quant_method"), f"and Herdbook reads {METHOD}")
     config = only("", config, free | {"format": (FORMAT,), "config_groups": ()})
@@ -77,14 +77,17 @@ def schemes(config: Any, where: str) -> frozenset[Scheme]:
         raise refuse("config_groups", groups, "but must name at least one")
     found = set[Scheme]()
     for group in groups.values():
-        known = {"targets": (), "format": (FORMAT, None), "weights": ()}
+        known: dict[str, tuple[Any, ...]] = {"targets": (), "format": (FORMAT, None), "weights": ()}
         weights = only("config_groups.", group, known).get("weights")
         known = {
-            **{"num_bits": (4, 8), "type": ("int",), "strategy": ("group", "channel")},
-            **{"symmetric": (True, False), "group_size": (), "dynamic": (False,)},
-            **{"actorder": ("weight", "static", False, None)},  # only how it was calibrated
-            **dict.fromkeys(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"), ()),
-        }
+            "num_bits": (4, 8),
+            "type": ("int",),
+            "strategy": ("group", "channel"),
+            "symmetric": (True, False),
+            "group_size": (),
+            "dynamic": (False,),
+            "actorder": ("weight", "static", False, None),  # only how it was calibrated
+        } | dict.fromkeys(("observer", "observer_kwargs", "scale_dtype", "zp_dtype"), ())
         weights = only("weights.", weights, known)
         for key in ("num_bits", "strategy"):
             if key not in weights:
@@ -121,7 +124,8 @@ class CompressedWeights(Weights):
         size: list[int] = []
         if shapes.get(SHAPE) == (2,) and types[SHAPE] in (torch.int64, torch.int32):
             size = self.plain.read(names[SHAPE], torch.int64).tolist()
-        whole = not any(self.plain.parts[name][0].entry.strides for name in mine.values())
+        whole = f"{module}.weight" not in self.plain.shapes  # nor is it there a second time
+        whole = whole and not any(self.plain.parts[name][0].entry.strides for name in mine.values())
         for scheme in known if size and whole and SCALE in mine else ():
             rows, columns = size
             words, group = 32 // scheme.bits, scheme.group or columns
@@ -275,10 +279,14 @@ def _exact(values: Tensor, dtype: torch.dtype) -> bool:
 def config(bits: int, ignored: Sequence[str]) -> dict[str, Any]:
     """The quantization_config of what is written. ignored: modules with a matrix that stayed dense."""
     weights = {
-        **{"num_bits": bits, "type": "int", "symmetric": bits == 8, "strategy": "group"},
-        **{"group_size": BLOCK, "dynamic": False},
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": bits == 8,
+        "strategy": "group",
+        "group_size": BLOCK,
+        "dynamic": False,
     }
-    group = {"targets": ["Linear"], "weights": weights}
+    group: dict[str, Any] = {"targets": ["Linear"], "weights": weights}
     group |= {"input_activations": None, "output_activations": None}
     return {
         "quant_method": METHOD,
