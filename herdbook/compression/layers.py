@@ -27,8 +27,8 @@ from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, Linear
 SHARES = tuple(0.7 + 0.04 * step for step in range(9))
 #: significant bits of a scale
 SCALE_BITS = {4: 7, 8: 8}
-#: weights that are rounded at once
-STRIP = 1 << 20
+#: weights that are rounded at once: they stay in the cache
+STRIP = 1 << 16
 
 
 @dataclass(frozen=True)
