@@ -23,12 +23,15 @@ Written by `python docs/families.py` from the descriptions in `herdbook/model/fa
 Every family is checked with each of its fixtures (`tests/model/families/*.json`): names and packing go both ways
 without loss, the configuration is written and read again, and the engine (chunked prefill, batches, cached decoding)
 gives the tokens of a plain pass. Those of the one decoder are also tuned with LoRA, merged, carried over PEFT's layout
-and, where GGUF can hold them, quantised to 8 and 4 bits (`tests/training/test_tuning_families.py`). The last column
-names what compares a family with other implementations: transformers, llama.cpp, the golden files of the original
-code, or a computation written straight from the paper.
+and, where GGUF can hold them, quantised to 8 and 4 bits (`tests/training/test_tuning_families.py`). Every family is
+quantised to int4 and int8 in a Hugging Face folder as compressed-tensors, read back code by code and served by the
+engine (`tests/model/test_compressed.py`; GPT-2, whose matrices lie the other way round, as GGUF alone); the column
+int4, int8 names the layouts, Q4_1 and Q8_0 those of GGUF. The last column names what compares a family with other
+implementations: transformers, llama.cpp, the golden files of the original code, or a computation written straight
+from the paper.
 
-| family | model_type | GGUF | computed by | fixtures | compared with others in |
-|---|---|---|---|---|---|
+| family | model_type | GGUF | int4, int8 | computed by | fixtures | compared with others in |
+|---|---|---|---|---|---|---|
 """
 
 
@@ -65,6 +68,13 @@ def oracles(name: str, family: Family) -> list[str]:
     ]
 
 
+def layouts(family: Family) -> str:
+    """What holds it in 4 and 8 bits."""
+    found = ["Q4_1, Q8_0"] if family.gguf else []
+    along_rows = not any(fold.transposed for fold in family.folds.values())
+    return "; ".join(found + ["compressed-tensors"] * along_rows)
+
+
 def table() -> str:
     """The whole page."""
     fixtures: dict[str, list[str]] = {}
@@ -78,7 +88,7 @@ def table() -> str:
         computed[family.name] = type(config).__name__.removesuffix("Config") if own else "Decoder"
     rows = [
         f"| {about(name)} | `{family.model_type}` | {f'`{family.gguf}`' if family.gguf else '–'} "
-        f"| {computed[name]} | {', '.join(fixtures[name])} | {', '.join(oracles(name, family)) or '–'} |"
+        f"| {layouts(family)} | {computed[name]} | {', '.join(fixtures[name])} | {', '.join(oracles(name, family)) or '–'} |"
         for name, family in families().items()
     ]
     return HEAD + "\n".join(rows) + "\n"

@@ -41,7 +41,16 @@ class Parity:
 
 #: the most that a format's rounding may move a tensor, as a share of its norm. A permuted or
 #: transposed tensor is off by more than 1.
-ROUNDING = {"F32": 1e-6, "F16": 2e-3, "BF16": 2e-2, "Q8_0": 0.03, "Q4_1": 0.25, "Q4_0": 0.35}
+ROUNDING = {
+    "F32": 1e-6,
+    "F16": 2e-3,
+    "BF16": 2e-2,
+    "Q8_0": 0.03,
+    "Q4_1": 0.25,
+    "Q4_0": 0.35,
+    "int8": 0.03,
+    "int4": 0.25,
+}
 
 
 @torch.no_grad()
@@ -58,21 +67,31 @@ def check_written(decoder: Decoder, path: Path, quant: str) -> float:
             wanted, found = normalize(wanted), normalize(found)
         off = float((found - wanted).norm() / wanted.norm().clamp_min(1e-30))
         worst = max(worst, (off, name))
-    if not worst[0] <= ROUNDING[quant]:
+    check_rounding(f"{worst[1]} of {path.name}", worst[0], quant)
+    return worst[0]
+
+
+def check_rounding(name: str, off: float, quant: str) -> None:
+    """GateError where a tensor is off by more than the format's rounding explains."""
+    if not off <= ROUNDING[quant]:
         raise GateError(
-            f"tensor {worst[1]} of {path.name} is off by {worst[0]:.3g} of its norm",
+            f"tensor {name} is off by {off:.3g} of its norm",
             rule=f"more than the {ROUNDING[quant]:g} that rounding to {quant} explains",
             next="please report this, with the name of the model",
         )
-    return worst[0]
 
 
 @torch.no_grad()
 def text_logits(decoder: Decoder, tokenizer: Tokenizer | None) -> Tensor:
-    """float32 [T, V] over the text (over ids 0 … 63 where a model has no tokenizer)."""
+    """float32 [T, V] over the text (over ids 0 … 63 where a model has no tokenizer).
+
+    Its second half is what a model that answers says to its first.
+    """
     was_training = decoder.training
     decoder.eval()
     ids = tokenizer.encode(TEXT) if tokenizer else [n % decoder.config.vocab for n in range(64)]
+    half = len(ids) // 2
+    ids = decoder.examples(ids, [False] * half + [True] * (len(ids) - half))[0][0]
     hidden = decoder(torch.tensor(ids, device=decoder.device), Packed([len(ids)], decoder.device))
     decoder.train(was_training)
     return decoder.logits(hidden)

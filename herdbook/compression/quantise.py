@@ -1,4 +1,5 @@
-"""Few bits a weight, in one GGUF file that the engine and llama.cpp both read.
+"""Few bits a weight: in one GGUF file, which llama.cpp reads as well, or in a Hugging Face folder as
+compressed-tensors, which transformers and vLLM read (`layers`). The latter holds every family.
 
 What came from a Q4_1 file and was not tuned lies on Q4_1's grid already: it is found so, and goes
 back bit by bit. What tuning moved has to be rounded anew, and there a tuned model is in a special
@@ -23,6 +24,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,30 +32,42 @@ from torch import Tensor, nn
 
 from herdbook.book.step import Bench, Input, Step, require
 from herdbook.compression import int4, parity
+from herdbook.compression.layers import quantise_layers
 from herdbook.data import records
 from herdbook.errors import ConfigError
-from herdbook.model.checkpoint import gguf_family, load_decoder, save_gguf
+from herdbook.model.checkpoint import (
+    gguf_family,
+    load_decoder,
+    need_rows,
+    open_checkpoint,
+    save_compressed,
+    save_gguf,
+)
 from herdbook.model.decoder import Block, Decoder
 from herdbook.model.family import gguf_metadata
+from herdbook.model.layers import Int4Linear
 from herdbook.model.layout import Packed
 from herdbook.model.mlp import MLP
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
 
+TABLES = ("embed.weight", "head.weight")
 #: a matrix nearer than this to Q4_1's grid lies on it, but for the float16 of a minimum
 ON_GRID_STEPS = 0.02
 
 
 @dataclass(frozen=True)
 class Quantise(Step):
-    """Write a model as one GGUF file of 4 or 8 bits a weight."""
+    """Write a model with 4 or 8 bits a weight."""
 
     kind: ClassVar[str] = "model"
 
     model: Input = ""
-    #: Q4_1: 5 bits a weight, embedding and head 8.5; Q8_0: 8.5; Q4_0: 4.5, rounded plainly
-    format: Literal["Q4_1", "Q8_0", "Q4_0"] = "Q4_1"
+    #: a GGUF file: Q4_1 (5 bits a weight, embedding and head 8.5), Q8_0 (8.5), Q4_0 (4.5, rounded
+    #: plainly). A Hugging Face folder, for every family: int4 (4.625), int8 (8.5), both rounded
+    #: plainly, embedding and head of 16 bits
+    format: Literal["Q4_1", "Q8_0", "Q4_0", "int4", "int8"] = "Q4_1"
     #: tokens of the conversations that the model was tuned on, to weigh errors with (Q4_1)
     calibration_tokens: int = 4096
 
@@ -67,34 +81,64 @@ class Quantise(Step):
                 next="merge the adapter into its base first (step Merge)",
             )
         tokenizer = Tokenizer.load(source.path)
-        decoder = load_decoder(source.path, dtype=torch.float32)
-        gguf_metadata(decoder.config, gguf_family(decoder))  # refused before the work, if so
-        before = parity.text_logits(decoder, tokenizer)
+        folder = self.format in ("int4", "int8")
+        decoder = load_decoder(source.path, dtype=torch.float32, quantised=folder)
+        for layer in decoder.modules():
+            if isinstance(layer, Int4Linear):
+                layer.has_kernel = False  # it computes in bfloat16
+        if folder:
+            need_rows(decoder)
+            before = parity.text_logits(decoder, tokenizer)
+            path = bench.out
+            found = self._folder(decoder, tokenizer, source.path, path)
+        else:
+            gguf_metadata(decoder.config, gguf_family(decoder))  # refused before the work, if so
+            before = parity.text_logits(decoder, tokenizer)
+            path = bench.out / "model.gguf"
+            found = self._gguf(decoder, tokenizer, path, bench)
+        parameters = decoder.parameter_count()
+        written = parity.check_written(decoder, path, self.format)
+        del decoder
+        saved = load_decoder(path, dtype=torch.float32)
+        after = parity.compare(before, parity.text_logits(saved, tokenizer))
+        size = sum(file.stat().st_size for file in open_checkpoint(path).weights.files)
+        return {
+            "size_bytes": size,
+            "bits_per_weight": round(size * 8 / parameters, 3),
+            "parameters": parameters,
+            "rounding_share": written,
+            "mean_kl": after.mean_kl,
+            "top1_agreement_share": after.top1_agreement,
+            "max_logit_difference": after.max_logit_difference,
+            **found,
+        }
+
+    def _gguf(
+        self, decoder: Decoder, tokenizer: Tokenizer, path: Path, bench: Bench
+    ) -> dict[str, Any]:
         matrices = sum(len(group) for block in decoder.blocks for group in readers(block))
         kept = 0
         if self.format == "Q4_1":
             packs = calibration(bench, tokenizer, self.calibration_tokens)
             kept = round_to_q4_1(decoder, packs, bench.progress.say)
             bench.progress.say(f"{kept} of {matrices} matrices lie on the grid already")
-        path = bench.out / "model.gguf"
         save_gguf(decoder, tokenizer, path, self.format)
-        parameters = decoder.parameter_count()
-        rounding = parity.check_written(decoder, path, self.format)
-        del decoder
-        saved = load_decoder(path, dtype=torch.float32)
-        found = parity.compare(before, parity.text_logits(saved, tokenizer))
-        size = path.stat().st_size
-        return {
-            "size_bytes": size,
-            "bits_per_weight": round(size * 8 / parameters, 3),
-            "parameters": parameters,
-            "matrices": matrices,
-            "exact_matrices": kept,
-            "rounding_share": rounding,
-            "mean_kl": found.mean_kl,
-            "top1_agreement_share": found.top1_agreement,
-            "max_logit_difference": found.max_logit_difference,
-        }
+        return {"matrices": matrices, "exact_matrices": kept}
+
+    def _folder(
+        self, decoder: Decoder, tokenizer: Tokenizer, source: Path, path: Path
+    ) -> dict[str, Any]:
+        done = quantise_layers(decoder, int(self.format.removeprefix("int")))
+        of = open_checkpoint(source).dtype
+        save_compressed(decoder, tokenizer, path, lambda name: beside(name, of(name)))
+        share = {"rounding_share": done.share} if done.exact < done.matrices else {}
+        return {"matrices": done.matrices, "exact_matrices": done.exact, **share}
+
+
+def beside(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor that is not quantised is kept in: the embedding and the head in 16 bits, as they
+    are most of what is left; the rest as it came."""
+    return torch.float16 if name in TABLES and dtype.itemsize > 2 else dtype
 
 
 def calibration(bench: Bench, tokenizer: Tokenizer, tokens: int) -> list[Pack]:

@@ -180,7 +180,7 @@ def load(
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
     An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
-    bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF.
+    bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF or a folder.
     template: a chat template to use instead of the model's own, by its name or its file.
     """
     source = templates.read(template) if template else None

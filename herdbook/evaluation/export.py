@@ -17,6 +17,8 @@ from herdbook.engine.loaded import LoadedModel, load
 from herdbook.errors import ConfigError, FileError, GateError, UnknownName, nearest
 from herdbook.files.atomic import sha256_file, sync_folder, sync_tree
 from herdbook.model.checkpoint import open_checkpoint, save_gguf, save_hf
+from herdbook.model.checkpoint.compressed import CompressedWeights
+from herdbook.model.fetch import files_of
 from herdbook.model.lora import adapters_of
 from herdbook.model.references import resolve
 from herdbook.training.peft_format import CONFIG, WEIGHTS
@@ -90,7 +92,13 @@ def _peft(ref: str, target: Path, book: Book) -> dict[str, Any]:
 
 def _hf(ref: str, target: Path, book: Book) -> dict[str, Any]:
     original = _load(ref, book)
-    source = open_checkpoint(original.path)  # each tensor goes back in the type that it came in
+    source = open_checkpoint(original.path)
+    if _compressed(original.path):
+        target.mkdir()
+        for name, file in files_of(source).items():
+            shutil.copyfile(file, target / name)
+        return {"format": "as it is", **_compare(original, target, EXACT["F32"])}
+    # each tensor goes back in the type that it came in
     save_hf(original.decoder, original.maybe_tokenizer, target, source.dtype)
     return _compare(original, target, EXACT["F32"])
 
@@ -103,18 +111,24 @@ def _gguf(ref: str, target: Path, quant: str, book: Book) -> dict[str, Any]:
         if sha256_file(target) != sha256_file(file):
             raise FileError(f"{file}", rule="was not copied byte by byte", next="try again")
         return {"format": "as it is", "size_bytes": target.stat().st_size}
-    if file.is_file() and quant in QUANTISED:
+    original = None if file.is_file() else _load(ref, book)
+    if quant in QUANTISED and (original is None or _compressed(original.path)):
         raise ConfigError(
-            f"{ref} is a GGUF file already",
+            f"{ref} is quantised already",
             rule="and to quantise it again would add the errors of both",
             next=f"leave --quant out{_unquantised(ref, book)}",
         )
     quant = quant or "F16"
-    original = _load(ref, book)
+    original = original or _load(ref, book)
     save_gguf(original.decoder, original.tokenizer, target, quant)
     parity.check_written(original.decoder, target, quant)
     found = _compare(original, target, EXACT.get(quant))
     return {"format": quant, "size_bytes": target.stat().st_size, **found}
+
+
+def _compressed(path: Path) -> bool:
+    """Whether a folder's matrices are quantised."""
+    return isinstance(open_checkpoint(path).weights, CompressedWeights)
 
 
 def _unquantised(ref: str, book: Book) -> str:

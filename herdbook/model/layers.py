@@ -2,7 +2,7 @@
 
 T tokens, in/out features, B = in/32 blocks of a row.
 
-Quantised layers keep a matrix as GGUF has it: 32 neighbours of a row share a scale (and a minimum).
+Quantised layers keep a matrix in blocks: 32 neighbours of a row share a scale (and a minimum).
 Every layer with a matrix has `dense(dtype)`, the matrix it stands for; that is what saving, merging
 and the tests use, so a quantised layer's twin is `F.linear(x, layer.dense(x.dtype), layer.bias)`.
 """
@@ -63,7 +63,8 @@ class Int4Linear(nn.Module):
     """y = x·Wᵀ + b with W = scale·code + minimum, codes of 4 bits, a scale a block of 32.
 
     codes uint8 [out, B, 16]: byte i of a block holds values i (low half) and i + 16 (high).
-    scale, minimum float16 [out, B]. Q4_1 is exactly this; Q4_0 is minimum = −8·scale.
+    scale, minimum float16 [out, B] (float32 where that does not hold them). Q4_1 is exactly this;
+    Q4_0 is minimum = −8·scale, and compressed-tensors minimum = −zero point · scale.
 
     A few rows (decoding) are bound by memory: the kernel reads 4 bits a weight. It computes in
     bfloat16, with bfloat16 scales. Many rows (prefill) are bound by arithmetic: the matrix is
@@ -84,12 +85,10 @@ class Int4Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
+        #: few rows go through the kernel; false where float32 is to be kept
+        self.has_kernel = self.outputs % 16 == 0 and codes.device.type == "cpu"
         #: what the kernel reads, made when it is first called: its codes, its scales and zeros
         self._packed: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def has_kernel(self) -> bool:
-        return self.outputs % 16 == 0 and self.codes.device.type == "cpu"
 
     def _pack(self) -> tuple[Tensor, Tensor]:
         whole = torch.cat([self.codes & 15, self.codes >> 4], -1).view(self.outputs, self.inputs)
@@ -125,7 +124,7 @@ class Int4Linear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """y = x·Wᵀ + b, W = scale·code: codes int8 [out, B, 32], scale float32 [out, B] (GGUF's Q8_0)."""
+    """y = x·Wᵀ + b, W = scale·code: codes int8 [out, B, 32], scale float32 [out, B] (Q8_0)."""
 
     def __init__(
         self, codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype

@@ -10,14 +10,16 @@ import torch
 from raising import Place
 
 from herdbook.book.book import Book
-from herdbook.compression import merge, parity, quantise
+from herdbook.compression import int4, layers, merge, parity, quantise
+from herdbook.compression.layers import quantise_layers
 from herdbook.compression.merge import Merge
 from herdbook.compression.quantise import Quantise
 from herdbook.errors import ConfigError, FamilyError, GateError
 from herdbook.files import gguf
-from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
+from herdbook.model.checkpoint import load_decoder, save_compressed, save_gguf, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
+from herdbook.model.layers import Int4Linear, Int8Linear, Linear
 from herdbook.model.lora import merge_lora
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
@@ -145,6 +147,81 @@ def test_what_gguf_cannot_say_is_refused_before_the_work(
     with pytest.raises(FamilyError, match=r"cannot be written as GGUF.*\n.*--to hf"):
         Quantise(model="rw").run(raised, name="rw-int4")
     assert raised.find("rw-int4") is None
+
+
+@pytest.fixture
+def opt(raised: Book, tmp_path: Path) -> Book:
+    """The book with «opt», of a family that GGUF does not know."""
+    tokenizer = Tokenizer.load(raised.get("base").path)
+    source = {
+        "model_type": "opt",
+        "vocab_size": tokenizer.size,
+        "max_position_embeddings": 512,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "ffn_dim": 80,
+    }
+    decoder = Decoder(families()["opt"].config(source, "here"))
+    decoder.family = "opt"
+    torch.manual_seed(0)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    save_hf(decoder, tokenizer, tmp_path / "opt", torch.float32)
+    Place(folder=str(tmp_path / "opt")).run(raised, name="opt")
+    return raised
+
+
+@pytest.mark.parametrize(("format", "bits", "kl"), [("int4", 4, 0.1), ("int8", 8, 0.001)])
+def test_a_family_without_gguf(opt: Book, format: str, bits: int, kl: float):
+    with pytest.raises(FamilyError, match=r"cannot be written as GGUF.*\n.*int4 or int8"):
+        Quantise(model="opt").run(opt, name=f"opt-{format}")
+    made = Quantise(model="opt", format=format).run(opt, name=f"opt-{format}")
+    assert made.metrics["matrices"] == 2 * 5, "the last of the MLP, of 80 inputs, stays"
+    assert made.metrics["exact_matrices"] == 0
+    assert 0 < made.metrics["mean_kl"] < kl
+    assert 0 < made.metrics["rounding_share"] <= parity.ROUNDING[format] / 2
+    assert made.metrics["size_bytes"] < 0.65 * sum(
+        file.stat().st_size for file in opt.get("opt").path.glob("*.safetensors")
+    )
+    kept = load_decoder(made.path, torch.float32, quantised=True)
+    assert isinstance(kept.blocks[1].attention.o, Int4Linear if bits == 4 else Int8Linear)
+    assert not list(opt.verify()[1])
+    again = Quantise(model=made.ref, format=format).run(opt, name=f"again-{format}")
+    assert again.metrics["exact_matrices"] == again.metrics["matrices"] == 10
+    assert again.metrics["mean_kl"] < 1e-6
+    assert again.files["model.safetensors"] == made.files["model.safetensors"]
+
+
+def test_llama_as_a_folder_too(raised: Book):
+    """Out of Q4_1, which has no zero points: rounded anew."""
+    made = Quantise(model="base", format="int4").run(raised, name="folder")
+    assert made.metrics["exact_matrices"] == 0 and made.metrics["matrices"] == 21
+    assert made.metrics["mean_kl"] < 0.1
+    eight = Quantise(model="base", format="int8").run(raised, name="folder8")
+    assert eight.metrics["mean_kl"] < made.metrics["mean_kl"] / 20
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_scrambled_folder_is_no_rounding(tiny_folder: Path, tmp_path: Path, bits: int):
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
+    twin = load_decoder(tiny_folder, dtype=torch.float32)
+    quantise_layers(twin, bits)
+    save_compressed(twin, None, tmp_path, lambda name: torch.float32)
+    parity.check_written(decoder, tmp_path, f"int{bits}")
+    weight = decoder.blocks[1].attention.k.weight
+    weight.copy_(weight.roll(1, 0))
+    with pytest.raises(GateError, match=r"blocks\.1\.attention\.k\.weight .* is off by"):
+        parity.check_written(decoder, tmp_path, f"int{bits}")
+
+
+def test_four_bits_with_a_zero_point_are_as_near_as_q4_1():
+    torch.manual_seed(0)
+    for values in (torch.randn(64, 1024), torch.distributions.StudentT(5.0).sample((64, 1024))):
+        layer = Linear(1024, 64)
+        layer.weight.data = values
+        found = (layers.rounded(layer, 4).dense(torch.float32) - values).norm()
+        assert found <= 1.01 * (int4.nearest(values) - values).norm()
 
 
 @pytest.mark.parametrize("quant", ["F16", "Q8_0", "Q4_1", "Q4_0"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from herdbook.book.book import Artifact, Book
+from herdbook.compression.quantise import Quantise
 from herdbook.engine.loaded import load
 from herdbook.errors import ConfigError, FileError, GateError, UnknownName
 from herdbook.evaluation import export as module
@@ -18,6 +19,7 @@ from herdbook.evaluation.export import export
 from herdbook.files import gguf
 from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.fetch import Fetch
+from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.lora import merge_lora, put_adapter
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
@@ -55,6 +57,26 @@ def enter(book: Book, desk: Path, name: str, kind: str, parents: list[Artifact])
         desk, kind=kind, name=name, parents=[one.id for one in parents], step="Made",
         key=f"sha256:{name}", config={}, metrics={}, versions={},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_a_quantised_folder_goes_as_it_is(
+    format: str, tiny: Artifact, book: Book, tmp_path: Path
+) -> None:
+    made = Quantise(model="tiny", format=format).run(book, name="folder")
+    found = export("folder", tmp_path / "hf", to="hf", book=book)
+    assert found["format"] == "as it is" and found["max_logit_difference"] == 0
+    weights = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    assert weights == (made.path / "model.safetensors").read_bytes()
+    kept = load(str(tmp_path / "hf"), dtype="float32")
+    kind = Int4Linear if format == "int4" else Int8Linear
+    assert isinstance(kept.decoder.blocks[0].mlp.up, kind)
+    assert kept.logits([5, 6, 7]).isfinite().all()
+    export("folder", tmp_path / "x.gguf", to="gguf", book=book)
+    with pytest.raises(ConfigError, match=r"quantised already .*\n.*export tiny@1 instead"):
+        export("folder", tmp_path / "y.gguf", to="gguf", quant="Q8_0", book=book)
+    entered = Fetch(str(tmp_path / "hf")).run(book, name="fetched")
+    assert entered.metrics["parameters"] == made.metrics["parameters"]
 
 
 def test_a_hugging_face_folder(tiny: Artifact, book: Book, tmp_path: Path) -> None:
@@ -102,7 +124,9 @@ def test_a_gguf_file_is_copied_as_it_is(quantised: Artifact, book: Book, tmp_pat
 
 
 def test_nothing_is_quantised_twice(quantised: Artifact, book: Book, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"four is a GGUF .*\n.*or export tiny@1 instead") as told:
+    with pytest.raises(
+        ConfigError, match=r"four is quantised .*\n.*or export tiny@1 instead"
+    ) as told:
         export("four", tmp_path / "x.gguf", to="gguf", quant="Q8_0", book=book)
     assert told.value.exit_code == 2
     shutil.copyfile(quantised.path / "model.gguf", tmp_path / "lone.gguf")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from herdbook.files import gguf, safetensors
-from herdbook.model.checkpoint import expected_shapes, load_decoder
+from herdbook.model.checkpoint import compressed, expected_shapes, load_decoder
 from herdbook.model.checkpoint.meta import meta_name
 from herdbook.model.checkpoint.weights import NAMES
 from herdbook.model.families import families
@@ -32,6 +32,7 @@ LAYOUTS = {
     "bin-legacy": (torch.float16, torch.float32),
     "meta": (torch.bfloat16, torch.float32),
     "gguf": ("Q8_0", torch.float32),
+    "compressed": (torch.float16, torch.float32),  # the embedding's; matrices have 4 bits
 }
 WIDTH = 512
 VOCAB = 8000
@@ -100,8 +101,34 @@ def write(folder: Path, layout: str, megabytes: int) -> Path:
         torch.save(held_, folder / "pytorch_model.bin", _use_new_zipfile_serialization=newer)
     else:
         plan = {name: (NAMES[stored], shape) for name, shape in names.items()}
+        if layout == "compressed":
+            (folder / "config.json").write_text(
+                json.dumps(source | {compressed.KEY: compressed.config(4, [])})
+            )
+            for name, shape in list(names.items()):
+                if "_proj" in name:
+                    del plan[name], names[name]
+                    module, (rows, columns) = name.removesuffix(".weight"), shape
+                    for leaf, kind, size in (
+                        (compressed.PACKED, "I32", (rows, columns // 8)),
+                        (compressed.ZERO, "I32", (rows // 8, columns // 32)),
+                        (compressed.SCALE, "F16", (rows, columns // 32)),
+                        (compressed.SHAPE, "I64", (2,)),
+                    ):
+                        plan[f"{module}.{leaf}"] = kind, size
+                        # as many values of 16 bits as the tensor has bytes
+                        names[f"{module}.{leaf}"] = (*size, {"I32": 2, "I64": 4, "F16": 1}[kind])
         file = folder / "model.safetensors"
-        safetensors.write(file, plan, lambda n: raw(names[n]).reshape(-1).view(np.uint8).data, {})
+        sizes = {
+            f"{n.removesuffix('.weight')}.{compressed.SHAPE}": np.array(s, np.int64)
+            for n, s in ((family.hf_name(name), shape) for name, shape in shapes.items())
+        }
+        safetensors.write(
+            file,
+            plan,
+            lambda n: sizes.get(n, raw(names[n])).reshape(-1).view(np.uint8).data,
+            {},
+        )
     return folder
 
 

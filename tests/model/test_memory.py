@@ -33,7 +33,7 @@ def check(found: dict[str, Any]) -> None:
 
 def test_peak_is_the_result_and_one_tensor() -> None:
     sizes = {"safetensors": 200, "converted": 50, "bin": 50, "bin_legacy": 50}
-    sizes |= {"meta": 50, "gguf": 50}
+    sizes |= {"meta": 50, "gguf": 50, "compressed": 50}
     found = measure(**sizes)
     assert [one["layout"] for one in found] == list(LAYOUTS)
     for one, megabytes in zip(found, sizes.values(), strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from herdbook.errors import FamilyError, FileError
 from herdbook.files import gguf
-from herdbook.model.checkpoint.weights import GGUFWeights, Weights
+from herdbook.model.checkpoint.weights import Blocks, GGUFWeights, Weights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, SourceTensor
 from herdbook.model.modules import build
@@ -73,17 +73,13 @@ class Checkpoint:
         """The least type that holds the tensor of this name of ours exactly."""
         return self.weights.dtype(self.names[name].name)
 
-    def blocks(self, name: str) -> tuple[str, Tensor] | None:
-        """A GGUF tensor in blocks of 32: its type and the bytes [rows, B, bytes a block], else None."""
-        if not isinstance(self.weights, GGUFWeights):
+    def blocks(self, name: str) -> Blocks | None:
+        """The tensor where the source keeps it in blocks along our rows, else None."""
+        source = self.names[name]
+        if source.fold is not None and source.fold.transposed:
             return None
-        source = self.names[name].name
-        tensor = self.weights.file.tensors[source]
-        if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
-            return None
-        raw = torch.from_numpy(self.weights.file.raw(source))
-        whole = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
-        return tensor.type, self._mine(name, whole)
+        found = self.weights.blocks(source.name)
+        return found and found.map(lambda whole: self._mine(name, whole).contiguous())
 
 
 def read_config(family: Family, source: dict[str, Any], where: str) -> DecoderConfig:

@@ -1,7 +1,8 @@
 """Hugging Face folders.
 
 config.json, and model.safetensors or its shards with model.safetensors.index.json, or in older ones
-pytorch_model.bin or pytorch_model-00001-of-00002.bin with pytorch_model.bin.index.json.
+pytorch_model.bin or pytorch_model-00001-of-00002.bin with pytorch_model.bin.index.json. Quantised
+matrices may lie in them as compressed-tensors has them (compressed.py).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from herdbook.model.checkpoint.base import (
     read_config,
     source_shapes,
 )
+from herdbook.model.checkpoint.compressed import KEY, CompressedWeights, schemes
 from herdbook.model.checkpoint.weights import Part, PlainWeights
 from herdbook.model.families import by_source, families
 from herdbook.model.family import SourceTensor
@@ -43,10 +45,13 @@ def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
     if where.is_file():
         source = read_json(where)
         by_source(source, str(where))  # an unknown family is told before the weights are looked at
-        weights = PlainWeights(_parts(folder, delta))
+        plain = PlainWeights(_parts(folder, delta))
     else:  # some were published as bare tensors
-        weights = PlainWeights(_parts(folder, delta))
-        source = _sizes(folder, weights)
+        plain = PlainWeights(_parts(folder, delta))
+        source = _sizes(folder, plain)
+    weights: PlainWeights | CompressedWeights = plain
+    if quantised := source.pop(KEY, None):
+        weights = CompressedWeights(plain, schemes(quantised, str(where)), str(folder))
     family = by_source(source, str(where))
     config = read_config(family, source, str(where))
     found = dict(weights.shapes)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.decoder import Decoder
-from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear
+from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, Linear
 from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 
@@ -20,7 +20,8 @@ def load_decoder(
 ) -> Decoder:
     """The decoder at `path`, frozen (no gradients), in `dtype` (default: what the machine computes).
 
-    quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0 stay so; the rest is in `dtype`.
+    quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0, or a folder as compressed-tensors,
+    stay so; the rest is in `dtype`.
     """
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
@@ -32,7 +33,10 @@ def load_decoder(
     for name, shape in checkpoint.shapes.items():
         module_name, _, leaf = name.rpartition(".")
         module = decoder.get_submodule(module_name)
-        if leaf == "weight" and quantised and (made := _quantised(checkpoint, name, dtype)):
+        may = quantised and leaf == "weight"
+        may = may and (isinstance(module, Linear) or module is decoder.embed)
+        may = may and not name.endswith(".router.weight")  # which is multiplied in float32
+        if may and (made := _quantised(checkpoint, name, dtype)):
             _replace(decoder, module_name, made)
         elif leaf in dict(module.named_parameters(recurse=False)):
             places[name] = torch.empty(shape, dtype=dtype)
@@ -47,20 +51,13 @@ def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Modu
     found = checkpoint.blocks(name)
     if found is None:
         return None
-    type, raw = found
-    if name == "embed.weight" and type != "Q8_0":  # rows are taken singly
-        return None
-    scale = raw[..., :2].contiguous().view(torch.float16)[..., 0]
-    if type == "Q8_0":
-        codes = raw[..., 2:].contiguous().view(torch.int8)
-        kind = Int8Embedding if name == "embed.weight" else Int8Linear
-        return kind(codes, scale.float(), _bias(checkpoint, name, dtype), dtype)
-    if type == "Q4_1":
-        minimum = raw[..., 2:4].contiguous().view(torch.float16)[..., 0]
-        codes = raw[..., 4:].contiguous()
-    else:
-        minimum, codes = scale * -8, raw[..., 2:].contiguous()
-    return Int4Linear(codes, scale, minimum, _bias(checkpoint, name, dtype), dtype)
+    if name == "embed.weight":  # rows are taken singly
+        whole = found.minimum is None
+        return Int8Embedding(found.codes, found.scale, None, dtype) if whole else None
+    bias = _bias(checkpoint, name, dtype)
+    if found.minimum is None:
+        return Int8Linear(found.codes, found.scale, bias, dtype)
+    return Int4Linear(found.codes, found.scale, found.minimum, bias, dtype)
 
 
 def _bias(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from herdbook.errors import FamilyError
 from herdbook.files import gguf, safetensors
 from herdbook.files.atomic import write_json
+from herdbook.model.checkpoint import compressed
 from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, source_shapes
 from herdbook.model.checkpoint.ggufs import understand
 from herdbook.model.checkpoint.huggingface import INDEX
@@ -21,7 +22,7 @@ from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import Family, SourceTensor, gguf_metadata, refuse_unsaid
-from herdbook.model.layers import rope_divisors
+from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
 
 #: of a file of weights, as transformers has it
 SHARD_BYTES = 5_000_000_000
@@ -69,7 +70,8 @@ def gguf_family(decoder: Decoder) -> Family:
             f"a model of the family {family.name}",
             rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
             "Herdbook computes it",
-            next="export it as a Hugging Face folder (herd export --to hf)",
+            next="quantise it with the format int4 or int8, or export it as a Hugging Face folder "
+            "(herd export --to hf)",
         )
     return family
 
@@ -98,26 +100,96 @@ def save_hf(
     the source has. A decoder loaded in a type that holds them all (float32 for F16 and BF16) is then
     saved with its source's very bytes.
     """
-    folder, family = Path(folder), _family(decoder)
+    folder = Path(folder)
     of = dtype if callable(dtype) else (lambda name: dtype)
-    shapes = expected_shapes(decoder.config, headless=decoder.headless)
-    names = {name: family.hf_tensor(name, decoder.config) for name in shapes}
-    sources = {one.name: one for one in names.values()}
+    sources, shapes = _sources(decoder)
     write_weights(
         folder,
-        {
-            hf: (of(sources[hf].ours[0]), shape)
-            for hf, shape in source_shapes(shapes, names).items()
-        },
+        {hf: (of(sources[hf].ours[0]), shape) for hf, shape in shapes.items()},
         lambda hf: source_tensor(decoder, sources[hf], of(sources[hf].ours[0])),
         shard_bytes=shard_bytes,
     )
     if tokenizer is not None:
         tokenizer.save(folder)
     source = source_config(decoder)
-    most = max(shapes, key=lambda name: math.prod(shapes[name]))
+    expected = expected_shapes(decoder.config, headless=decoder.headless)
+    most = max(expected, key=lambda name: math.prod(expected[name]))
     key = "dtype" if "dtype" in source else "torch_dtype"
     write_json(folder / "config.json", source | {key: str(of(most)).removeprefix("torch.")})
+
+
+def _sources(decoder: Decoder) -> tuple[dict[str, SourceTensor], dict[str, tuple[int, ...]]]:
+    """A Hugging Face folder's tensors by their names, and their shapes."""
+    family = _family(decoder)
+    shapes = expected_shapes(decoder.config, headless=decoder.headless)
+    names = {name: family.hf_tensor(name, decoder.config) for name in shapes}
+    return {one.name: one for one in names.values()}, source_shapes(shapes, names)
+
+
+def need_rows(decoder: Decoder) -> None:
+    """Raise where the source keeps its matrices so that compressed-tensors cannot quantise them."""
+    family = _family(decoder)
+    if any(fold.transposed for fold in family.folds.values()):
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as compressed-tensors: its matrices are [in, out] there, and "
+            "groups lie along the inputs",
+            next="quantise it as GGUF (format Q4_1 or Q8_0)",
+        )
+
+
+def save_compressed(
+    decoder: Decoder,
+    tokenizer: TokenizerLike | None,
+    folder: Path | str,
+    dtype: Callable[[str], torch.dtype],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder with the decoder's quantised layers as compressed-tensors has them, code by
+    code, and all else in `dtype` by our name. config.json comes last.
+
+    All quantised layers have the same bits and lie on the layout's grid (compressed.zero_points).
+    """
+    need_rows(decoder)
+    folder = Path(folder)
+    sources, shapes = _sources(decoder)
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    packed: dict[str, list[compressed.Quantised]] = {}
+    dense: list[str] = []
+    for hf, shape in shapes.items():
+        layers = [decoder.get_submodule(name.rpartition(".")[0]) for name in sources[hf].ours]
+        module, _, leaf = hf.rpartition(".")
+        kept = [one for one in layers if isinstance(one, (Int4Linear, Int8Linear))]
+        if kept and leaf == "weight":
+            assert len(kept) == len(layers), f"{module} is quantised in part"
+            packed[module] = kept
+            plan |= {f"{module}.{leaf}": of for leaf, of in compressed.plan(kept).items()}
+        else:
+            plan[hf] = dtype(sources[hf].ours[0]), shape
+            if leaf == "weight" and len(shape) == 2:
+                dense.append(module)
+    (bits,) = {4 if isinstance(one, Int4Linear) else 8 for some in packed.values() for one in some}
+
+    def tensor(name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        if module not in packed or leaf in ("weight", "bias"):
+            return source_tensor(decoder, sources[name], plan[name][0])
+        if leaf == compressed.SHAPE:
+            return torch.tensor(shapes[f"{module}.weight"])
+        parts = [compressed.part(one, leaf).cpu() for one in packed[module]]
+        fold = sources[f"{module}.weight"].fold
+        rows = torch.cat(parts) if fold is None else fold.join(parts, decoder.config)
+        return compressed.packed(rows, leaf, bits, plan[name][0])
+
+    write_weights(folder, plan, tensor, shard_bytes=shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    head = _family(decoder).hf_name("head.weight").removesuffix(".weight")  # to others a matrix,
+    ignored = dict.fromkeys([*dense, head])  # even where it is the embedding
+    write_json(
+        folder / "config.json",
+        source_config(decoder) | {compressed.KEY: compressed.config(bits, list(ignored))},
+    )
 
 
 def write_weights(

@@ -7,7 +7,7 @@ the model, whatever the layout. Nothing stays mapped, so what was read counts in
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -42,6 +42,21 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks of 32 as Int4Linear or (without minimum) Int8Linear keep it: codes
+    [rows, B, 16 or 32], scale and minimum [rows, B]."""
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Blocks:
+        """The same of other rows."""
+        minimum = None if self.minimum is None else change(self.minimum)
+        return Blocks(change(self.codes), change(self.scale), minimum)
+
+
 class Weights(ABC):
     """The tensors of a source under the source's names, not yet read."""
 
@@ -61,6 +76,10 @@ class Weights(ABC):
         out = torch.empty(self.shapes[name], dtype=dtype)
         self.fill(name, out)
         return out
+
+    def blocks(self, name: str) -> Blocks | None:
+        """The tensor where it is kept in blocks that a quantised layer can hold."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,17 @@ class PlainWeights(Weights):
             width = part.entry.shape[axis]
             _read_into(out.narrow(axis, at, width), part, stored)
             at += width
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Some rows of a tensor that lies in order, in its own type."""
+        part = self.parts[name][0]
+        entry = part.entry
+        each = entry.nbytes // entry.shape[0]
+        shape, nbytes = (last - first, *entry.shape[1:]), (last - first) * each
+        some = Entry(entry.dtype, shape, entry.start + first * each, nbytes)
+        out = torch.empty(shape, dtype=self.dtype(name))
+        _read_into(out, Part(part.path, some), out.dtype)
+        return out
 
     def same(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same bytes."""
@@ -184,3 +214,16 @@ class GGUFWeights(Weights):
             last = min(first + count, len(rows))
             values = gguf.dequantise(self.file.rows(name, first, last), tensor.type)
             rows[first:last] = torch.from_numpy(values)
+
+    def blocks(self, name: str) -> Blocks | None:
+        tensor = self.file.tensors[name]
+        if tensor.type not in ("Q4_0", "Q4_1", "Q8_0"):
+            return None
+        raw = torch.from_numpy(self.file.raw(name))
+        raw = raw.view(*tensor.shape[:-1], tensor.shape[-1] // gguf.BLOCK, -1)
+        heads = 4 if tensor.type == "Q4_1" else 2  # bytes of float16 in front of the codes
+        floats, codes = raw[..., :heads].contiguous().view(torch.float16), raw[..., heads:]
+        scale = floats[..., 0]
+        if tensor.type == "Q8_0":
+            return Blocks(codes.contiguous().view(torch.int8), scale.float(), None)
+        return Blocks(codes, scale, floats[..., 1] if tensor.type == "Q4_1" else scale * -8)
