@@ -126,7 +126,7 @@ def test_names_that_are_not_loaded(tuned: dict[str | None, Decoder], tmp_path: P
 
 
 def test_adapters_that_cannot_be_chosen_by_request(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="adapter_config.json is not there"):
+    with pytest.raises(FileError, match=r"adapter_config\.json is not there"):
         Engine(tiny(), None).load_adapter("none", tmp_path)
     with pytest.raises(FileError, match="names no matrix"):
         tune(tiny(), tmp_path / "ann", 1)
