@@ -35,7 +35,7 @@ def test_a_templates_text_ends_chats_but_no_completions(
     tiny_folder: Path, stopping: tuple[Path, str, str]
 ):
     file, whole, left = stopping
-    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file)))
+    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file), {}))
     worker.start()
     try:
         client = Client(app({"tiny": worker.wait(60)}))
