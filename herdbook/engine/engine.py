@@ -15,7 +15,6 @@ An engine belongs to one thread.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -28,7 +27,7 @@ from torch.nn import functional as F
 
 from herdbook.engine.adapters import Adapters
 from herdbook.engine.pages import PagePool
-from herdbook.engine.reading import Likelihoods, Pooled, Reading
+from herdbook.engine.reading import embedding, reading_for
 from herdbook.engine.request import Finish, Piece, Reply, Request
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import Chooser, choose
@@ -138,9 +137,8 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
-        reading = self._reading(request)
+        reading = reading_for(request, self.decoder)
         if reading is None:
-            self.decoder.need_head()
             ids = self.decoder.prompt(ids)
         request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
@@ -187,7 +185,8 @@ class Engine:
                     pieces.append(self._end(sequence, "error", ""))
         for sequence in batch:
             if sequence.reading is not None and not sequence.remaining:
-                pieces.append(self._read(sequence))
+                sequence.error = sequence.reading.error
+                pieces.append(self._end(sequence, "error" if sequence.error else "stop", ""))
         # A step counts as prefill when any sequence computed more than one token.
         kind = "prefill" if tokens_computed > len(batch) else "decode"
         self._totals["steps"] += 1
@@ -311,32 +310,6 @@ class Engine:
                 next="encode the prompt with this model's own tokenizer",
             )
 
-    def _reading(self, request: Request) -> Reading | None:
-        """What a request without tokens to draw reads from the hidden states."""
-        if request.embed:
-            if self.decoder.whole_prompts:
-                raise RequestError(
-                    f"an embedding by a {self.decoder.family} model",
-                    rule="is not one: it reads a prompt and its reply in different ways",
-                    next="embed with a decoder such as smollm2",
-                )
-            return Pooled(len(request.ids))
-        if not request.targets:
-            return None
-        self.decoder.need_head()
-        assert len(request.targets) <= len(request.ids)
-        return Likelihoods(request.targets, len(request.ids))
-
-    def _read(self, sequence: Sequence) -> Piece:
-        """All that it had to read was computed."""
-        reading = sequence.reading
-        if isinstance(reading, Likelihoods) and any(
-            math.isnan(value) for row in reading.logprobs for value in row.values()
-        ):
-            sequence.error = ArithmeticError("the model's logits are not finite")
-            return self._end(sequence, "error", "")
-        return self._end(sequence, "stop", "")
-
     def _took(self, sequence: Sequence, token: int) -> Piece:
         """A token was drawn: the text that it makes certain, and whether it was the last."""
         sequence.append(token)
@@ -395,12 +368,6 @@ class Engine:
             f"{self.pool.page_tokens} tokens, {self.pool.tokens} in all",
             next="shorten the prompt, or give the engine more cache_bytes",
         )
-
-
-def embedding(reply: Reply) -> Tensor:
-    """What a request with `embed` asked for: float32 [hidden], on the CPU."""
-    assert isinstance(reply.reading, Pooled)
-    return reply.reading.mean.cpu()
 
 
 def _pages(decoder: Decoder, page_tokens: int, cache_bytes: int | None) -> int:

@@ -9,12 +9,17 @@ Shapes: T tokens of the batch, R rows with targets, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+
+from herdbook.engine.request import Reply, Request
+from herdbook.errors import RequestError
+from herdbook.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from herdbook.engine.sequence import Sequence
@@ -33,11 +38,18 @@ class Likelihoods:
         self.logprobs: list[dict[int, float]] = [{} for _ in targets]
         self.best = [-1] * len(targets)
 
+    @property
+    def error(self) -> Exception | None:
+        if any(math.isnan(value) for row in self.logprobs for value in row.values()):
+            return ArithmeticError("the model's logits are not finite")
+        return None
+
 
 class Pooled:
     """The mean of the hidden states of all tokens, after the final norm."""
 
     first = 0
+    error: Exception | None = None
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
@@ -57,6 +69,29 @@ class Pooled:
 
 Reading: TypeAlias = Likelihoods | Pooled
 Through: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def reading_for(request: Request, decoder: Decoder) -> Reading | None:
+    """What a request reads; None where it has tokens drawn. Refuses what the model cannot give."""
+    if request.embed:
+        if decoder.whole_prompts:
+            raise RequestError(
+                f"an embedding by a {decoder.family} model",
+                rule="is not one: it reads a prompt and its reply in different ways",
+                next="embed with a decoder such as smollm2",
+            )
+        return Pooled(len(request.ids))
+    decoder.need_head()
+    if not request.targets:
+        return None
+    assert len(request.targets) <= len(request.ids)
+    return Likelihoods(request.targets, len(request.ids))
+
+
+def embedding(reply: Reply) -> Tensor:
+    """What a request with `embed` asked for: float32 [hidden], on the CPU."""
+    assert isinstance(reply.reading, Pooled)
+    return reply.reading.mean.cpu()
 
 
 def read(batch: Many[Sequence], hidden: Tensor, finish: Through, logits: Through) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from herdbook.engine.engine import embedding
+from herdbook.engine.reading import embedding
 from herdbook.engine.request import Request
 from herdbook.errors import RequestError
 from herdbook.serving.schema import Prompts
