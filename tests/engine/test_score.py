@@ -63,7 +63,7 @@ def questions(count: int, seed: int = 0) -> list[tuple[list[int], list[list[int]
 
 
 @pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.stem)
-def test_every_family_scores_as_a_plain_pass_does(fixture: Path) -> None:
+def test_every_family_scores_and_embeds_as_a_plain_pass_does(fixture: Path) -> None:
     source = json.loads(fixture.read_text())
     config = by_source(source, "fixture").config(source, "fixture")
     decoder = build(config).eval()
@@ -82,6 +82,13 @@ def test_every_family_scores_as_a_plain_pass_does(fixture: Path) -> None:
     for (prompt, several), scores in zip(asked, engine.score_many(asked), strict=True):
         for continuation, score in zip(several, scores, strict=True):
             close(score, plain(decoder, prompt, continuation))
+    if decoder.whole_prompts:
+        return
+    prompts = [prompt for prompt, _ in asked]
+    for ids, vector in zip(prompts, engine.embed(prompts), strict=True):
+        with torch.inference_mode():
+            mean = decoder(torch.tensor(ids), Packed([len(ids)])).mean(0)
+        assert torch.allclose(vector, mean, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 7, 512])
