@@ -142,8 +142,9 @@ def serve(
     port: int = 8000,
     key: str = "",
     template: Template = None,
+    lora: list[str] | None = None,
 ) -> None:
-    """Serve models over OpenAI's API: chat/completions, completions, models, health.
+    """Serve models over OpenAI's API: chat/completions, completions, embeddings, models, health.
 
     Listens on this machine only; another --host needs a --key.
 
@@ -155,11 +156,21 @@ def serve(
         one or more models (default: the model raised last)
     key
         clients must send it as a bearer token (or set HERDBOOK_API_KEY)
+    lora
+        NAME=REF, an adapter that clients choose as the model NAME; may be given several times
     """
+    from herdbook.serving.server import named
     from herdbook.serving.server import serve as run
 
     key = key or os.environ.get("HERDBOOK_API_KEY", "")
-    run(list(refs) or [_latest()], host=host, port=port, key=key or None, template=template)
+    run(
+        list(refs) or [_latest()],
+        host=host,
+        port=port,
+        key=key or None,
+        template=template,
+        adapters=named(lora or []),
+    )
 
 
 @app.command(name="eval")

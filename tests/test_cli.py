@@ -142,6 +142,7 @@ def test_help_imports_nothing_heavy() -> None:
         (("serve", "smollm2", "--template", "vicunna"), "did you mean 'vicuna'?"),
         (("templates", "vicunna"), "did you mean 'vicuna'?"),
         (("raise", "cria", "--base.template", "vicunna"), "did you mean 'vicuna'?"),
+        (("serve", "smollm2", "--lora", "luna"), "--lora luna must be NAME=REF"),
         (("serve", "smollm2", "--port", "99999"), "port 99999 is none: ports go to 65535"),
         (("export", "x", "y", "--to", "onnx"), "onnx"),
         (("export", "x", "/dev/null/y", "--to", "hf"), "/dev/null/.y"),

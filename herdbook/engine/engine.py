@@ -23,12 +23,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
+from herdbook.engine.adapters import Adapters
 from herdbook.engine.pages import PagePool
+from herdbook.engine.reading import embedding, reading_for
 from herdbook.engine.request import Finish, Piece, Reply, Request
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
+from herdbook.engine.score import Score, score_many
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
@@ -37,6 +42,9 @@ from herdbook.model.prefix import find_context
 from herdbook.training.memory import free_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from herdbook.book.book import Artifact
     from herdbook.tokens.tokenizer import Tokenizer
 
 #: the cache's size unless it is given: this, or what 4096 tokens need where that is more
@@ -66,7 +74,6 @@ class Engine:
         cache_dtype: torch.dtype | None = None,
         max_batch_tokens: int = 512,
     ) -> None:
-        decoder.need_head()
         self.decoder, self.tokenizer = decoder, tokenizer
         self.vocab = decoder.config.vocab
         self.context = decoder.config.max_pos  # tokens
@@ -79,6 +86,7 @@ class Engine:
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self._active: dict[str, Sequence] = {}
+        self.adapters = Adapters(decoder)
         self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
         self._totals = {
             "requests": 0,
@@ -114,20 +122,21 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never be served is refused here, with the numbers."""
-        ids, sampling = request.ids, request.sampling
-        if not len(ids):
-            raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
-        bad = next((i for i in ids if not 0 <= i < self.decoder.ids), None)
-        if bad is not None:
-            raise RequestError(
-                f"token id {bad}",
-                rule=f"is outside the vocabulary of {self.vocab} tokens",
-                next="encode the prompt with this model's own tokenizer",
-            )
         if request.id in self._active:
             raise RequestError(
                 f"request id {request.id!r}", rule="is already running", next="give another id"
             )
+        sequence = self.sequence(request)
+        self._active[request.id] = sequence
+        self.scheduler.add(sequence)
+        self._totals["requests"] += 1
+
+    def sequence(self, request: Request) -> Sequence:
+        """What would run for a request, which is checked; nothing is queued."""
+        ids, sampling = request.ids, request.sampling
+        if not len(ids):
+            raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
+        self.check_ids(ids, self.decoder.ids)
         stop = (*sampling.stop, *request.stop)
         if stop and self.tokenizer is None:
             raise RequestError(
@@ -135,13 +144,15 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
-        ids = self.decoder.prompt(ids)
+        reading = reading_for(request, self.decoder)
+        if reading is None:
+            ids = self.decoder.prompt(ids)
         request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
-        if room < 1:
+        if room < (1 if reading is None else 0):
             raise self._too_long(len(ids))
         config = self.decoder.config
-        sequence = Sequence(
+        return Sequence(
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(sampling, [id % self.vocab for id in ids], self.vocab),
@@ -153,10 +164,9 @@ class Engine:
             ),
             context=find_context(ids, config) if config.prefix else None,
             whole=self.decoder.whole_prompts,
+            reading=reading,
+            adapter=None if request.adapter is None else self.adapters[request.adapter],
         )
-        self._active[request.id] = sequence
-        self.scheduler.add(sequence)
-        self._totals["requests"] += 1
 
     def step(self) -> list[Piece]:
         """Compute one step; what it added to each request. [] when nothing is finished or running."""
@@ -180,6 +190,10 @@ class Engine:
                 except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
                     sequence.error = error
                     pieces.append(self._end(sequence, "error", ""))
+        for sequence in batch:
+            if sequence.reading is not None and not sequence.remaining:
+                sequence.error = sequence.reading.error
+                pieces.append(self._end(sequence, "error" if sequence.error else "stop", ""))
         # A step counts as prefill when any sequence computed more than one token.
         kind = "prefill" if tokens_computed > len(batch) else "decode"
         self._totals["steps"] += 1
@@ -231,6 +245,48 @@ class Engine:
         finally:
             self._drop([request.id])
 
+    def score(
+        self, prompt: Many[int], continuations: Many[Many[int]], *, adapter: str | None = None
+    ) -> list[Score]:
+        """How likely each continuation of the prompt is; see score_many."""
+        return self.score_many([(prompt, continuations)], adapter=adapter)[0]
+
+    def score_many(
+        self, asked: Many[tuple[Many[int], Many[Many[int]]]], *, adapter: str | None = None
+    ) -> list[list[Score]]:
+        """Of each (prompt, continuations), all token ids: the continuations' scores, in order.
+
+        What begins alike is computed once, whichever prompts it is in (engine/score.py); neither
+        the order nor what ran before changes a score by more than rounding does.
+        """
+        return score_many(self, asked, adapter)
+
+    def embed(
+        self, texts: Many[Many[int]], *, normalise: bool = False, adapter: str | None = None
+    ) -> Tensor:
+        """float32 [texts, hidden]: of each text's token ids, the mean of the hidden states after
+        the final norm. normalise: each row's length is 1, so that products are cosines."""
+        requests = [Request(ids, embed=True, adapter=adapter) for ids in texts]
+        rows = [embedding(reply) for reply in self.generate(requests)]
+        found = torch.stack(rows) if rows else torch.zeros(0, self.decoder.config.hidden)
+        return F.normalize(found) if normalise else found
+
+    def load_adapter(self, name: str, adapter: Path | Artifact) -> None:
+        """See Adapters.load."""
+        self.adapters.load(name, adapter)
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter off again; refused while requests use it."""
+        adapter = self.adapters[name]
+        using = sum(1 for one in self._active.values() if one.adapter is adapter)
+        if using:
+            raise RequestError(
+                f"adapter {name!r}",
+                rule=f"is in use by {using} requests",
+                next="wait for them, or abort them",
+            )
+        self.adapters.unload(name)
+
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and the state of queue and cache."""
         total = self._totals
@@ -250,6 +306,16 @@ class Engine:
             "prefill_tokens_per_s": speed("prefill"),
             "decode_tokens_per_s": speed("decode"),
         }
+
+    def check_ids(self, ids: Many[int], vocab: int) -> None:
+        """Refuse ids that are not below `vocab`."""
+        bad = next((i for i in ids if not 0 <= i < vocab), None)
+        if bad is not None:
+            raise RequestError(
+                f"token id {bad}",
+                rule=f"is outside the vocabulary of {self.vocab} tokens",
+                next="encode the prompt with this model's own tokenizer",
+            )
 
     def _took(self, sequence: Sequence, token: int) -> Piece:
         """A token was drawn: the text that it makes certain, and whether it was the last."""

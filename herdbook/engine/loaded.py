@@ -74,7 +74,7 @@ class LoadedModel:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine behind generate and stream. A model without head has none: FileError."""
+        """The engine behind generate, stream and embed."""
         return Engine(self.decoder, self.maybe_tokenizer)
 
     def render(self, messages: Messages, *, reply: bool = False) -> Rendering:
@@ -126,11 +126,27 @@ class LoadedModel:
         request = self._request(prompt, _sampling(sampling))
         return (piece.text for piece in self.engine.stream(request) if piece.text)
 
+    def embed(
+        self, texts: str | Sequence[str | Sequence[int]], *, normalise: bool = False
+    ) -> Tensor:
+        """float32 [texts, hidden]: the mean of each text's hidden states after the final norm.
+
+        texts: one, or several, each a text or its token ids. normalise: to length 1, so that
+        products are cosines.
+        """
+        several = [texts] if isinstance(texts, str) else texts
+        return self.engine.embed([self._ids(one) for one in several], normalise=normalise)
+
+    def _ids(self, text: str | Sequence[int]) -> Sequence[int]:
+        if not isinstance(text, str):
+            return text
+        for meant, written in escapes(self.tokenizer.chat_template).items():
+            text = text.replace(meant, written)
+        return self.tokenizer.prompt(text)
+
     def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
         if isinstance(prompt, str):
-            for meant, written in escapes(self.tokenizer.chat_template).items():
-                prompt = prompt.replace(meant, written)
-            return Request(self.tokenizer.prompt(prompt), sampling)
+            return Request(self._ids(prompt), sampling)
         if isinstance(prompt, Mapping):
             tree = self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
             return Request(tree, sampling)
@@ -187,9 +203,7 @@ def load(
     ref, number = str(ref), _dtype(dtype)
     if book is None and may_be_name(ref):
         book = Book()
-    artifact = book.find(ref) if book is not None else None
-    adapter = artifact is not None and artifact.kind == "adapter"
-    path = artifact.path if artifact and adapter else resolve(ref, book)
+    path = _find(ref, book)
     if (path / peft_format.CONFIG).is_file():
         base = _base_of(path, book)
         decoder = load_decoder(base, dtype=number)
@@ -202,6 +216,25 @@ def load(
     exists = Tokenizer.exists(with_tokenizer)
     tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
     return LoadedModel(decoder, tokenizer, path)
+
+
+def adapter_folder(ref: str, book: Book | None = None) -> Path:
+    """The folder of an adapter: a name in the book, a folder, hf:org/name."""
+    path = _find(ref, book)
+    if not (path / peft_format.CONFIG).is_file():
+        raise FileError(
+            f"{ref}",
+            rule=f"is no adapter: it has no {peft_format.CONFIG}",
+            next="name an adapter of the book (herd list), or a folder that peft wrote",
+        )
+    return path
+
+
+def _find(ref: str, book: Book | None) -> Path:
+    artifact = book.find(ref) if book is not None else None
+    if artifact is not None and artifact.kind == "adapter":
+        return artifact.path
+    return resolve(ref, book)
 
 
 def _base_of(adapter: Path, book: Book | None) -> Path:

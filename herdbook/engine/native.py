@@ -229,6 +229,8 @@ class Step:
             norm=self._floats(decoder.norm.weight),
             head=self._matrix(tiles, None),
         )
+        self._only_head = Model.from_buffer_copy(self.model)
+        self._only_head.layers = 0
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def _keep(self, tensor: Tensor) -> int:
@@ -267,8 +269,9 @@ class Step:
         )
 
     @torch.inference_mode()
-    def __call__(self, cache: Cache, spans: Sequence[Span]) -> Tensor:
-        """Logits float32 [R, V] after the tokens that want them; keys and values go into the cache."""
+    def __call__(self, cache: Cache, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Logits float32 [R, V] after the tokens that want them, and what the last layer gives
+        [T, hidden], before the norm; keys and values go into the cache."""
         decoder, model, size = self.decoder, self.model, cache.page_tokens
         model.page_tokens, model.cache_bytes = size, cache.dtype.itemsize
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
@@ -296,20 +299,32 @@ class Step:
         cos, sin = (one.contiguous() for one in decoder.rotary(whole[0], torch.float32))
         x = decoder.embed(torch.tensor(ids)).float().contiguous()
         logits = torch.empty(len(wants), self.config.vocab)
+        self._run(model, (len(spans), most), context, x, cos, sin, *whole, table, wanted, logits)
+        return logits, x
+
+    @torch.inference_mode()
+    def head(self, x: Tensor) -> Tensor:
+        """Logits float32 [R, V] of rows that the last layer gave, [R, hidden]: what a step gives them."""
+        x, nothing = x.contiguous(), torch.zeros(1, dtype=torch.int64)
+        logits = torch.empty(len(x), self.config.vocab)
+        every = torch.arange(len(x))
+        self._run(self._only_head, (0, 0), 1, x, x, x, *[nothing] * 4, every, logits)
+        return logits
+
+    def _run(
+        self, model: Model, sizes: tuple[int, int], context: int, x: Tensor, *others: Tensor
+    ) -> None:
+        """sizes: sequences, most pages of one. The last two of `others` are wanted and logits."""
         threads = torch.get_num_threads()
         room = self.library.herd_scratch(
-            ctypes.byref(model), *map(ctypes.c_int64, (len(ids), context, threads))
+            ctypes.byref(model), *map(ctypes.c_int64, (len(x), context, threads))
         )
         if self._scratch.numel() < room + 64:
             self._scratch = torch.empty(room + 64, dtype=torch.uint8)
-        pointed = (x, cos, sin, *whole, table, wanted, logits)
-        pointers = [one.data_ptr() for one in pointed]
+        pointers = [one.data_ptr() for one in (x, *others)]
         scratch = (self._scratch.data_ptr() + 63) // 64 * 64
-        batch = Batch(
-            *(len(ids), len(spans), most, len(wants), context, threads), *pointers, scratch
-        )
+        batch = Batch(len(x), *sizes, len(others[-1]), context, threads, *pointers, scratch)
         self.library.herd_step(ctypes.byref(model), ctypes.byref(batch))
-        return logits
 
 
 def _alternate(a: Tensor, b: Tensor) -> Tensor:
@@ -326,7 +341,7 @@ def step_for(decoder: Decoder) -> Step | None:
 
 
 def _fits(decoder: Decoder) -> bool:
-    if type(decoder) is not Decoder:  # RWKV, T5 … are modules of their own
+    if type(decoder) is not Decoder or decoder.headless:  # RWKV, T5 … are modules of their own
         return False
     c = decoder.config
     plain = DecoderConfig(

@@ -11,9 +11,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from herdbook.errors import RequestError
+
+if TYPE_CHECKING:
+    from herdbook.engine.reading import Reading
 
 #: why a generation ended: a stop token or stop string, its length, a caller's abort, an exception
 Finish = Literal["stop", "length", "abort", "error"]
@@ -89,13 +92,20 @@ def _wrong(name: str, value: Any, rule: str) -> RequestError:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt, as token ids, and how to go on from it."""
+    """One prompt, as token ids, and how to go on from it.
+
+    With `targets` or `embed` nothing is drawn; the reply's `reading` has what was asked for.
+    """
 
     ids: Sequence[int]
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # besides sampling.stop: what ends a turn in this prompt's format
     trim: bool = False  # leave out the blanks that the reply begins with: "ASSISTANT:" → " Hello"
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
+    #: after each of the last len(targets) ids: the tokens whose log-likelihood is wanted there
+    targets: tuple[tuple[int, ...], ...] = ()
+    embed: bool = False  # the mean of the final hidden states is wanted
+    adapter: str | None = None  # of those that the engine has loaded
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,7 @@ class Reply:
     waiting_s: float  # from submit to the first token
     decoding_s: float  # from the first token to the last
     error: Exception | None = None  # with finish == "error"
+    reading: Reading | None = None  # of a request with targets or embed
 
     @property
     def completion_tokens(self) -> int:

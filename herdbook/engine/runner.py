@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from herdbook.engine import native
+from herdbook.engine.adapters import applied
+from herdbook.engine.reading import read
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
 from herdbook.model.carried import Carried
@@ -288,10 +290,28 @@ class Runner:
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
 
-        Where there is a native step, what a sequence gets does not depend on who else is served.
+        Where there is a native step, what a sequence gets does not depend on who else is served. Those
+        with an adapter go the PyTorch way; their pages are no others' (Sequence.hash_pages).
         """
         if self._native is None:
             return self._pass(batch)
+        mine = [one for one in batch if one.adapter is None]
+        others = [one for one in batch if one.adapter is not None]
+        if not others:
+            logits = self._step(mine)
+            return logits if len(logits) else None
+        rows: dict[int, Tensor] = {}  # a sequence's [wanted, V]
+        for some, run in ((mine, self._step), (others, self._pass)):
+            found = run(some) if some else None
+            if found is not None:
+                each = torch.split(found, [one.wanted for one in some])
+                rows |= {id(one): its for one, its in zip(some, each, strict=True)}
+        ordered = [rows[id(one)] for one in batch if one.wanted]
+        return torch.cat(ordered) if ordered else None
+
+    def _step(self, batch: Many[Sequence]) -> Tensor:
+        """Logits [R, V] by the native step, which knows no adapters."""
+        assert self._native is not None
         spans = [
             native.Span(
                 ids=one.ids[one.computed : one.computed + one.scheduled],
@@ -301,8 +321,9 @@ class Runner:
             )
             for one in batch
         ]
-        logits = self._native(self.cache, spans)
-        return logits if len(logits) else None
+        logits, x = self._native(self.cache, spans)
+        read(batch, x, self.decoder.finish, self._native.head)
+        return logits
 
     def _pass(self, batch: Many[Sequence]) -> Tensor | None:
         """The same by PyTorch; the head is computed only where logits are wanted."""
@@ -317,7 +338,9 @@ class Runner:
         else:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
             layout = Carried(lengths, states, self.device)
-        hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
+        with applied(batch):
+            hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
+        read(batch, hidden, lambda rows: rows, self.decoder.logits)
         if not wanted:
             return None
         return self.decoder.logits(hidden[torch.tensor(wanted, device=self.device)])

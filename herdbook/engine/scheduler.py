@@ -90,7 +90,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
-            keys = sequence.hash_pages(size) if self.share else []
+            keys = sequence.hash_pages(size)[: sequence.first_wanted // size] if self.share else []
             hits = self.pool.match(keys, sequence.ids)
             if len(hits) < len(keys) and keys[len(hits)] in promised:
                 continue  # someone is computing that very page: share it when it is ready
@@ -106,7 +106,7 @@ class Scheduler:
                 sequence.cached_tokens = sequence.computed
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            promised.update(keys[len(hits) :])
+            promised.update(sequence.keys[len(hits) :])
             budget -= self._schedule(sequence, budget, batch)
 
     def _next_page(self, sequence: Sequence) -> bool:

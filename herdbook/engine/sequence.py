@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import time
 
+from herdbook.engine.adapters import Adapter
 from herdbook.engine.pages import chain, page_hash
+from herdbook.engine.reading import Reading
 from herdbook.engine.request import Finish, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
@@ -29,10 +31,14 @@ class Sequence:
         out: TextOut,
         context: Context | None = None,
         whole: bool = False,
+        reading: Reading | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.request = request
         self.context = context  # of a prefix model's prompt; it is computed in one step
         self.whole = whole  # whatever waits to be computed is computed in one step
+        self.reading = reading  # takes what it wants from the hidden states; no token is drawn
+        self.adapter = adapter
         self.ids = list(request.ids)
         self.prompt_tokens = len(self.ids)
         self.limit = limit  # most tokens that the reply may have
@@ -43,7 +49,7 @@ class Sequence:
         self.computed = 0
         self.scheduled = 0
         #: logits are wanted after each token from this place on; None: after the last one alone
-        self.wanted_from: int | None = None
+        self.wanted_from: int | None = reading.first if reading else None
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
         self.finish: Finish | None = None
@@ -58,9 +64,15 @@ class Sequence:
 
     @property
     def wanted(self) -> int:
-        """After so many of the scheduled tokens, the last ones, logits are wanted."""
-        first = len(self.ids) - 1 if self.wanted_from is None else self.wanted_from
-        return max(0, self.computed + self.scheduled - max(self.computed, first))
+        """After so many of the scheduled tokens, the last ones, logits are wanted to draw from."""
+        if self.reading:
+            return 0
+        return max(0, self.computed + self.scheduled - max(self.computed, self.first_wanted))
+
+    @property
+    def first_wanted(self) -> int:
+        """From this token on all are computed, even those whose page is known."""
+        return len(self.ids) - 1 if self.wanted_from is None else self.wanted_from
 
     @property
     def together(self) -> int:
@@ -77,11 +89,12 @@ class Sequence:
     def hash_pages(self, page_tokens: int) -> list[bytes]:
         """Hashes of the full pages; only new ones are computed.
 
-        In a context that sees itself whole, every page depends on all of it.
+        In a context that sees itself whole, every page depends on all of it; under an adapter, on that.
         """
         if (len(self.keys) + 1) * page_tokens <= len(self.ids):
             whole = self.ids[: self.context.tokens] if self.context else []
             before = page_hash(b"", whole) if whole else b""
+            before += self.adapter.key if self.adapter else b""
             self.keys = chain(self.ids, page_tokens, self.keys, before)
         return self.keys
 
@@ -101,4 +114,5 @@ class Sequence:
             waiting_s=(self.first_at or time.perf_counter()) - self.submitted_at,
             decoding_s=self.last_at - self.first_at,
             error=self.error,
+            reading=self.reading,
         )

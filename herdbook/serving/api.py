@@ -2,6 +2,7 @@
 
     POST /v1/chat/completions   messages → the model's own template → reply
     POST /v1/completions        text or token ids → continuation
+    POST /v1/embeddings         text or token ids → vector
     GET  /v1/models             what is served
     GET  /health                200 when all models are loaded, 503 before
     GET  /                      a small chat page
@@ -44,13 +45,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Piece, Request
 from herdbook.errors import CapacityError, HerdbookError, RequestError, ServeError
+from herdbook.serving.embeddings import EmbeddingAsk, embed
 from herdbook.serving.schema import Ask, ChatAsk, CompletionAsk, Prompt, explain
 from herdbook.serving.worker import Broken, Busy, Worker
 from herdbook.tokens.chat import render
 
 MAX_BODY_BYTES = 4 * 2**20
 LOCAL_NAMES = frozenset(["localhost", "127.0.0.1", "::1"])
-PATHS = "POST /v1/chat/completions, POST /v1/completions, GET /v1/models, GET /health, GET /"
+PATHS = (
+    "POST /v1/chat/completions, POST /v1/completions, POST /v1/embeddings, GET /v1/models, "
+    "GET /health, GET /"
+)
 T = TypeVar("T")
 
 
@@ -83,17 +88,19 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
     api.add_exception_handler(HerdbookError, _user_error)
     api.add_exception_handler(Exception, _bug)
 
+    by_name = {**models} | {name: one for one in models.values() for name in one.adapters}
+
     def served(name: str) -> Worker:
-        if name not in models:
+        if name not in by_name:
             raise Refusal(
                 404,
                 f"the model {name!r}",
                 rule="is not served here",
-                next="served are: " + ", ".join(repr(known) for known in models),
+                next="served are: " + ", ".join(repr(known) for known in by_name),
                 code="model_not_found",
                 param="model",
             )
-        worker = models[name]
+        worker = by_name[name]
         if worker.failure is not None:
             raise Refusal(503, f"{name} failed to load: {worker.failure}", code="model_failed")
         if not worker.ready:
@@ -123,20 +130,31 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
         shape = CompletionShape(ask.model, echoes=echoes)
         return await _answer(shape, worker, prompts, ask, ask.limit, http)
 
-    def card(worker: Worker) -> dict[str, Any]:
-        about = {"id": worker.name, "object": "model", "created": worker.created}
+    @api.post("/v1/embeddings")
+    async def embeddings(ask: EmbeddingAsk, http: Http) -> Response:
+        worker = served(ask.model)
+        texts = await asyncio.to_thread(
+            lambda: [_encoded(worker.engine, text) for text in ask.input]
+        )
+        body = await _unless_gone(http.receive, embed(ask, worker, texts, _adapter(worker, ask)))
+        return Response(status_code=499) if body is None else JSONResponse(body)
+
+    def card(name: str, worker: Worker) -> dict[str, Any]:
+        about = {"id": name, "object": "model", "created": worker.created}
         about["owned_by"] = "herdbook"
+        if name in worker.adapters:
+            about["parent"] = worker.name  # as with vLLM: this is an adapter of that model
         if worker.ready:
             about["context_length"] = worker.engine.most_tokens  # an extension: tokens
         return about
 
     @api.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [card(worker) for worker in models.values()]}
+        return {"object": "list", "data": [card(*one) for one in by_name.items()]}
 
     @api.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return card(served(name))
+        return card(name, served(name))
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -165,6 +183,11 @@ def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
     if engine.tokenizer is None:
         raise _no_tokenizer()
     return render(engine.tokenizer, turns, reply=True, now=datetime.now()).ids
+
+
+def _adapter(worker: Worker, ask: Ask | EmbeddingAsk) -> str | None:
+    """Which adapter a request means by the model that it names."""
+    return ask.model if ask.model in worker.adapters else None
 
 
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
@@ -295,7 +318,8 @@ async def _answer(
         for choice in range(ask.choices):
             sampling = ask.sampling(max_tokens=tokens, choice=choice)
             id = f"{shape.id}-{len(requests)}"
-            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id))
+            adapter = _adapter(worker, ask)
+            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id, adapter=adapter))
     usage = Usage(prompts, ask.choices)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:

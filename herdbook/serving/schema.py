@@ -26,6 +26,7 @@ from typing import Annotated, Any
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -83,8 +84,29 @@ def _whole(text: str) -> str:
     return text
 
 
+def _several(prompt: Any) -> Any:
+    """Text, list of texts, list of ids, list of lists of ids → list of prompts."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(
+            "must be a string, a list of strings, a list of token ids or a list of such lists"
+        )
+    if all(_is_id(item) for item in prompt):
+        return [prompt]
+    if all(isinstance(item, str) for item in prompt):
+        return prompt
+    for item in prompt:
+        if not isinstance(item, list) or not item or not all(map(_is_id, item)):
+            raise ValueError(
+                "mixes kinds: give strings only, token ids only, or non-empty lists of ids only"
+            )
+    return prompt
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Prompt = Text | list[int]
+Prompts = Annotated[list[Prompt], BeforeValidator(_several)]
 
 
 class Part(BaseModel):
@@ -253,29 +275,8 @@ class ChatAsk(Ask):
 class CompletionAsk(Ask):
     """POST /v1/completions. One prompt or several, as text or as token ids."""
 
-    prompt: list[Prompt]
+    prompt: Prompts
     echo: bool | None = None
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _prompts(cls, prompt: Any) -> Any:
-        """Text, list of texts, list of ids, list of lists of ids → list of prompts."""
-        if isinstance(prompt, str):
-            return [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise ValueError(
-                "must be a string, a list of strings, a list of token ids or a list of such lists"
-            )
-        if all(_is_id(item) for item in prompt):
-            return [prompt]
-        if all(isinstance(item, str) for item in prompt):
-            return prompt
-        for item in prompt:
-            if not isinstance(item, list) or not item or not all(map(_is_id, item)):
-                raise ValueError(
-                    "mixes kinds: give strings only, token ids only, or non-empty lists of ids only"
-                )
-        return prompt
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionAsk:

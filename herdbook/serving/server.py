@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rich.console import Console
 
 from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import load
+from herdbook.engine.loaded import adapter_folder, load
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name, resolve
 from herdbook.serving.api import LOCAL_NAMES, app
@@ -35,16 +35,26 @@ def serve(
     port: int = 8000,
     key: str | None = None,
     template: str | None = None,
+    adapters: Mapping[str, str] | None = None,
     book: Book | None = None,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
     host: this machine only by default; any other address needs a `key`, which clients send as
     `Authorization: Bearer KEY`. template: a chat template in place of the models' own, by its name or
-    its file.
+    its file. adapters: name → reference; clients choose one as if it were a model. They sit on the one
+    model that is served.
     """
+    adapters = adapters or {}
+    if adapters and len(refs) != 1:
+        raise ServeError(
+            f"{len(refs)} models with adapters",
+            rule="leave open which of them the adapters belong to",
+            next="serve the adapters' base alone",
+        )
     names = [served_name(ref) for ref in refs]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    known = [*names, *adapters]
+    twice = next((name for name in known if known.count(name) > 1), None)
     if twice is not None:
         raise ServeError(f"two models would be called {twice!r}", next="serve one of them")
     if host not in LOCAL_NAMES and not key:
@@ -53,20 +63,40 @@ def serve(
             rule="is reachable from other machines, and there is no API key",
             next="give --key, or set HERDBOOK_API_KEY, or leave --host out",
         )
-    if book is None and any(may_be_name(ref) for ref in refs):
+    if book is None and any(may_be_name(ref) for ref in (*refs, *adapters.values())):
         book = Book()
     for ref in refs:
         resolve(ref, book)  # an unknown name is told before anything is opened
+    folders = {name: adapter_folder(ref, book) for name, ref in adapters.items()}
     if template:
         templates.read(template)
     with listen(host, port) as listener:
         workers = {
-            name: Worker(name, partial(_engine, ref, book, template))
+            name: Worker(name, partial(_engine, ref, book, template, folders), adapters=[*folders])
             for name, ref in zip(names, refs, strict=True)
         }
         # Uvicorn raises Ctrl-C again once it has stopped; stopping is what was asked for.
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(_run(workers, listener, host, key))
+
+
+def named(adapters: Sequence[str]) -> dict[str, str]:
+    """What --lora says: NAME=REF of each.
+
+    >>> named(["luna=luna-tune@2"])
+    {'luna': 'luna-tune@2'}
+    """
+    found: dict[str, str] = {}
+    for one in adapters:
+        name, _, ref = one.partition("=")
+        if not name or not ref or name in found:
+            raise ServeError(
+                f"--lora {one}",
+                rule="must be NAME=REF, each name once",
+                next="for example --lora luna=./luna-adapter",
+            )
+        found[name] = ref
+    return found
 
 
 def served_name(ref: str) -> str:
@@ -109,8 +139,13 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _engine(ref: str, book: Book | None, template: str | None) -> Engine:
-    return load(ref, book=book, template=template).engine
+def _engine(
+    ref: str, book: Book | None, template: str | None, adapters: Mapping[str, Path]
+) -> Engine:
+    engine = load(ref, book=book, template=template).engine
+    for name, folder in adapters.items():
+        engine.load_adapter(name, folder)
+    return engine
 
 
 async def _run(

@@ -46,10 +46,18 @@ class Broken(HerdbookError):
 
 
 class Worker:
-    """Owns an engine. `name` is what clients call the model by."""
+    """Owns an engine. `name` is what clients call the model by; `adapters` are further names, under
+    which it answers with an adapter that `load` has put beside it."""
 
-    def __init__(self, name: str, load: Callable[[], Engine], *, max_open: int = MAX_OPEN) -> None:
-        self.name, self.created = name, int(time.time())
+    def __init__(
+        self,
+        name: str,
+        load: Callable[[], Engine],
+        *,
+        adapters: Sequence[str] = (),
+        max_open: int = MAX_OPEN,
+    ) -> None:
+        self.name, self.adapters, self.created = name, tuple(adapters), int(time.time())
         self.failure: Exception | None = None  # why loading failed
         self._load, self._max_open = load, max_open
         self._engine: Engine | None = None

@@ -172,6 +172,19 @@ def load(decoder: Decoder, folder: Path) -> dict[str, LoRALinear]:
 
     Everything is checked before the decoder is touched.
     """
+    adapters: dict[str, LoRALinear] = {}
+    for name, (A, B, scale) in read(decoder, folder).items():
+        adapter = put_adapter(decoder, name, len(A), scale * len(A))
+        with torch.no_grad():
+            adapter.A.copy_(A)
+            adapter.B.copy_(B)
+        adapters[name] = adapter
+    return adapters
+
+
+def read(decoder: Decoder, folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The adapter of a folder, checked against the decoder it is for: our name of each matrix →
+    A [r, I], B [O, r] and the scale of B A."""
     config = _config(folder / CONFIG)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -185,15 +198,7 @@ def load(decoder: Decoder, folder: Path) -> dict[str, LoRALinear]:
             rule="so it is no whole safetensors file",
             next="fetch or train it again",
         ) from error
-    pairs = _pairs(decoder, tensors, config, folder)
-    adapters: dict[str, LoRALinear] = {}
-    for name, (A, B, scale) in pairs.items():
-        adapter = put_adapter(decoder, name, len(A), scale * len(A))
-        with torch.no_grad():
-            adapter.A.copy_(A)
-            adapter.B.copy_(B)
-        adapters[name] = adapter
-    return adapters
+    return _pairs(decoder, tensors, config, folder)
 
 
 def _config(path: Path) -> dict[str, Any]:

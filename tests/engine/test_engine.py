@@ -247,10 +247,10 @@ def test_wrong_requests(decoder: Decoder) -> None:
     assert engine.abort("one") and not engine.abort("one") and not engine.abort("none")
 
 
-def test_no_head_no_engine() -> None:
+def test_no_head_no_reply() -> None:
     decoder = Decoder(tiny().config, headless=True)
     with pytest.raises(FileError, match="no head"):
-        Engine(decoder, None)
+        Engine(decoder, None).submit(Request([1]))
 
 
 def test_abort_frees_the_pages_and_harms_nobody(decoder: Decoder) -> None:

@@ -208,7 +208,7 @@ def test_without_head(tiny_folder: Path, tmp_path: Path) -> None:
     (bare / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     model = herdbook.load(str(bare), dtype="float32")
     assert model.hidden([1, 2, 3]).shape == (3, 64)
-    for ask in (lambda: model.logits([1]), lambda: model.generate([1]), lambda: model.engine):
+    for ask in (lambda: model.logits([1]), lambda: model.generate([1])):
         with pytest.raises(FileError, match="no head"):
             ask()
 

@@ -129,7 +129,7 @@ def native_logits(
             native.Span(prompt[at : at + chunk], at, own, wanted=len(prompt[at : at + chunk]))
             for prompt, own in zip(prompts, mine, strict=True)
         ]
-        rows.append(step(cache, spans).view(len(prompts), -1, decoder.config.vocab))
+        rows.append(step(cache, spans)[0].view(len(prompts), -1, decoder.config.vocab))
     return torch.cat(rows, 1)
 
 
@@ -209,7 +209,7 @@ def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     real = native.Step.__call__
 
-    def counted(self: native.Step, cache: Cache, spans: list[native.Span]) -> Tensor:
+    def counted(self: native.Step, cache: Cache, spans: list[native.Span]) -> tuple[Tensor, Tensor]:
         rows.append(sum(len(span.ids) for span in spans))
         return real(self, cache, spans)
 

@@ -18,6 +18,7 @@ from typing import Any
 import openai
 import pytest
 
+import herdbook
 from herdbook.book.book import Book
 from herdbook.model.fetch import Fetch
 
@@ -125,6 +126,19 @@ def test_chat_streamed_and_not(client: openai.OpenAI, model: str):
     assert text == whole.choices[0].message.content
     assert end == whole.choices[0].finish_reason
     assert usage and usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_embeddings(client: openai.OpenAI, model: str, tiny_folder: Path):
+    """The client asks for base64 of its own accord, and unpacks it."""
+    reply = client.embeddings.create(model=model, input=["hello", "the cat"])
+    ours = herdbook.load(str(tiny_folder)).embed(["hello", "the cat"], normalise=True)
+    for one, vector in zip(reply.data, ours.tolist(), strict=True):
+        assert one.embedding == pytest.approx(vector, abs=1e-2)
+    plain = client.embeddings.create(model=model, input="hello", encoding_format="float")
+    assert plain.data[0].embedding == pytest.approx(reply.data[0].embedding, abs=1e-2)
+    assert reply.usage.total_tokens > plain.usage.prompt_tokens
+    with pytest.raises(openai.BadRequestError, match="its vectors have 64 numbers"):
+        client.embeddings.create(model=model, input="hello", dimensions=8)
 
 
 def test_the_clients_own_stream_helper(client: openai.OpenAI, model: str):

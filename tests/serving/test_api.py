@@ -38,7 +38,7 @@ def test_a_templates_text_ends_chats_but_no_completions(
     tiny_folder: Path, stopping: tuple[Path, str, str]
 ):
     file, whole, left = stopping
-    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file)))
+    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file), {}))
     worker.start()
     try:
         client = Client(app({"tiny": worker.wait(60)}))
@@ -79,7 +79,7 @@ def test_who_is_served_is_told_todays_date(
 ):
     file = tmp_path / "dated.jinja"
     file.write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}", encoding="utf-8")
-    dated = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file)))
+    dated = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file), {}))
     dated.start()
     asked: list[str] = []
     try:

@@ -22,7 +22,7 @@ from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import Family, SourceTensor, gguf_metadata, refuse_unsaid
-from herdbook.model.layers import Int4Linear, Int8Linear, rope_divisors
+from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, rope_divisors
 
 #: of a file of weights, as transformers has it
 SHARD_BYTES = 5_000_000_000
@@ -159,7 +159,8 @@ def save_compressed(
     for hf, shape in shapes.items():
         layers = [decoder.get_submodule(name.rpartition(".")[0]) for name in sources[hf].ours]
         module, _, leaf = hf.rpartition(".")
-        kept = [one for one in layers if isinstance(one, (Int4Linear, Int8Linear))]
+        kept = [one for one in layers if isinstance(one, Int4Linear | Int8Linear)]
+        kept = [one for one in kept if not isinstance(one, Int8Embedding)]  # which stays dense
         if kept and leaf == "weight":
             assert len(kept) == len(layers), f"{module} is quantised in part"
             packed[module] = kept

@@ -1,0 +1,150 @@
+"""Low-rank adapters beside one base model: each request chooses its own, all in one batch.
+
+    y[T, O] = x Wᵀ                     the base, once for the whole batch
+    y[rows] += scale · (x[rows] Aᵀ) Bᵀ   each adapter, for the rows of its requests
+
+An adapter sits on the base's layers as a hook that does nothing unless `applied` has named its rows,
+so the base's own requests compute what they would without it, and no weight is changed. Chen et al.,
+"Punica", 2023 (arXiv:2310.18547); Sheng et al., "S-LoRA", 2023 (arXiv:2311.03285).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from herdbook.errors import RequestError, nearest
+from herdbook.model.decoder import Decoder
+from herdbook.model.lora import adapters_of
+from herdbook.training import peft_format
+
+if TYPE_CHECKING:
+    from herdbook.book.book import Artifact
+    from herdbook.engine.sequence import Sequence
+
+
+class Adapter:
+    """One adapter, ready on a decoder's layers. key: what tells its pages from others'."""
+
+    def __init__(self, decoder: Decoder, folder: Path) -> None:
+        pairs = peft_format.read(decoder, folder)
+        inside = next((name for name in pairs if ".experts." in name), None)
+        if inside is not None:
+            raise RequestError(
+                f"{folder} tunes {inside}",
+                rule="which sees the tokens in another order than the requests",
+                next="merge it into its base (step Merge), and serve the merged model",
+            )
+        digest = hashlib.blake2b(digest_size=16)
+        for file in (peft_format.CONFIG, peft_format.WEIGHTS):
+            digest.update(hashlib.blake2b((folder / file).read_bytes()).digest())
+        self.key = digest.digest()
+        self.device = decoder.device
+        self.rows: slice | Tensor | None = None  # of this pass
+        self._hooks = []
+        for name, (A, B, scale) in pairs.items():
+            add = _Added(self, A, B, scale, decoder)
+            self._hooks.append(decoder.get_submodule(name).register_forward_hook(add))
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Added:
+    """The correction of one layer: A [r, I] and B [O, r] · scale, added where the rows are."""
+
+    def __init__(
+        self, adapter: Adapter, A: Tensor, B: Tensor, scale: float, decoder: Decoder
+    ) -> None:
+        place: Any = {"dtype": decoder.dtype, "device": decoder.device}
+        self.adapter, self.scale = adapter, scale
+        self.A_t, self.B_t = A.to(**place).T, B.to(**place).T
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        """y [T, O] = layer(x [T, I]), changed in place."""
+        rows = self.adapter.rows
+        if isinstance(rows, slice):
+            y[rows].addmm_(inputs[0][rows] @ self.A_t, self.B_t, alpha=self.scale)
+        elif rows is not None:
+            down = inputs[0][rows] @ self.A_t
+            y.index_add_(0, rows, down @ self.B_t, alpha=self.scale)
+
+
+@contextmanager
+def applied(batch: Many[Sequence]) -> Iterator[None]:
+    """Inside, a pass over the batch gives each sequence its adapter's corrections."""
+    spans: dict[Adapter, list[range]] = {}
+    at = 0
+    for one in batch:
+        if one.adapter is not None:
+            spans.setdefault(one.adapter, []).append(range(at, at + one.scheduled))
+        at += one.scheduled
+    for adapter, mine in spans.items():
+        first, end = mine[0].start, mine[-1].stop
+        if end - first == sum(map(len, mine)):
+            adapter.rows = slice(first, end)
+        else:
+            adapter.rows = torch.tensor(
+                [row for span in mine for row in span], device=adapter.device
+            )
+    try:
+        yield
+    finally:
+        for adapter in spans:
+            adapter.rows = None
+
+
+class Adapters:
+    """Those that a decoder has beside it, by name."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._loaded: dict[str, Adapter] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __getitem__(self, name: str) -> Adapter:
+        if name not in self._loaded:
+            raise RequestError(
+                f"adapter {name!r}", rule="is not loaded", next=nearest(name, list(self._loaded))
+            )
+        return self._loaded[name]
+
+    def load(self, name: str, adapter: Path | Artifact) -> None:
+        """Put an adapter (peft's folder, or an artifact of the book) beside the base model.
+
+        Requests that name it are computed with it; the others are not touched. Raises FileError where
+        it is not for this base.
+        """
+        if name in self._loaded:
+            raise RequestError(
+                f"adapter {name!r}", rule="is loaded already", next="unload it, or use another name"
+            )
+        if self._decoder.memory != "pages":
+            raise RequestError(
+                f"an adapter for a {self._decoder.family} model",
+                rule="cannot be chosen request by request: its layers do not see one row a token",
+                next="load the adapter's own reference, or merge it (step Merge)",
+            )
+        if adapters_of(self._decoder):
+            raise RequestError(
+                "an adapter for a model that carries one already",
+                rule="would be added to that one",
+                next="load the base model, and both adapters on it",
+            )
+        folder = adapter if isinstance(adapter, Path) else adapter.path
+        self._loaded[name] = Adapter(self._decoder, folder)
+
+    def unload(self, name: str) -> None:
+        """Take it off; no request may use it."""
+        self[name].remove()
+        del self._loaded[name]
