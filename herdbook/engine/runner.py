@@ -241,6 +241,11 @@ class Runner:
                 if isinstance(layer, Int4Linear):
                     layer.forget_kernel()
 
+    @property
+    def exact_rows(self) -> bool:
+        """Whether several tokens of a sequence in one step are computed as one at a time would be."""
+        return self._native is None
+
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
