@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,7 @@ from herdbook.engine.sampling import Chooser
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut
+from herdbook.errors import RequestError
 from herdbook.model.decoder import Decoder
 
 from .conftest import naive, prompts, tiny
@@ -145,6 +147,11 @@ def test_the_least_urgent_is_preempted(decoder: Decoder) -> None:
     for id, reply in replies.items():
         assert reply is not None
         assert list(reply.ids) == naive(decoder, asked["ab".find(id)], 24)
+
+
+def test_a_priority_is_a_number(decoder: Decoder) -> None:
+    with pytest.raises(RequestError, match="priority='high' must be a whole number"):
+        engine(decoder).submit(Request([1], priority="high"))  # type: ignore[arg-type]
 
 
 def test_hit_rate() -> None:

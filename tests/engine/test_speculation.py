@@ -55,11 +55,11 @@ def always(engine: Engine, chance: float = 1.0, seed: int = 0) -> Engine:
 
 def noisy(decoder: Decoder, noise: float) -> Decoder:
     """A draft model that is often right."""
-    draft = tiny()
+    draft = tiny().double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for one, of in zip(draft.parameters(), decoder.parameters(), strict=True):
-            one.copy_(of + noise * torch.randn(of.shape, generator=generator))
+            one.copy_(of + noise * torch.randn(of.shape, generator=generator, dtype=of.dtype))
     return draft
 
 
@@ -71,7 +71,8 @@ def said(replies: Many[Reply]) -> list[tuple[tuple[int, ...], str, str]]:
     return [(reply.ids, reply.text, reply.finish) for reply in replies]
 
 
-DECODER = tiny()
+#: in float64 the rounding of wider products is too small to tip a token
+DECODER = tiny().double()
 DRAFTS = {noise: noisy(DECODER, noise) for noise in (0.0, 0.02)}
 
 sampled = st.builds(
@@ -91,7 +92,7 @@ asked = st.lists(
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     asked=asked,
     source=st.sampled_from(["ngram", 0.0, 0.02, "script"]),
@@ -251,7 +252,7 @@ def exactly(ids: list[int], sampling: Sampling, tokens: int) -> dict[tuple[int, 
 
 @pytest.mark.parametrize("source", ["ngram", "draft"])
 def test_the_distribution_is_the_models(source: str) -> None:
-    """Three tokens of 1200 replies, against every continuation's probability."""
+    """Three tokens of 800 replies, against every continuation's probability."""
     ids = [5, 6, 7, 5, 6, 7, 5, 6]
     sampling = Sampling(max_tokens=4, temperature=3.0, top_k=3, frequency_penalty=0.5)
     expected = exactly(ids, sampling, 3)
@@ -265,7 +266,7 @@ def test_the_distribution_is_the_models(source: str) -> None:
         engine.speculation.source = Scripted({tuple(ids): (*likely, 0)})  # type: ignore[union-attr]
     always(engine)
     seen: Counter[tuple[int, ...]] = Counter()
-    for start in range(0, 1200, 4):
+    for start in range(0, 800, 4):
         some = [
             Request(ids, Sampling(**vars(sampling) | {"seed": seed}))
             for seed in range(start, start + 4)
@@ -273,7 +274,7 @@ def test_the_distribution_is_the_models(source: str) -> None:
         seen.update(reply.ids[:3] for reply in engine.generate(some))
     assert len(expected) == 27 and abs(chi_square(seen, expected)) < 3.5
     stats = engine.stats()
-    assert 0.03 < stats["acceptance_rate"] < 0.95 and stats["drafted_tokens"] > 1000
+    assert 0.03 < stats["acceptance_rate"] < 0.95 and stats["drafted_tokens"] > 800
 
 
 def draws(p: torch.Tensor, q: torch.Tensor, seeds: int) -> Counter[tuple[int, int]]:
