@@ -24,6 +24,7 @@ from herdbook.model.layout import Packed
 
 from .conftest import VOCAB, prompts, tiny
 from .test_engine import Letters, all_free
+from .test_native import CONFIG, needs_native, quantised
 
 
 class Scripted:
@@ -154,6 +155,22 @@ def test_replies_are_those_without_drafts(
         assert got is not None
         assert got.ids == ids or (got.finish == "abort" and got.ids == ids[: len(got.ids)])
     assert all_free(engine)
+
+
+@needs_native
+def test_the_native_step_says_the_same() -> None:
+    """Its rows do not depend on how many there are: to the last bit."""
+    decoder = quantised(CONFIG)
+    asked = [
+        Request([1 + n, 2, 3, 1 + n, 2], Sampling(max_tokens=60, temperature=n % 2 / 2, seed=n))
+        for n in range(4)
+    ]
+    want = said(Engine(decoder, None).generate(asked))
+    known = {tuple(one.ids): ids for one, (ids, _, _) in zip(asked, want, strict=True)}
+    engine = always(Engine(decoder, None, speculate="ngram"))
+    engine.speculation.source = Scripted(known)  # type: ignore[union-attr]
+    assert said(engine.generate(fresh(asked))) == want
+    assert not engine.runner.exact_rows or engine.stats()["accepted_tokens"] > 40
 
 
 def test_drafts_save_steps() -> None:
