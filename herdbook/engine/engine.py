@@ -20,7 +20,8 @@ import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.score import Score, score_many
 from herdbook.engine.sequence import Sequence
+from herdbook.engine.speculation import Trial, speculation
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
 from herdbook.model.decoder import Decoder
@@ -61,6 +63,10 @@ class Engine:
     bfloat16 or int8 (a scale for each token and head); without it as the model computes, or, where
     that leaves too little room, in fewer bits. max_batch_tokens: the most tokens that one step
     computes; a longer prompt is computed in chunks, while others go on decoding.
+
+    speculate="ngram" guesses the next tokens from the text so far, draft=decoder with a smaller model
+    of the same vocabulary; several are then checked in one step, where that is faster. The replies
+    are those of an engine without (what is guaranteed, and how far: engine/speculation.py).
     """
 
     def __init__(
@@ -73,6 +79,8 @@ class Engine:
         cache_bytes: int | None = None,
         cache_dtype: torch.dtype | None = None,
         max_batch_tokens: int = 512,
+        speculate: Literal["ngram"] | None = None,
+        draft: Decoder | None = None,
     ) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.vocab = decoder.config.vocab
@@ -80,7 +88,9 @@ class Engine:
         if cache_dtype is None:
             cache_dtype = _cache_dtype(decoder, cache_bytes)
         if pages is None:
-            pages = _pages(decoder, page_tokens, cache_bytes, cache_dtype)
+            drafts = [] if draft is None else [draft]
+            pages = _pages(decoder, drafts, page_tokens, cache_bytes, cache_dtype)
+        self._guesses = (speculate, draft)
         self._size = (pages, page_tokens, max_batch_tokens)
         self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
@@ -98,6 +108,8 @@ class Engine:
             "prefill_s": 0.0,
             "decode_tokens": 0,
             "decode_s": 0.0,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
         }
         self.forget()
 
@@ -109,6 +121,7 @@ class Engine:
         share = self.decoder.memory == "pages"
         self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
         self.runner.forget()
+        self.speculation = speculation(*self._guesses, self.decoder, self.scheduler)
 
     @property
     def busy(self) -> bool:
@@ -137,6 +150,12 @@ class Engine:
         if not len(ids):
             raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
         self.check_ids(ids, self.decoder.ids)
+        if not isinstance(request.priority, int):
+            raise RequestError(
+                f"priority={request.priority!r}",
+                rule="must be a whole number; the lower, the more urgent",
+                next="leave it out, or write 0 for what is neither urgent nor able to wait",
+            )
         stop = (*sampling.stop, *request.stop)
         if stop and self.tokenizer is None:
             raise RequestError(
@@ -176,29 +195,62 @@ class Engine:
             assert not self._active, "requests wait, yet none was scheduled"
             return pieces
         begun = time.perf_counter()
-        logits = self.runner.run(batch)
-        ready = [one for one in batch if one.wanted]
         tokens_computed = sum(one.scheduled for one in batch)
+        # A step counts as prefill when any sequence computed more than one token.
+        kind = "prefill" if tokens_computed > len(batch) else "decode"
+        guess = self.speculation if kind == "decode" else None
+        if guess is not None:
+            guess.draft(batch)
+        drafted = time.perf_counter()
+        wanted = [one.wanted for one in batch]
+        try:
+            logits = self.runner.run(batch)
+        finally:
+            drafts = [one.withdraw() for one in batch]
         self.scheduler.advance(batch)
+        trials = [
+            Trial(one, end - len(some) - 1, some)
+            for one, end, rows, some in zip(batch, accumulate(wanted), wanted, drafts, strict=True)
+            if rows
+        ]
         if logits is not None:
-            tokens = choose(logits, [one.chooser for one in ready])
-            for sequence, token in zip(ready, tokens, strict=True):
-                try:
-                    if isinstance(token, Exception):
-                        raise token
-                    pieces.append(self._took(sequence, token))
-                except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
-                    sequence.error = error
-                    pieces.append(self._end(sequence, "error", ""))
+            pieces += self._draw(logits, trials)
         for sequence in batch:
             if sequence.reading is not None and not sequence.remaining:
                 sequence.error = sequence.reading.error
                 pieces.append(self._end(sequence, "error" if sequence.error else "stop", ""))
-        # A step counts as prefill when any sequence computed more than one token.
-        kind = "prefill" if tokens_computed > len(batch) else "decode"
+        if guess is not None:
+            guess.learn(trials, time.perf_counter() - drafted)
+        accepted = sum(trial.accepted for trial in trials)
         self._totals["steps"] += 1
-        self._totals[f"{kind}_tokens"] += tokens_computed
+        self._totals["drafted_tokens"] += sum(map(len, drafts))
+        self._totals["accepted_tokens"] += accepted
+        self._totals[f"{kind}_tokens"] += tokens_computed + accepted
         self._totals[f"{kind}_s"] += time.perf_counter() - begun
+        return pieces
+
+    def _draw(self, logits: Tensor, trials: Many[Trial]) -> list[Piece]:
+        """A token for each trial, from its row of logits [R, V], and another as long as the last was
+        the draft that the next row comes after."""
+        pieces: list[Piece] = []
+        while trials:
+            rows = [trial.row for trial in trials]
+            some = logits if len(rows) == len(logits) else logits[rows]
+            tokens = choose(some, [trial.sequence.chooser for trial in trials])
+            going: list[Trial] = []
+            for trial, token in zip(trials, tokens, strict=True):
+                sequence = trial.sequence
+                try:
+                    if isinstance(token, Exception):
+                        raise token
+                    pieces.append(self._took(sequence, token))
+                    if sequence.finish is None and trial.right(token):
+                        self.scheduler.progress(sequence, 1)
+                        going.append(trial)
+                except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
+                    sequence.error = error
+                    pieces.append(self._end(sequence, "error", ""))
+            trials = going
         return pieces
 
     def abort(self, id: str) -> bool:
@@ -303,6 +355,8 @@ class Engine:
             "pages_used": self.pool.pages - self.pool.free,
             "pages_cached": self.pool.cached,
             "page_tokens": self.pool.page_tokens,
+            "prefix_hit_rate": total["cached_tokens"] / max(1, total["prompt_tokens"]),
+            "acceptance_rate": total["accepted_tokens"] / max(1, total["drafted_tokens"]),
             "prefill_tokens_per_s": speed("prefill"),
             "decode_tokens_per_s": speed("decode"),
         }
@@ -397,10 +451,16 @@ def _cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
     return torch.int8
 
 
-def _pages(decoder: Decoder, page_tokens: int, cache_bytes: int | None, dtype: torch.dtype) -> int:
-    """How many pages the cache gets."""
+def _pages(
+    decoder: Decoder,
+    drafts: Many[Decoder],
+    page_tokens: int,
+    cache_bytes: int | None,
+    dtype: torch.dtype,
+) -> int:
+    """How many pages the cache gets; every page is one of each decoder."""
     c = decoder.config
-    token_bytes = _token_bytes(decoder, dtype)
+    token_bytes = _token_bytes(decoder, dtype) + sum(_token_bytes(d, d.dtype) for d in drafts)
     if cache_bytes is None:
         tokens = max(CACHE_BYTES // token_bytes, CACHE_TOKENS)
         tokens = min(tokens, CACHE_CONTEXTS * c.max_pos)

@@ -11,8 +11,10 @@ Rules, in one place:
 * A page is *used* (reference count ≥ 1) or *free*, never both.
 * A page gets its hash only after its keys and values were computed (`register`).
 * A freed page keeps its hash and contents until it is allocated anew, so a later prompt can still
-  hit it. Pages without a hash are allocated first, then the least recently freed; of one sequence
+  hit it. Pages without a hash are allocated first, then the least recently used; of one sequence
   the suffix goes before the prefix, since a suffix is of no use without its prefix.
+* Of two pages with the same contents one is known. Using the other counts as using it, and when it
+  is gone the other takes its place.
 * On a hit the token ids are compared again: a collision of hashes costs time, never a wrong answer.
 
 The pool does the bookkeeping only; the tensors are `runner.Cache`.
@@ -61,10 +63,12 @@ class PagePool:
         assert pages > 0 and page_tokens > 0
         self.pages, self.page_tokens = pages, page_tokens
         self.references = [0] * pages
+        self.allocations = [0] * pages  # how often each was handed out: tells its contents apart
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(pages))  # next one first
         self._hash: list[bytes | None] = [None] * pages
         self._tokens: list[tuple[int, ...]] = [()] * pages
         self._by_hash: dict[bytes, int] = {}
+        self._twins: dict[int, bytes] = {}  # page in use → its hash, by which another is known
 
     @property
     def tokens(self) -> int:
@@ -115,6 +119,7 @@ class PagePool:
         for page in pages:
             assert self.references[page] == 0
             self.references[page] = 1
+            self.allocations[page] += 1
             key, self._hash[page], self._tokens[page] = self._hash[page], None, ()
             if key is not None:
                 del self._by_hash[key]
@@ -123,19 +128,27 @@ class PagePool:
     def register(self, page: int, key: bytes, tokens: Sequence[int]) -> None:
         """Make a computed page known. When another page has the same contents, that one stays."""
         assert self.references[page] > 0 and len(tokens) == self.page_tokens
-        if key not in self._by_hash and self._hash[page] is None:
-            self._by_hash[key] = page
-            self._hash[page], self._tokens[page] = key, tuple(tokens)
+        if self._hash[page] is None:
+            self._tokens[page] = tuple(tokens)
+            if key in self._by_hash:
+                self._twins[page] = key
+            else:
+                self._hash[page], self._by_hash[key] = key, page
 
     def release(self, pages: Sequence[int]) -> None:
         """One holder less for each of a sequence's pages, given in the sequence's order."""
         for page in reversed(pages):
             assert self.references[page] > 0, f"page {page} released twice"
             self.references[page] -= 1
-            if not self.references[page]:
-                self._free[page] = None
-                if self._hash[page] is None:
-                    self._free.move_to_end(page, last=False)
+            if self.references[page]:
+                continue
+            self._free[page] = None
+            if (key := self._twins.pop(page, None)) and key not in self._by_hash:
+                self._hash[page], self._by_hash[key] = key, page
+            if self._hash[page] is None:
+                self._free.move_to_end(page, last=False)
+            if key and (known := self._by_hash[key]) in self._free:
+                self._free.move_to_end(known)
 
     def check(self) -> None:
         """Assert the rules of the module's head (tests and debugging)."""

@@ -101,6 +101,9 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # besides sampling.stop: what ends a turn in this prompt's format
     trim: bool = False  # leave out the blanks that the reply begins with: "ASSISTANT:" → " Hello"
+    priority: int = (
+        0  # the lower, the more urgent (as in vLLM); among equals first come, first served
+    )
     id: str = field(default_factory=lambda: f"request-{next(_numbers)}")
     #: after each of the last len(targets) ids: the tokens whose log-likelihood is wanted there
     targets: tuple[tuple[int, ...], ...] = ()

@@ -17,6 +17,7 @@ Rows without penalties at temperature 0 take one argmax over the whole batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -50,6 +51,15 @@ class Chooser:
     def greedy(self) -> bool:
         """Nothing but argmax."""
         return self.generator is None and self.counts is None
+
+    def fork(self) -> Chooser:
+        """A twin that draws with the same random numbers from here on; neither changes the other."""
+        twin = copy(self)
+        if self.generator is not None:
+            twin.generator = self.generator.clone_state()
+        if self.counts is not None and self.seen is not None:
+            twin.counts, twin.seen = self.counts.clone(), self.seen.clone()
+        return twin
 
     def took(self, token: int) -> None:
         if self.counts is not None and self.seen is not None:

@@ -4,25 +4,38 @@ One number per sequence, `scheduled`, unifies prefill in chunks and decoding. A 
 `max_batch_tokens` tokens and fills it in this order:
 
 1. every running sequence that needs one token more (decoding);
-2. running sequences in the middle of their prompt, a chunk each, the oldest first;
-3. waiting sequences, first come first served, as long as there are tokens and pages.
+2. running sequences in the middle of their prompt, a chunk each, the most urgent first;
+3. waiting sequences, the most urgent first, as long as there are tokens and pages.
+
+The most urgent is the one with the lowest `Request.priority`; among equals, the first to come. An
+urgent request is admitted before others and computes its prompt before them, but it does not
+interrupt who runs already: they go on decoding in every step.
 
 Neither starves: no more sequences run than a step has tokens, so while one is in its prompt, at
 most `max_batch_tokens - 1` others can decode, and at least one token of the budget is left for it.
 
 A sequence gets the pages of its whole prompt when it is admitted and one page at a time while it
-decodes. The context of a prefix model's prompt is never cut: a step that begins one computes it all,
-more tokens than `max_batch_tokens` if it must. When none is left, the last-in is preempted: it gives its pages back and returns to the
-head of the queue, its prompt now being all its tokens (most of which it finds again in the cache).
-The oldest can always go on, since alone it fits (checked at submit): so every request ends.
+decodes. When none is left, the least urgent that runs is preempted (among equals the last to come): it
+gives its pages back and waits for its turn again, its prompt now being all its tokens (most of which
+it finds again in the cache). The most urgent can always go on, since alone it fits (checked at
+submit): so every request ends, unless more urgent ones keep coming for ever.
+
+The context of a prefix model's prompt is never cut: a step that begins one computes it all, more
+tokens than `max_batch_tokens` if it must. Drafts (speculation.py) get what a step has left, and never
+a page that someone would have to be preempted for.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
+from bisect import insort
+from operator import attrgetter
 
 from herdbook.engine.pages import PagePool
 from herdbook.engine.sequence import Sequence
+
+#: the order of urgency
+TURN = attrgetter("turn")
 
 
 class Scheduler:
@@ -31,12 +44,14 @@ class Scheduler:
     def __init__(self, pool: PagePool, max_batch_tokens: int, *, share: bool = True) -> None:
         assert max_batch_tokens > 0
         self.pool, self.max_batch_tokens, self.share = pool, max_batch_tokens, share
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order of their admission
+        self.waiting: list[Sequence] = []  # both with the most urgent first
+        self.running: list[Sequence] = []
+        self._numbers = itertools.count(1)
         self.preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        sequence.turn = (sequence.request.priority, next(self._numbers))
+        insort(self.waiting, sequence, key=TURN)
 
     def remove(self, sequence: Sequence) -> None:
         """Finished or aborted: its pages are free (and stay known) from now on."""
@@ -68,16 +83,33 @@ class Scheduler:
 
     def advance(self, batch: list[Sequence]) -> None:
         """After the step: the scheduled tokens are computed, full pages become known."""
-        size = self.pool.page_tokens
         for sequence in batch:
-            sequence.computed += sequence.scheduled
-            full = sequence.computed // size
-            if self.share and full > sequence.registered:
-                keys = sequence.hash_pages(size)
-                for i in range(sequence.registered, full):
-                    tokens = sequence.ids[i * size : (i + 1) * size]
-                    self.pool.register(sequence.pages[i], keys[i], tokens)
-                sequence.registered = full
+            self.progress(sequence, sequence.scheduled)
+
+    def progress(self, sequence: Sequence, tokens: int) -> None:
+        """So many more of the sequence's tokens have their keys and values in its pages."""
+        size = self.pool.page_tokens
+        sequence.computed += tokens
+        full = sequence.computed // size
+        if self.share and full > sequence.registered:
+            keys = sequence.hash_pages(size)
+            for i in range(sequence.registered, full):
+                known = sequence.ids[i * size : (i + 1) * size]
+                self.pool.register(sequence.pages[i], keys[i], known)
+            sequence.registered = full
+
+    def extend(self, sequence: Sequence, tokens: int) -> int:
+        """See that up to so many drafts have pages; for how many there is room."""
+        pool, length = self.pool, len(sequence.ids)
+        wanted = pool.pages_for(length + tokens) - len(sequence.pages)
+        sequence.pages += pool.allocate(max(0, min(wanted, pool.free)))
+        return min(tokens, len(sequence.pages) * pool.page_tokens - length)
+
+    def trim(self, sequence: Sequence) -> None:
+        """Give back the pages that only wrong drafts needed."""
+        need = self.pool.pages_for(len(sequence.ids))
+        self.pool.release(sequence.pages[need:])
+        del sequence.pages[need:]
 
     def _schedule(self, sequence: Sequence, budget: int, batch: list[Sequence]) -> int:
         sequence.scheduled = max(min(sequence.remaining, budget), sequence.together)
@@ -105,7 +137,7 @@ class Scheduler:
             if sequence.cached_tokens is None:
                 sequence.cached_tokens = sequence.computed
             self.waiting.remove(sequence)
-            self.running.append(sequence)
+            insort(self.running, sequence, key=TURN)
             promised.update(sequence.keys[len(hits) :])
             budget -= self._schedule(sequence, budget, batch)
 
@@ -117,7 +149,7 @@ class Scheduler:
             else:
                 victim = self.running.pop()
                 self._give_back(victim)
-                self.waiting.appendleft(victim)
+                insort(self.waiting, victim, key=TURN)
                 self.preemptions += 1
                 if victim is sequence:
                     return False

@@ -50,10 +50,12 @@ class Sequence:
         self.scheduled = 0
         #: logits are wanted after each token from this place on; None: after the last one alone
         self.wanted_from: int | None = reading.first if reading else None
+        self.drafts: list[int] = []  # guesses that stand at the end of ids during a step
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
         self.finish: Finish | None = None
         self.error: Exception | None = None
+        self.turn = (request.priority, 0)  # the lower, the more urgent; `Scheduler.add` numbers it
         self.submitted_at = time.perf_counter()
         self.first_at = self.last_at = 0.0
 
@@ -72,7 +74,8 @@ class Sequence:
     @property
     def first_wanted(self) -> int:
         """From this token on all are computed, even those whose page is known."""
-        return len(self.ids) - 1 if self.wanted_from is None else self.wanted_from
+        last = len(self.ids) - 1 - len(self.drafts)
+        return last if self.wanted_from is None else self.wanted_from
 
     @property
     def together(self) -> int:
@@ -97,6 +100,20 @@ class Sequence:
             before += self.adapter.key if self.adapter else b""
             self.keys = chain(self.ids, page_tokens, self.keys, before)
         return self.keys
+
+    def try_out(self, drafts: list[int]) -> None:
+        """Schedule these tokens, too, with logits after each, until `withdraw`."""
+        self.drafts = drafts
+        self.ids += drafts
+        self.scheduled += len(drafts)
+
+    def withdraw(self) -> list[int]:
+        """Take the drafts back; what they are."""
+        drafts, self.drafts = self.drafts, []
+        if drafts:
+            del self.ids[-len(drafts) :]
+            self.scheduled -= len(drafts)
+        return drafts
 
     def append(self, token: int) -> None:
         self.ids.append(token)

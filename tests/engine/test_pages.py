@@ -76,6 +76,33 @@ def test_a_hash_collision_is_no_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(pool.match(chain([1, 2, 3], SIZE), [1, 2, 3])) == 1
 
 
+def test_a_hit_counts_as_use() -> None:
+    pool = PagePool(4, SIZE)
+    old, new = [1, 2, 3, 4], [5, 6, 7, 8]
+    for ids in (old, new):
+        pool.release(fill(pool, ids))
+    hit = pool.match(chain([*old, 9], SIZE), [*old, 9])
+    pool.hold(hit)
+    pool.release(hit)
+    pool.allocate(2)
+    assert pool.match(chain([*new, 9], SIZE), [*new, 9]) == []
+    assert pool.match(chain([*old, 9], SIZE), [*old, 9]) == hit
+
+
+def test_a_twin_in_use_outlives_the_known_page() -> None:
+    """Two that compute the same at the same time: what the one knows is not lost with the other."""
+    pool = PagePool(4, SIZE)
+    ids = [1, 2, 3, 4]
+    one, two = pool.allocate(2), pool.allocate(2)
+    for page, key, at in zip(one[:1] + two, [chain(ids, SIZE)[i] for i in (0, 0, 1)], (0, 0, 2)):  # noqa: B905
+        pool.register(page, key, ids[at : at + SIZE])
+    pool.release(one)
+    assert pool.allocate(2) == [one[1], one[0]]  # the known first page is gone
+    assert pool.match(chain([*ids, 5], SIZE), [*ids, 5]) == []
+    pool.release(two)
+    assert pool.match(chain([*ids, 5], SIZE), [*ids, 5]) == two
+
+
 class Pool(RuleBasedStateMachine):
     """Any order of requests, growth and release, against a plain list of what each page holds."""
 
@@ -84,6 +111,12 @@ class Pool(RuleBasedStateMachine):
         self.pool = PagePool(6, SIZE)
         self.held: list[tuple[list[int], list[int]]] = []  # ids, pages
         self.contents: dict[int, tuple[int, ...]] = {}  # what a tensor would hold: the full prefix
+        self.clock = 0
+        self.used: dict[tuple[int, ...], tuple[int, int]] = {}  # contents → when last used
+
+    def cache(self) -> dict[int, tuple[int, ...]]:
+        free = [p for p in range(self.pool.pages) if not self.pool.references[p]]
+        return {p: self.contents[p] for p in free if self.pool._hash[p] is not None}
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=9))
     def request(self, ids: list[int]) -> None:
@@ -96,7 +129,11 @@ class Pool(RuleBasedStateMachine):
         if need > self.pool.free_after(hits):
             return
         self.pool.hold(hits)
+        before = self.cache()
         new = self.pool.allocate(need)
+        evicted = [self.used[before[p]] for p in new if p in before]
+        kept = [self.used[contents] for contents in self.cache().values()]
+        assert not evicted or not kept or max(evicted) < min(kept), "not the least recently used"
         held_by_others = {p for _, ps in self.held for p in ps}
         assert not held_by_others & set(new), "allocated a page in use"
         pages = hits + new
@@ -109,8 +146,26 @@ class Pool(RuleBasedStateMachine):
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        _, pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        ids, pages = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         self.pool.release(pages)
+        self.clock += 1
+        for n in range(SIZE, len(ids) + 1, SIZE):
+            self.used[tuple(ids[:n])] = (self.clock, -n)  # the prefix later than the suffix
+
+    @rule(ids=st.lists(st.integers(0, 1), min_size=SIZE, max_size=6), times=st.integers(2, 3))
+    def twins(self, ids: list[int], times: int) -> None:
+        """Several compute the same at the same time, so none can hit the others' pages."""
+        keys = chain(ids, SIZE)
+        need = self.pool.pages_for(len(ids))
+        if self.pool.match(keys, ids) or times * need > self.pool.free:
+            return
+        mine = [self.pool.allocate(need) for _ in range(times)]
+        for run in mine:
+            for i, page in enumerate(run):
+                self.contents[page] = tuple(ids[: (i + 1) * SIZE])
+            for i, key in enumerate(keys):
+                self.pool.register(run[i], key, ids[i * SIZE : (i + 1) * SIZE])
+            self.held.append((ids, run))
 
     @invariant()
     def sound(self) -> None:
@@ -126,4 +181,4 @@ class Pool(RuleBasedStateMachine):
 
 
 TestPool = Pool.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestPool.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
