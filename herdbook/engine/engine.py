@@ -21,8 +21,9 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from herdbook.engine.logprobs import of_drawn, read_prompts
 from herdbook.engine.pages import PagePool
-from herdbook.engine.request import Finish, Piece, Reply, Request
+from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Cache, Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
@@ -125,16 +126,27 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
-        ids = self.decoder.prompt(ids)
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("logit_bias", [id for id, _ in sampling.logit_bias])
+        given, ids = ids, self.decoder.prompt(ids)
+        if sampling.prompt_logprobs is not None:
+            self._check_causal(given, ids)
         request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
         if room < 1:
             raise self._too_long(len(ids))
         config = self.decoder.config
+        own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
+        ends = own.union(sampling.stop_token_ids)
         sequence = Sequence(
             request,
             limit=min(sampling.max_tokens, room),
-            chooser=Chooser(sampling, [id % self.vocab for id in ids], self.vocab),
+            chooser=Chooser(
+                sampling,
+                [id % self.vocab for id in ids],
+                self.vocab,
+                ends,
+            ),
             out=TextOut(
                 self.tokenizer.stream() if self.tokenizer else None,
                 stop,
@@ -157,16 +169,17 @@ class Engine:
             return pieces
         begun = time.perf_counter()
         logits = self.runner.run(batch)
-        ready = [one for one in batch if one.wanted]
+        ready, logits = read_prompts(batch, logits)
         tokens_computed = sum(one.scheduled for one in batch)
         self.scheduler.advance(batch)
         if logits is not None:
             tokens = choose(logits, [one.chooser for one in ready])
-            for sequence, token in zip(ready, tokens, strict=True):
+            logprobs = of_drawn(logits, tokens, ready)
+            for sequence, token, logprob in zip(ready, tokens, logprobs, strict=True):
                 try:
                     if isinstance(token, Exception):
                         raise token
-                    pieces.append(self._took(sequence, token))
+                    pieces.append(self._took(sequence, token, logprob))
                 except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
                     sequence.error = error
                     pieces.append(self._end(sequence, "error", ""))
@@ -241,27 +254,36 @@ class Engine:
             "decode_tokens_per_s": speed("decode"),
         }
 
-    def _took(self, sequence: Sequence, token: int) -> Piece:
+    def _took(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Piece:
         """A token was drawn: the text that it makes certain, and whether it was the last."""
+        sampling = sequence.request.sampling
+        logprobs = () if logprob is None else (logprob,)
+        sequence.logprobs += logprobs
+        before = None
+        if sampling.prompt_logprobs is not None and not sequence.reply_tokens:
+            before = tuple(sequence.prompt_logprobs)
         sequence.append(token)
         sequence.chooser.took(token)
         self._totals["completion_tokens"] += 1
         finish: Finish | None = None
         text = ""
-        if token in self.stop_ids and not sequence.request.sampling.ignore_eos:
+        if token in sequence.chooser.ends:
             finish = "stop"
         else:
-            text = sequence.out.push(token)
+            text = sequence.out.push(token, free=sequence.reply_tokens <= sampling.min_tokens)
             if sequence.out.stopped:
                 finish = "stop"
             elif sequence.reply_tokens >= sequence.limit:
                 finish = "length"
         if finish is None:
-            return Piece(sequence.request.id, text, (token,))
+            return Piece(
+                sequence.request.id, text, (token,), logprobs=logprobs, prompt_logprobs=before
+            )
         text += sequence.out.flush()
         if sequence.out.stopped:
             finish = "stop"
-        return self._end(sequence, finish, text, (token,))
+        piece = self._end(sequence, finish, text, (token,))
+        return replace(piece, logprobs=logprobs, prompt_logprobs=before)
 
     def _end(
         self, sequence: Sequence, finish: Finish, text: str, ids: tuple[int, ...] = ()
@@ -285,6 +307,25 @@ class Engine:
         for id in ids:
             if self.abort(id):
                 self._backlog.pop()
+
+    def _check_ids(self, name: str, ids: Many[int]) -> None:
+        bad = next((id for id in ids if not 0 <= id < self.vocab), None)
+        if bad is not None:
+            raise RequestError(
+                f"{name}: token id {bad}",
+                rule=f"is outside the vocabulary of {self.vocab} tokens",
+                next="take the ids from this model's own tokenizer",
+            )
+
+    def _check_causal(self, given: Many[int], ids: Many[int]) -> None:
+        """A prompt's tokens have logprobs only where each was computed without those after it."""
+        d = self.decoder
+        if d.config.prefix or d.whole_prompts or d.ids != self.vocab or list(given) != list(ids):
+            raise RequestError(
+                "prompt_logprobs",
+                rule="do not exist in this model: it reads its prompt as a whole",
+                next="ask for logprobs of the reply",
+            )
 
     def _too_long(self, tokens: int) -> CapacityError:
         if tokens >= self.context:

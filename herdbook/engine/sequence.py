@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 
 from herdbook.engine.pages import chain, page_hash
-from herdbook.engine.request import Finish, Reply, Request
+from herdbook.engine.request import Finish, Logprob, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
 from herdbook.model.carried import State
@@ -44,6 +44,10 @@ class Sequence:
         self.scheduled = 0
         #: logits are wanted after each token from this place on; None: after the last one alone
         self.wanted_from: int | None = None
+        self.logprobs: list[Logprob] = []  # of the reply, if asked for
+        self.prompt_logprobs: list[Logprob | None] = [None]
+        if request.sampling.prompt_logprobs is not None:
+            self.wanted_from = 0
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
         self.finish: Finish | None = None
@@ -85,6 +89,11 @@ class Sequence:
             self.keys = chain(self.ids, page_tokens, self.keys, before)
         return self.keys
 
+    def shareable(self, page_tokens: int) -> list[bytes]:
+        """Of these hashes, those whose pages may come from the cache: none whose logits are wanted."""
+        keys = self.hash_pages(page_tokens)
+        return keys if self.wanted_from is None else keys[: self.wanted_from // page_tokens]
+
     def append(self, token: int) -> None:
         self.ids.append(token)
         self.last_at = time.perf_counter()
@@ -92,6 +101,7 @@ class Sequence:
 
     def reply(self) -> Reply:
         assert self.finish is not None
+        asked = self.request.sampling
         return Reply(
             text=self.out.text,
             ids=tuple(self.ids[self.prompt_tokens :]),
@@ -101,4 +111,6 @@ class Sequence:
             waiting_s=(self.first_at or time.perf_counter()) - self.submitted_at,
             decoding_s=self.last_at - self.first_at,
             error=self.error,
+            logprobs=None if asked.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if asked.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
