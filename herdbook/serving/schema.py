@@ -3,11 +3,11 @@
 The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A request falls into one
 of three drawers:
 
-- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`
-  and `repetition_penalty` as extensions;
+- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`,
+  `repetition_penalty`, `min_tokens`, `stop_token_ids` and `prompt_logprobs` as extensions (vLLM's);
 - OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`tools`,
-  `logprobs`, a JSON `response_format` …): refused with status 400, unless their value asks for
-  nothing (`"logprobs": false`);
+  a JSON `response_format` …): refused with status 400, unless their value asks for nothing
+  (`"tools": []`);
 - anything else: ignored, and the response says so in the header `X-Herdbook-Warning`.
 
 >>> ask = ChatAsk.model_validate({"model": "luna", "messages": [{"role": "user", "content": "Hi"}]})
@@ -21,6 +21,7 @@ Types are strict: `"temperature": "0.5"` is refused, since a client that sends i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -33,7 +34,7 @@ from pydantic import (
     model_validator,
 )
 
-from herdbook.engine.request import Sampling
+from herdbook.engine.request import MOST_LOGPROBS, Sampling
 from herdbook.errors import nearest
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
@@ -42,11 +43,9 @@ MAX_STOPS = 4  # OpenAI's limit
 # Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
+    "best_of": (1,),  # of a chat; a completion obeys it
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
@@ -54,7 +53,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -144,6 +142,9 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 
 
@@ -167,6 +168,10 @@ class Ask(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, allow_inf_nan=False)
+    logit_bias: dict[str, Bias] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[TokenId] | None = None
+    prompt_logprobs: Alternatives | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -181,8 +186,18 @@ class Ask(BaseModel):
             raise ValueError("must be a string or a list of strings")
         return stops
 
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError(f"must map token ids to numbers; {_short(key)} is no token id")
+        return bias
+
     @model_validator(mode="after")
     def _sort_the_rest(self) -> Ask:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("'prompt_logprobs' come with a whole reply only; leave out 'stream'")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed together with \"stream\": true")
         known = [*type(self).model_fields, *UNSUPPORTED]
@@ -207,6 +222,16 @@ class Ask(BaseModel):
     def choices(self) -> int:
         return self.n or 1
 
+    @property
+    def draws(self) -> int:
+        """Replies that are made for each prompt; the best `choices` of them are told."""
+        return self.choices
+
+    @property
+    def told(self) -> int | None:
+        """How many alternatives of each token are told; None: no logprobs at all."""
+        raise NotImplementedError
+
     def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
         """The engine's settings for one choice.
 
@@ -220,11 +245,16 @@ class Ask(BaseModel):
         """
         names = ["temperature", "top_p", "top_k", "min_p"]
         names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
+        names += ["min_tokens", "stop_token_ids"]
+        if choice == 0:  # once for a prompt
+            names.append("prompt_logprobs")
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if asked.get("top_k") == -1:  # vLLM's way of saying «all»
             asked["top_k"] = 0
         seed = None if self.seed is None else (self.seed + choice) % 2**63
         stop = tuple(self.stop or ())
+        asked["logit_bias"] = {int(id): bias for id, bias in (self.logit_bias or {}).items()}
+        asked["logprobs"] = 0 if self.told is None and self.draws > self.choices else self.told
         return Sampling(**asked, max_tokens=max_tokens, seed=seed, stop=stop)
 
 
@@ -233,6 +263,18 @@ class ChatAsk(Ask):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> ChatAsk:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs \"logprobs\": true")
+        return self
+
+    @property
+    def told(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatAsk:
@@ -255,6 +297,8 @@ class CompletionAsk(Ask):
 
     prompt: list[Prompt]
     echo: bool | None = None
+    logprobs: Alternatives | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -279,12 +323,31 @@ class CompletionAsk(Ask):
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionAsk:
-        if len(self.prompt) * self.choices > MAX_CHOICES:
+        if self.draws < self.choices:
+            raise ValueError(f"'best_of' is {self.best_of}, less than 'n' = {self.n}")
+        if self.draws > self.choices and self.stream:
+            raise ValueError("'best_of' cannot be streamed: the best is known at the end")
+        if len(self.prompt) * self.draws > MAX_CHOICES:
+            name = "n" if self.best_of is None else "best_of"
             raise ValueError(
-                f"{len(self.prompt)} prompts × n = {self.choices} are more than {MAX_CHOICES} "
+                f"{len(self.prompt)} prompts × {name} = {self.draws} are more than {MAX_CHOICES} "
                 "choices; send several requests"
             )
         return self
+
+    @property
+    def draws(self) -> int:
+        return self.choices if self.best_of is None else self.best_of
+
+    @property
+    def told(self) -> int | None:
+        return self.logprobs
+
+    def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
+        one = super().sampling(max_tokens=max_tokens, choice=choice)
+        if not self.echo or self.logprobs is None or choice:
+            return one
+        return replace(one, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
 
     @property
     def limit(self) -> int:

@@ -181,8 +181,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, model: str):
     with pytest.raises(openai.BadRequestError, match="600 tokens") as long:
         client.completions.create(model=model, prompt=[5] * 600, stream=True)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        client.chat.completions.create(model=model, messages=HI, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 20"):
+        client.chat.completions.create(model=model, messages=HI, logprobs=True, top_logprobs=21)
 
 
 def test_a_client_that_leaves_is_forgotten(server: Server, client: openai.OpenAI, model: str):

@@ -46,6 +46,11 @@ def test_every_setting_reaches_the_engine():
         presence_penalty=0.1,
         frequency_penalty=-0.2,
         repetition_penalty=1.1,
+        logit_bias={"7": -100, "8": 1.5},
+        min_tokens=2,
+        stop_token_ids=[9],
+        logprobs=True,
+        top_logprobs=4,
     )
     assert ask.sampling(max_tokens=5, choice=2) == Sampling(
         max_tokens=5,
@@ -58,6 +63,10 @@ def test_every_setting_reaches_the_engine():
         presence_penalty=0.1,
         frequency_penalty=-0.2,
         repetition_penalty=1.1,
+        logit_bias={7: -100, 8: 1.5},  # type: ignore[arg-type]
+        min_tokens=2,
+        stop_token_ids=(9,),
+        logprobs=4,
     )
 
 
@@ -141,6 +150,15 @@ def test_malformed_messages(messages: Any, param: str, part: str):
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"seed": 2**63}, "seed"),
         ({"stream": "yes"}, "stream"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"1": 101.0}}, "logit_bias.1"),
     ],
 )
 def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):
@@ -151,19 +169,36 @@ def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("logprobs", True),
-        ("logprobs", 0),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"1": 5}),
         ("suffix", "x"),
-        ("best_of", 2),
     ],
 )
 def test_what_would_change_the_reply_is_refused(key: str, value: Any):
     for make in (chat, complete):
         message, _ = refusal(make, **{key: value})
         assert message == f"{key!r} is not supported yet; leave it out"
+
+
+def test_best_of_is_for_completions():
+    assert "not supported" in refusal(chat, best_of=2)[0]
+    ask = complete(best_of=4, n=2)
+    assert (ask.draws, ask.choices) == (4, 2)
+    assert ask.sampling(max_tokens=1, choice=3).logprobs == 0  # the engine must tell which is best
+    assert "less than 'n' = 3" in refusal(complete, best_of=2, n=3)[0]
+    assert "cannot be streamed" in refusal(complete, best_of=2, stream=True)[0]
+    assert complete(best_of=2, n=2, stream=True).stream
+    assert "2 prompts × best_of = 9" in refusal(complete, prompt=["a", "b"], best_of=9)[0]
+
+
+def test_who_is_told_of_prompts():
+    ask = complete(echo=True, logprobs=3, n=2)
+    assert [ask.sampling(max_tokens=1, choice=at).prompt_logprobs for at in (0, 1)] == [3, None]
+    ask = complete(echo=True, logprobs=3, prompt_logprobs=5)
+    assert ask.sampling(max_tokens=1, choice=0).prompt_logprobs == 5
+    assert complete(echo=True).sampling(max_tokens=1, choice=0).prompt_logprobs is None
+    assert chat(prompt_logprobs=0).sampling(max_tokens=1, choice=0).prompt_logprobs == 0
+    assert "leave out 'stream'" in refusal(chat, prompt_logprobs=0, stream=True)[0]
 
 
 def test_what_asks_for_nothing_is_tolerated():
@@ -230,4 +265,4 @@ def test_whatever_comes_is_either_taken_or_explained(body: Any):
             message, _ = explain(error.errors())
             assert message
         else:
-            ask.sampling(max_tokens=1, choice=0)
+            ask.sampling(max_tokens=max(1, ask.min_tokens or 0), choice=0)
