@@ -21,9 +21,10 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from herdbook.engine.grammar import Grammars, Matcher
 from herdbook.engine.logprobs import of_drawn, read_prompts
 from herdbook.engine.pages import PagePool
-from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
+from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request, Sampling
 from herdbook.engine.runner import Cache, Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
@@ -69,6 +70,7 @@ class Engine:
         self._size = (pages, page_tokens, max_batch_tokens)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
+        self._grammars = Grammars(tokenizer, self.vocab) if tokenizer else None
         self._active: dict[str, Sequence] = {}
         self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
         self._totals = {
@@ -102,6 +104,20 @@ class Engine:
     def most_tokens(self) -> int:
         """The most tokens, prompt and reply together, that one request can have."""
         return min(self.context, self.pool.tokens)
+
+    def matcher(self, sampling: Sampling) -> Matcher | None:
+        """The beginning of the request's grammar. Reading one takes up to seconds, the second time
+        nothing: so a server calls this in a thread of its own before it submits.
+        """
+        if sampling.grammar is None:
+            return None
+        if self._grammars is None:
+            raise RequestError(
+                "a grammar",
+                rule="needs a tokenizer, and this model came without one",
+                next="load a folder with tokenizer.json",
+            )
+        return self._grammars.matcher(sampling.grammar)
 
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never be served is refused here, with the numbers."""
@@ -142,16 +158,13 @@ class Engine:
             request,
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(
-                sampling,
-                [id % self.vocab for id in ids],
-                self.vocab,
-                ends,
+                sampling, [id % self.vocab for id in ids], self.vocab, ends, self.matcher(sampling)
             ),
             out=TextOut(
                 self.tokenizer.stream() if self.tokenizer else None,
                 stop,
                 trim=request.trim,
-                escaped=self.escapes,
+                escaped=None if sampling.grammar else self.escapes,
             ),
             context=find_context(ids, config) if config.prefix else None,
             whole=self.decoder.whole_prompts,
@@ -271,7 +284,7 @@ class Engine:
             finish = "stop"
         else:
             text = sequence.out.push(token, free=sequence.reply_tokens <= sampling.min_tokens)
-            if sequence.out.stopped:
+            if sequence.out.stopped or sequence.chooser.complete:
                 finish = "stop"
             elif sequence.reply_tokens >= sequence.limit:
                 finish = "length"

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from herdbook.engine.grammar import Grammar
 from herdbook.errors import RequestError
 
 #: why a generation ended: a stop token or stop string, its length, a caller's abort, an exception
@@ -47,6 +48,7 @@ class Sampling:
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the reply
     repetition_penalty: float = 1.0  # divides (multiplies where < 0) logits of prompt and reply
     ignore_eos: bool = False  # go on past stop tokens (for measuring)
+    grammar: Grammar | None = None  # what the reply must be (engine/grammar.py)
 
     def __post_init__(self) -> None:
         given: Any = self.stop
@@ -81,6 +83,13 @@ class Sampling:
             self._whole("seed", 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):
             raise _wrong("ignore_eos", self.ignore_eos, "must be true or false")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                raise _wrong("grammar", self.grammar, "must be a Grammar")
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    rule = "cannot be: a grammar says where the reply ends"
+                    raise _wrong(name, getattr(self, name), rule)
 
     def _whole(self, name: str, low: int, high: int | None) -> None:
         value = getattr(self, name)

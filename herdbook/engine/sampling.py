@@ -4,7 +4,8 @@ Shapes: B sequences, V tokens of the vocabulary.
 
 A row that samples goes through, in this order (Hugging Face's; penalties as in vLLM and OpenAI):
 
-0. logit_bias is added; what may not be drawn (a stop token before min_tokens) falls to -inf
+0. logit_bias is added; what may not be drawn falls to -inf: a stop token before min_tokens, what the
+   grammar does not allow
 1. repetition penalty over the tokens of prompt and reply: logit / r where positive, × r where not
 2. frequency and presence penalties over the tokens of the reply: − f × count − p × (count > 0)
 3. temperature: logits / t
@@ -25,6 +26,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from herdbook.engine.grammar import Matcher
 from herdbook.engine.request import Sampling
 
 #: top-p looks at this many of the most probable tokens before it sorts the whole vocabulary
@@ -34,7 +36,8 @@ HEAD = 1024
 class Chooser:
     """The sampling state of one request: its generator and the counts for its penalties.
 
-    ends: the tokens that end the reply; none is drawn before `min_tokens`.
+    ends: the tokens that end the reply; none is drawn before `min_tokens`. matcher: the way through
+    the request's grammar.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Chooser:
         prompt: Sequence[int],
         vocab: int,
         ends: Collection[int] = (),
+        matcher: Matcher | None = None,
     ) -> None:
         self.sampling = sampling
         self.generator: torch.Generator | None = None
@@ -53,7 +57,7 @@ class Chooser:
             else:
                 self.generator.manual_seed(sampling.seed)
         self.drawn = 0
-        self.ends = frozenset(ends)
+        self.ends, self.matcher = frozenset(ends), matcher
         self.late = _long([id for id in ends if id < vocab]) if sampling.min_tokens else None
         self.biased = _long([id for id, _ in sampling.logit_bias])
         self.bias = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=torch.float32)
@@ -68,10 +72,17 @@ class Chooser:
     def greedy(self) -> bool:
         """Nothing but argmax."""
         changed = self.counts is not None or self.late is not None or len(self.biased)
-        return self.generator is None and not changed
+        return self.generator is None and self.matcher is None and not changed
+
+    @property
+    def complete(self) -> bool:
+        """The reply is all that its grammar allows."""
+        return self.matcher is not None and self.matcher.complete
 
     def took(self, token: int) -> None:
         self.drawn += 1
+        if self.matcher is not None:
+            self.matcher.took(token)
         if self.counts is not None and self.seen is not None:
             self.counts[token] += 1
             self.seen[token] = True
@@ -82,6 +93,8 @@ class Chooser:
             logits = logits.index_add(0, self.biased, self.bias)
         if self.late is not None and self.drawn < self.sampling.min_tokens:
             logits = logits.index_fill(0, self.late, -torch.inf)
+        if self.matcher is not None:
+            logits = logits.masked_fill(~torch.from_numpy(self.matcher.allowed()), -torch.inf)
         return logits
 
     def penalise(self, logits: Tensor) -> Tensor:
