@@ -71,6 +71,12 @@ class Grammar:
         """JSON that fits a JSON schema (an object, or the text of one)."""
         if isinstance(schema, str):
             return cls("json", schema)
+        if not isinstance(schema, (dict, bool)):
+            raise RequestError(
+                f"a schema of type {type(schema).__name__}",
+                rule="is none: a JSON schema is an object",
+                next='give one, as {"type": "object"}',
+            )
         try:
             return cls("json", json.dumps(schema, ensure_ascii=False))
         except RecursionError:
@@ -160,7 +166,7 @@ class Matcher:
     @property
     def complete(self) -> bool:
         """Nothing can follow."""
-        return self._matcher.is_stopped()
+        return bool(self._matcher.is_stopped())
 
     def allowed(self) -> np.ndarray:
         """[V] bool: what may come next."""

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,7 @@ from herdbook.engine.request import Request
 from herdbook.errors import CapacityError, HerdbookError, RequestError, ServeError
 from herdbook.serving.replies import ChatShape, CompletionShape, Shape, Usage, parts, whole
 from herdbook.serving.schema import Ask, ChatAsk, CompletionAsk, Prompt, explain
+from herdbook.serving.tools import explained, native
 from herdbook.serving.worker import Broken, Busy, Worker
 from herdbook.tokens.chat import render
 
@@ -102,8 +103,7 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
     @api.post("/v1/chat/completions")
     async def chat_completions(ask: ChatAsk, http: Http) -> Response:
         worker = served(ask.model)
-        turns = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
-        ids = await asyncio.to_thread(_rendered, worker.engine, turns)
+        ids = await asyncio.to_thread(_rendered, worker.engine, ask)
         return await _answer(ChatShape(worker.engine, ask, ids), worker, ask, ask.limit, http)
 
     @api.post("/v1/completions")
@@ -160,10 +160,14 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
 # -- prompts --------------------------------------------------------------------------------
 
 
-def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
+def _rendered(engine: Engine, ask: ChatAsk) -> list[int]:
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return render(engine.tokenizer, turns, reply=True).ids
+    rows = [turn.row() for turn in ask.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in ask.callable]
+    if not native(engine.tokenizer.chat_template):
+        rows, tools = explained(rows, tools), []
+    return render(engine.tokenizer, rows, reply=True, tools=tools).ids
 
 
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
@@ -233,7 +237,10 @@ async def _answer(
         for choice in range(ask.draws):
             sampling = ask.sampling(max_tokens=tokens, choice=choice)
             id = f"{shape.id}-{len(requests)}"
-            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id))
+            trim = chat and sampling.grammar is None
+            requests.append(Request(ids, sampling, stop=stop, trim=trim, id=id))
+    # A grammar is read here, in a thread of its own, and found ready by the engine.
+    await asyncio.to_thread(worker.engine.matcher, requests[0].sampling)
     usage = Usage(shape.prompts, ask.draws)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:

@@ -16,6 +16,7 @@ from herdbook.engine.request import Logprob, Piece
 from herdbook.serving import logprobs
 from herdbook.serving.logprobs import Listing, Token
 from herdbook.serving.schema import Ask, ChatAsk, CompletionAsk
+from herdbook.serving.tools import Calls
 
 
 class Choice:
@@ -30,13 +31,17 @@ class Choice:
 
     def took(self, piece: Piece) -> list[dict[str, Any]]:
         """What this piece adds, as contents of chunks."""
+        return self._said(piece, piece.text)
+
+    def _said(self, piece: Piece, text: str) -> list[dict[str, Any]]:
+        """The same where of the piece's text only `text` is shown."""
         tokens = self._listing.took(piece) if self._listing else []
-        self.text += piece.text
+        self.text += text
         self.tokens += tokens
         self.finish = piece.finish
         self._drawn += len(piece.ids)
         self._logprob += sum(one.logprob for one in piece.logprobs)
-        return [self.part(piece.text, tokens)] if piece.text or tokens else []
+        return [self.part(text, tokens)] if text or tokens else []
 
     @property
     def mean_logprob(self) -> float:
@@ -96,9 +101,26 @@ class Shape:
 
 
 class ChatChoice(Choice):
+    """One that may call tools; a call is handed out as soon as it is whole."""
+
     def __init__(self, shape: ChatShape) -> None:
-        super().__init__(shape.listing(trim=True))
+        super().__init__(shape.listing(trim=shape.ask.grammar is None))
         self._shape = shape
+        self._calls = Calls(shape.callable, shape.most_calls) if shape.callable else None
+
+    def took(self, piece: Piece) -> list[dict[str, Any]]:
+        if self._calls is None:
+            return super().took(piece)
+        text, calls = self._calls.push(piece.text, last=piece.finish is not None)
+        first = len(self._calls.calls) - len(calls)
+        out = self._said(piece, text)
+        out += [
+            {"delta": {"tool_calls": [{"index": at, **call}]}, "logprobs": None}
+            for at, call in enumerate(calls, start=first)
+        ]
+        if piece.finish == "stop" and self._calls.calls:
+            self.finish = "tool_calls"
+        return out
 
     def opening(self) -> dict[str, Any] | None:
         return {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
@@ -108,7 +130,9 @@ class ChatChoice(Choice):
         return {"delta": {"content": text} if text or tokens else {}, "logprobs": told}
 
     def whole(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        if self._calls is not None and self._calls.calls:
+            message |= {"content": self.text or None, "tool_calls": self._calls.calls}
         return {"message": message, "logprobs": self._told(self.tokens)}
 
     def _told(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
@@ -124,6 +148,8 @@ class ChatShape(Shape):
 
     def __init__(self, engine: Engine, ask: ChatAsk, ids: list[int]) -> None:
         super().__init__(engine, ask, [ids], "chatcmpl")
+        self.callable = [tool.function.name for tool in ask.callable]
+        self.most_calls = ask.most_calls
 
     def choice(self, at: int) -> Choice:
         return ChatChoice(self)

@@ -4,10 +4,10 @@ The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A requ
 of three drawers:
 
 - keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`,
-  `repetition_penalty`, `min_tokens`, `stop_token_ids` and `prompt_logprobs` as extensions (vLLM's);
-- OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`tools`,
-  a JSON `response_format` …): refused with status 400, unless their value asks for nothing
-  (`"tools": []`);
+  `repetition_penalty`, `min_tokens`, `stop_token_ids`, `prompt_logprobs`, `structured_outputs` and
+  `guided_…` as extensions (vLLM's);
+- OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`audio`,
+  `functions` …): refused with status 400, unless their value asks for nothing (`"functions": []`);
 - anything else: ignored, and the response says so in the header `X-Herdbook-Warning`.
 
 >>> ask = ChatAsk.model_validate({"model": "luna", "messages": [{"role": "user", "content": "Hi"}]})
@@ -20,6 +20,7 @@ Types are strict: `"temperature": "0.5"` is refused, since a client that sends i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -30,12 +31,15 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
 from herdbook.engine.request import MOST_LOGPROBS, Sampling
-from herdbook.errors import nearest
+from herdbook.errors import RequestError, nearest
+from herdbook.serving.structured import Structured
+from herdbook.serving.tools import MOST_CALLS, MOST_TOOLS, Call, Choose, Tool, grammar
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
 MAX_STOPS = 4  # OpenAI's limit
@@ -44,14 +48,13 @@ MAX_STOPS = 4  # OpenAI's limit
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),  # of a chat; a completion obeys it
-    "function_call": ("none", "auto"),
+    "function_call": ("none", "auto"),  # OpenAI's older way; `tools` is obeyed
     "functions": ([],),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto"),  # of a completion; a chat obeys it
     "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
@@ -61,7 +64,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 HARMLESS = frozenset(
     [
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -94,20 +96,32 @@ class Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such."""
+    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such.
+
+    A `tool` tells what a call returned; an assistant that calls may say nothing besides.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: str
     content: Text
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_may_be_all(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tool_calls") and given.get("content") is None:
+            return {**given, "content": ""}
+        return given
 
     @field_validator("role", mode="after")
     @classmethod
     def _known_role(cls, role: str) -> str:
-        if role in ("tool", "function"):
-            raise ValueError(f"role {role!r} is not supported yet; tools are not")
-        if role not in ("system", "developer", "user", "assistant"):
+        if role == "function":
+            raise ValueError("role 'function' is not supported; use 'tool'")
+        if role not in ("system", "developer", "user", "assistant", "tool"):
             raise ValueError(
-                f"role {role!r} is not known; use 'system', 'developer', 'user' or 'assistant'"
+                f"role {role!r} is not known; use 'system', 'developer', 'user', 'assistant' or 'tool'"
             )
         return "system" if role == "developer" else role
 
@@ -127,11 +141,24 @@ class ChatMessage(BaseModel):
         return "".join(Part.model_validate(part).text for part in content)
 
     @model_validator(mode="after")
-    def _no_tools(self) -> ChatMessage:
-        for key in ("tool_calls", "function_call", "tool_call_id", "audio"):
+    def _calls_where_they_belong(self) -> ChatMessage:
+        for key in ("function_call", "audio"):
             if (self.model_extra or {}).get(key):
                 raise ValueError(f"{key!r} is not supported yet")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"'tool_calls' are the assistant's, not those of {self.role!r}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("'tool_call_id' belongs to role 'tool', and is required there")
         return self
+
+    def row(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            row["tool_calls"] = [call.row() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            row["tool_call_id"] = self.tool_call_id
+        return row
 
 
 class StreamOptions(BaseModel):
@@ -148,7 +175,7 @@ Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 
 
-class Ask(BaseModel):
+class Ask(Structured):
     """What chat and completion requests have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -198,6 +225,8 @@ class Ask(BaseModel):
     def _sort_the_rest(self) -> Ask:
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("'prompt_logprobs' come with a whole reply only; leave out 'stream'")
+        if self.grammar is not None and self.min_tokens:
+            raise ValueError("'min_tokens' cannot be: the form asked for says where the reply ends")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed together with \"stream\": true")
         known = [*type(self).model_fields, *UNSUPPORTED]
@@ -253,6 +282,7 @@ class Ask(BaseModel):
             asked["top_k"] = 0
         seed = None if self.seed is None else (self.seed + choice) % 2**63
         stop = tuple(self.stop or ())
+        asked["grammar"] = self.grammar
         asked["logit_bias"] = {int(id): bias for id, bias in (self.logit_bias or {}).items()}
         asked["logprobs"] = 0 if self.told is None and self.draws > self.choices else self.told
         return Sampling(**asked, max_tokens=max_tokens, seed=seed, stop=stop)
@@ -265,6 +295,72 @@ class ChatAsk(Ask):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Any = None  # "none", "auto", "required" or a `Choose`
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _a_choice(cls, given: Any) -> Any:
+        if given is None or given in ("none", "auto", "required"):
+            return given
+        try:
+            return Choose.model_validate(given)
+        except ValidationError:
+            raise ValueError(
+                'must be "none", "auto", "required" or '
+                '{"type": "function", "function": {"name": "…"}}'
+            ) from None
+
+    @field_validator("tools", mode="after")
+    @classmethod
+    def _whole_tools(cls, tools: list[Tool] | None) -> list[Tool] | None:
+        for tool in tools or ():
+            try:
+                _whole(json.dumps(tool.model_dump(), ensure_ascii=False))
+            except RecursionError:
+                raise ValueError("are nested too deep") from None
+        names = [tool.function.name for tool in tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("hold two functions of the same name")
+        return tools
+
+    @model_validator(mode="after")
+    def _choose_what_is_there(self) -> ChatAsk:
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, Choose) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise ValueError(f"'tool_choice' names {name!r}, which is not among 'tools'")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("'tool_choice' is 'required', but there are no 'tools'")
+        if self.callable and self._grammar is not None:
+            raise ValueError(
+                "tools and a form for the reply cannot be had together; "
+                'leave one out, or send "tool_choice": "none"'
+            )
+        if self.callable and self.tool_choice not in (None, "auto"):
+            try:
+                self._grammar = grammar(self.callable, self.most_calls or MOST_CALLS)
+            except RequestError as error:
+                raise ValueError(f"'tools': {error.what} {error.rule}") from error
+            if self.min_tokens:
+                raise ValueError("'min_tokens' cannot be: a call of a tool ends by itself")
+        return self
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that this reply may call."""
+        if isinstance(self.tool_choice, Choose):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == name]
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def most_calls(self) -> int | None:
+        """The most calls in one reply; None: as many as it makes."""
+        return (
+            1 if isinstance(self.tool_choice, Choose) or self.parallel_tool_calls is False else None
+        )
 
     @model_validator(mode="after")
     def _both_or_none(self) -> ChatAsk:
