@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,7 +57,10 @@ class Grammar:
                 rule="is not known",
                 next=f"give one of {', '.join(MOST_BYTES)}, as text",
             )
-        size, most = len(self.text.encode(errors="replace")), MOST_BYTES[self.kind]
+        try:
+            size, most = len(self.text.encode()), MOST_BYTES[self.kind]
+        except UnicodeEncodeError:
+            raise _refused(self.kind, "holds half a character (a lone surrogate)") from None
         if size > most:
             raise _refused(self.kind, f"has {size} bytes; at most {most} are read")
         if not self.text.strip():
@@ -93,18 +95,17 @@ class Grammar:
 
 
 class Grammars:
-    """The grammars of one tokenizer. Safe to use from several threads."""
+    """The grammars of one tokenizer. Safe to use from several threads: two that ask for the same at the
+    same moment may both read it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab: int) -> None:
         self._tokenizer, self._vocab = tokenizer, vocab
-        self._lock = threading.Lock()
         self._read = functools.lru_cache(KEPT)(self._compile)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """At the grammar's beginning. RequestError for one that cannot be read or satisfied."""
-        with self._lock:
-            read = self._read(grammar)
-        return Matcher(read.deep_copy(), self._vocab)
+        return Matcher(self._read(grammar).deep_copy(), self._vocab)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits

@@ -19,8 +19,6 @@ from herdbook.errors import RequestError
 
 from .conftest import tiny
 
-pytest.importorskip("llguidance")
-
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder: Path) -> Engine:
@@ -134,7 +132,11 @@ def test_logprobs_are_of_the_raw_distribution(engine: Engine) -> None:
         ("json", '{"type": "foo"}', "foo"),
         ("json", '{"not": {}}', "not"),
         ("json", '{"$ref": "http://127.0.0.1/x"}', "cannot be used"),
-        ("json", '{"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}', "cannot be followed"),
+        (
+            "json",
+            '{"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}',
+            "cannot be followed",
+        ),
         ("regex", "(?=a)b", "look-around"),
         ("regex", "(", "cannot be used"),
         ("regex", "", "is empty"),
