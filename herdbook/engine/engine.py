@@ -28,9 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from herdbook.engine.adapters import Adapters
+from herdbook.engine.grammar import Grammars, Matcher
+from herdbook.engine.logprobs import of_drawn, read_prompt
 from herdbook.engine.pages import PagePool
 from herdbook.engine.reading import embedding, reading_for
-from herdbook.engine.request import Finish, Piece, Reply, Request
+from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request, Sampling
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import Chooser, choose
 from herdbook.engine.scheduler import Scheduler
@@ -95,6 +97,7 @@ class Engine:
         self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
+        self._grammars = Grammars(tokenizer, self.vocab) if tokenizer else None
         self._active: dict[str, Sequence] = {}
         self.adapters = Adapters(decoder)
         self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
@@ -133,6 +136,20 @@ class Engine:
         """The most tokens, prompt and reply together, that one request can have."""
         return min(self.context, self.pool.tokens)
 
+    def matcher(self, sampling: Sampling) -> Matcher | None:
+        """The beginning of the request's grammar. Reading one takes up to seconds, the second time
+        nothing: so a server calls this in a thread of its own before it submits.
+        """
+        if sampling.grammar is None:
+            return None
+        if self._grammars is None:
+            raise RequestError(
+                "a grammar",
+                rule="needs a tokenizer, and this model came without one",
+                next="load a folder with tokenizer.json",
+            )
+        return self._grammars.matcher(sampling.grammar)
+
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never be served is refused here, with the numbers."""
         if request.id in self._active:
@@ -163,23 +180,32 @@ class Engine:
                 rule="needs a tokenizer, and this model came without one",
                 next="stop by max_tokens, or load a folder with tokenizer.json",
             )
+        self.check_ids(sampling.stop_token_ids, self.vocab, "stop_token_ids: ")
+        self.check_ids([id for id, _ in sampling.logit_bias], self.vocab, "logit_bias: ")
         reading = reading_for(request, self.decoder)
+        given = ids
         if reading is None:
             ids = self.decoder.prompt(ids)
+        if sampling.prompt_logprobs is not None:
+            self._check_causal(given, ids)
         request = replace(request, ids=ids)
         room = self.most_tokens - len(ids)
         if room < (1 if reading is None else 0):
             raise self._too_long(len(ids))
         config = self.decoder.config
+        own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
+        ends = own.union(sampling.stop_token_ids)
         return Sequence(
             request,
             limit=min(sampling.max_tokens, room),
-            chooser=Chooser(sampling, [id % self.vocab for id in ids], self.vocab),
+            chooser=Chooser(
+                sampling, [id % self.vocab for id in ids], self.vocab, ends, self.matcher(sampling)
+            ),
             out=TextOut(
                 self.tokenizer.stream() if self.tokenizer else None,
                 stop,
                 trim=request.trim,
-                escaped=self.escapes,
+                escaped=None if sampling.grammar else self.escapes,
             ),
             context=find_context(ids, config) if config.prefix else None,
             whole=self.decoder.whole_prompts,
@@ -207,12 +233,13 @@ class Engine:
             logits = self.runner.run(batch)
         finally:
             drafts = [one.withdraw() for one in batch]
+        trials: list[Trial] = []
+        for one, end, rows, some in zip(batch, accumulate(wanted), wanted, drafts, strict=True):
+            if logits is not None and one.tells_prompt:
+                read_prompt(one, logits[end - rows : end])
+            if rows and one.scheduled == one.remaining:
+                trials.append(Trial(one, end - len(some) - 1, some))
         self.scheduler.advance(batch)
-        trials = [
-            Trial(one, end - len(some) - 1, some)
-            for one, end, rows, some in zip(batch, accumulate(wanted), wanted, drafts, strict=True)
-            if rows
-        ]
         if logits is not None:
             pieces += self._draw(logits, trials)
         for sequence in batch:
@@ -236,14 +263,16 @@ class Engine:
         while trials:
             rows = [trial.row for trial in trials]
             some = logits if len(rows) == len(logits) else logits[rows]
-            tokens = choose(some, [trial.sequence.chooser for trial in trials])
+            drawing = [trial.sequence for trial in trials]
+            tokens = choose(some, [one.chooser for one in drawing])
+            logprobs = of_drawn(some, tokens, drawing)
             going: list[Trial] = []
-            for trial, token in zip(trials, tokens, strict=True):
+            for trial, token, logprob in zip(trials, tokens, logprobs, strict=True):
                 sequence = trial.sequence
                 try:
                     if isinstance(token, Exception):
                         raise token
-                    pieces.append(self._took(sequence, token))
+                    pieces.append(self._took(sequence, token, logprob))
                     if sequence.finish is None and trial.right(token):
                         self.scheduler.progress(sequence, 1)
                         going.append(trial)
@@ -361,37 +390,46 @@ class Engine:
             "decode_tokens_per_s": speed("decode"),
         }
 
-    def check_ids(self, ids: Many[int], vocab: int) -> None:
+    def check_ids(self, ids: Many[int], vocab: int, of: str = "") -> None:
         """Refuse ids that are not below `vocab`."""
         bad = next((i for i in ids if not 0 <= i < vocab), None)
         if bad is not None:
             raise RequestError(
-                f"token id {bad}",
+                f"{of}token id {bad}",
                 rule=f"is outside the vocabulary of {self.vocab} tokens",
                 next="encode the prompt with this model's own tokenizer",
             )
 
-    def _took(self, sequence: Sequence, token: int) -> Piece:
+    def _took(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Piece:
         """A token was drawn: the text that it makes certain, and whether it was the last."""
+        sampling = sequence.request.sampling
+        logprobs = () if logprob is None else (logprob,)
+        sequence.logprobs += logprobs
+        before = None
+        if sampling.prompt_logprobs is not None and not sequence.reply_tokens:
+            before = tuple(sequence.prompt_logprobs)
         sequence.append(token)
         sequence.chooser.took(token)
         self._totals["completion_tokens"] += 1
         finish: Finish | None = None
         text = ""
-        if token in self.stop_ids and not sequence.request.sampling.ignore_eos:
+        if token in sequence.chooser.ends:
             finish = "stop"
         else:
-            text = sequence.out.push(token)
-            if sequence.out.stopped:
+            text = sequence.out.push(token, free=sequence.reply_tokens <= sampling.min_tokens)
+            if sequence.out.stopped or sequence.chooser.complete:
                 finish = "stop"
             elif sequence.reply_tokens >= sequence.limit:
                 finish = "length"
         if finish is None:
-            return Piece(sequence.request.id, text, (token,))
+            return Piece(
+                sequence.request.id, text, (token,), logprobs=logprobs, prompt_logprobs=before
+            )
         text += sequence.out.flush()
         if sequence.out.stopped:
             finish = "stop"
-        return self._end(sequence, finish, text, (token,))
+        piece = self._end(sequence, finish, text, (token,))
+        return replace(piece, logprobs=logprobs, prompt_logprobs=before)
 
     def _end(
         self, sequence: Sequence, finish: Finish, text: str, ids: tuple[int, ...] = ()
@@ -415,6 +453,16 @@ class Engine:
         for id in ids:
             if self.abort(id):
                 self._backlog.pop()
+
+    def _check_causal(self, given: Many[int], ids: Many[int]) -> None:
+        """A prompt's tokens have logprobs only where each was computed without those after it."""
+        d = self.decoder
+        if d.config.prefix or d.whole_prompts or d.ids != self.vocab or list(given) != list(ids):
+            raise RequestError(
+                "prompt_logprobs",
+                rule="do not exist in this model: it reads its prompt as a whole",
+                next="ask for logprobs of the reply",
+            )
 
     def _too_long(self, tokens: int) -> CapacityError:
         if tokens >= self.context:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from herdbook.engine.grammar import Grammar
 from herdbook.errors import RequestError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 #: why a generation ended: a stop token or stop string, its length, a caller's abort, an exception
 Finish = Literal["stop", "length", "abort", "error"]
+
+#: the most alternatives of a token whose logprobs can be asked for
+MOST_LOGPROBS = 20
 
 _numbers = itertools.count(1)
 
@@ -38,10 +42,16 @@ class Sampling:
     min_p: float = 0.0  # drop what is less probable than min_p × the most probable
     seed: int | None = 0  # None: another draw each time
     stop: tuple[str, ...] = ()  # strings that end the reply and are not part of it
+    stop_token_ids: tuple[int, ...] = ()  # tokens that do so too, besides the model's own
+    min_tokens: int = 0  # no stop token may be drawn, no stop string counts, before so many
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    logprobs: int | None = None  # tell each token's logprob, and those of the k most probable
+    prompt_logprobs: int | None = None  # the same of the prompt's tokens
     presence_penalty: float = 0.0  # subtracted once from each token the reply already has
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the reply
     repetition_penalty: float = 1.0  # divides (multiplies where < 0) logits of prompt and reply
     ignore_eos: bool = False  # go on past stop tokens (for measuring)
+    grammar: Grammar | None = None  # what the reply must be (engine/grammar.py)
 
     def __post_init__(self) -> None:
         given: Any = self.stop
@@ -49,7 +59,18 @@ class Sampling:
         if not isinstance(stop, (list, tuple)) or not all(isinstance(s, str) and s for s in stop):
             raise _wrong("stop", self.stop, "must be a string or a list of non-empty strings")
         object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        ids: Any = self.stop_token_ids
+        if not isinstance(ids, (list, tuple)) or not all(map(_is_whole, ids)):
+            raise _wrong("stop_token_ids", ids, "must be a list of token ids")
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         self._whole("max_tokens", 1, None)
+        self._whole("min_tokens", 0, None)
+        if self.min_tokens > self.max_tokens:
+            raise _wrong("min_tokens", self.min_tokens, f"is above max_tokens={self.max_tokens}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._whole(name, 0, MOST_LOGPROBS)
         self._whole("top_k", 0, None)
         self._number("temperature", 0.0, 100.0)
         self._number("top_p", 0.0, 1.0)
@@ -65,11 +86,17 @@ class Sampling:
             self._whole("seed", 0, 2**63 - 1)
         if not isinstance(self.ignore_eos, bool):
             raise _wrong("ignore_eos", self.ignore_eos, "must be true or false")
+        if self.grammar is not None:
+            if not isinstance(self.grammar, Grammar):
+                raise _wrong("grammar", self.grammar, "must be a Grammar")
+            for name in ("min_tokens", "ignore_eos"):
+                if getattr(self, name):
+                    rule = "cannot be: a grammar says where the reply ends"
+                    raise _wrong(name, getattr(self, name), rule)
 
     def _whole(self, name: str, low: int, high: int | None) -> None:
         value = getattr(self, name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < low or (high is not None and value > high):
+        if not _is_whole(value) or value < low or (high is not None and value > high):
             bound = f"at least {low}" if high is None else f"between {low} and {high}"
             raise _wrong(name, value, f"must be a whole number, {bound}")
 
@@ -84,6 +111,23 @@ class Sampling:
         return bool(
             self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """{id: bias} or pairs of them, as sorted pairs."""
+    try:
+        biases = dict(given)
+    except (TypeError, ValueError):
+        raise _wrong("logit_bias", given, "must map token ids to numbers") from None
+    for id, bias in biases.items():
+        number = isinstance(bias, (int, float)) and not isinstance(bias, bool)
+        if not _is_whole(id) or not number or not -100 <= bias <= 100:
+            raise _wrong("logit_bias", {id: bias}, "must map token ids to numbers, -100 to 100")
+    return tuple(sorted(biases.items()))
 
 
 def _wrong(name: str, value: Any, rule: str) -> RequestError:
@@ -112,6 +156,20 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """How probable one token was to the model: of its raw logits, before bias, penalties, temperature
+    or a grammar change them.
+
+    Natural logarithms; -inf for what the model excludes.
+    """
+
+    id: int
+    logprob: float
+    rank: int  # 1: none was more probable
+    top: tuple[tuple[int, float], ...] = ()  # the most probable tokens: id and logprob, best first
+
+
+@dataclass(frozen=True)
 class Reply:
     """All that one request produced.
 
@@ -128,6 +186,8 @@ class Reply:
     decoding_s: float  # from the first token to the last
     error: Exception | None = None  # with finish == "error"
     reading: Reading | None = None  # of a request with targets or embed
+    logprobs: tuple[Logprob, ...] | None = None  # one for each of `ids`, if asked for
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None  # None for the first: nothing before
 
     @property
     def completion_tokens(self) -> int:
@@ -147,3 +207,5 @@ class Piece:
     ids: tuple[int, ...]
     finish: Finish | None = None
     reply: Reply | None = None
+    logprobs: tuple[Logprob, ...] = ()  # of `ids`, if asked for
+    prompt_logprobs: tuple[Logprob | None, ...] | None = None  # with the first piece, if asked for

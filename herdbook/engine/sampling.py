@@ -4,24 +4,30 @@ Shapes: B sequences, V tokens of the vocabulary.
 
 A row that samples goes through, in this order (Hugging Face's; penalties as in vLLM and OpenAI):
 
+0. logit_bias is added; what may not be drawn falls to -inf: a stop token before min_tokens, what the
+   grammar does not allow
 1. repetition penalty over the tokens of prompt and reply: logit / r where positive, × r where not
 2. frequency and presence penalties over the tokens of the reply: − f × count − p × (count > 0)
 3. temperature: logits / t
 4. top-k, then top-p on what is left (renormalised), then min-p on what is left
-5. one draw with the request's own generator, so that a seed gives the same reply alone and in
-   any batch
+5. one draw with the request's own generator
 
-Rows without penalties at temperature 0 take one argmax over the whole batch.
+A row's draw depends on its own logits, its own settings and its own generator alone. So what a seed
+promises is: the same logits give the same tokens, whoever else is in the batch, streamed or not. That
+the logits are the same is the runner's part.
+
+Rows that change no logits, at temperature 0, take one argmax over the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
+from herdbook.engine.grammar import Matcher
 from herdbook.engine.request import Sampling
 
 #: top-p looks at this many of the most probable tokens before it sorts the whole vocabulary
@@ -29,9 +35,20 @@ HEAD = 1024
 
 
 class Chooser:
-    """The sampling state of one request: its generator and the counts for its penalties."""
+    """The sampling state of one request: its generator and the counts for its penalties.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab: int) -> None:
+    ends: the tokens that end the reply; none is drawn before `min_tokens`. matcher: the way through
+    the request's grammar.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        vocab: int,
+        ends: Collection[int] = (),
+        matcher: Matcher | None = None,
+    ) -> None:
         self.sampling = sampling
         self.generator: torch.Generator | None = None
         if sampling.temperature > 0:
@@ -40,6 +57,11 @@ class Chooser:
                 self.generator.seed()
             else:
                 self.generator.manual_seed(sampling.seed)
+        self.drawn = 0
+        self.ends, self.matcher = frozenset(ends), matcher
+        self.late = _long([id for id in ends if id < vocab]) if sampling.min_tokens else None
+        self.biased = _long([id for id, _ in sampling.logit_bias])
+        self.bias = torch.tensor([bias for _, bias in sampling.logit_bias], dtype=torch.float32)
         self.seen: Tensor | None = None  # [V] bool: in prompt or reply
         self.counts: Tensor | None = None  # [V]: occurrences in the reply
         if sampling.penalised:
@@ -50,7 +72,13 @@ class Chooser:
     @property
     def greedy(self) -> bool:
         """Nothing but argmax."""
-        return self.generator is None and self.counts is None
+        changed = self.counts is not None or self.late is not None or len(self.biased)
+        return self.generator is None and self.matcher is None and not changed
+
+    @property
+    def complete(self) -> bool:
+        """The reply is all that its grammar allows."""
+        return self.matcher is not None and self.matcher.complete
 
     def fork(self) -> Chooser:
         """A twin that draws with the same random numbers from here on; neither changes the other."""
@@ -59,12 +87,27 @@ class Chooser:
             twin.generator = self.generator.clone_state()
         if self.counts is not None and self.seen is not None:
             twin.counts, twin.seen = self.counts.clone(), self.seen.clone()
+        if self.matcher is not None:
+            twin.matcher = self.matcher.fork()
         return twin
 
     def took(self, token: int) -> None:
+        self.drawn += 1
+        if self.matcher is not None:
+            self.matcher.took(token)
         if self.counts is not None and self.seen is not None:
             self.counts[token] += 1
             self.seen[token] = True
+
+    def steer(self, logits: Tensor) -> Tensor:
+        """Logits [V] with the bias, and -inf where nothing may be drawn."""
+        if len(self.biased):
+            logits = logits.index_add(0, self.biased, self.bias)
+        if self.late is not None and self.drawn < self.sampling.min_tokens:
+            logits = logits.index_fill(0, self.late, -torch.inf)
+        if self.matcher is not None:
+            logits = logits.masked_fill(~torch.from_numpy(self.matcher.allowed()), -torch.inf)
+        return logits
 
     def penalise(self, logits: Tensor) -> Tensor:
         """Logits [V] less what their tokens' earlier appearances cost."""
@@ -80,12 +123,16 @@ class Chooser:
 
     def choose(self, logits: Tensor) -> int:
         """The next token for logits [V] (float32, on the CPU, not changed)."""
-        logits = self.penalise(logits)
+        logits = self.penalise(self.steer(logits))
         if self.generator is None:
             return int(logits.argmax())
         probabilities, tokens = candidates(logits, self.sampling)
         pick = int(torch.multinomial(probabilities, 1, generator=self.generator))
         return pick if tokens is None else int(tokens[pick])
+
+
+def _long(ids: Sequence[int]) -> Tensor:
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def candidates(logits: Tensor, s: Sampling) -> tuple[Tensor, Tensor | None]:

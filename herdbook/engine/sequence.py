@@ -13,7 +13,7 @@ import time
 from herdbook.engine.adapters import Adapter
 from herdbook.engine.pages import chain, page_hash
 from herdbook.engine.reading import Reading
-from herdbook.engine.request import Finish, Reply, Request
+from herdbook.engine.request import Finish, Logprob, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
 from herdbook.model.carried import State
@@ -50,6 +50,10 @@ class Sequence:
         self.scheduled = 0
         #: logits are wanted after each token from this place on; None: after the last one alone
         self.wanted_from: int | None = reading.first if reading else None
+        if request.sampling.prompt_logprobs is not None:
+            self.wanted_from = 0
+        self.logprobs: list[Logprob] = []  # of the reply, if asked for
+        self.prompt_logprobs: list[Logprob | None] = [None]
         self.drafts: list[int] = []  # guesses that stand at the end of ids during a step
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
@@ -70,6 +74,11 @@ class Sequence:
         if self.reading:
             return 0
         return max(0, self.computed + self.scheduled - max(self.computed, self.first_wanted))
+
+    @property
+    def tells_prompt(self) -> bool:
+        """Logprobs of its prompt are wanted, and not all are told yet."""
+        return self.reading is None and self.wanted_from is not None
 
     @property
     def first_wanted(self) -> int:
@@ -122,6 +131,7 @@ class Sequence:
 
     def reply(self) -> Reply:
         assert self.finish is not None
+        asked = self.request.sampling
         return Reply(
             text=self.out.text,
             ids=tuple(self.ids[self.prompt_tokens :]),
@@ -132,4 +142,6 @@ class Sequence:
             decoding_s=self.last_at - self.first_at,
             error=self.error,
             reading=self.reading,
+            logprobs=None if asked.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if asked.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )

@@ -76,9 +76,9 @@ class TextOut:
         """All that was handed out."""
         return "".join(self._parts)
 
-    def push(self, token: int) -> str:
-        """The text that this token makes certain (often "")."""
-        return self._add(self._stream.push(token)) if self._stream else ""
+    def push(self, token: int, *, free: bool = False) -> str:
+        """The text that this token makes certain (often ""). free: no stop string counts yet."""
+        return self._add(self._stream.push(token), free) if self._stream else ""
 
     def flush(self) -> str:
         """The rest, when no more tokens come: held-back text was no stop string after all."""
@@ -90,15 +90,16 @@ class TextOut:
             self._tail = ""
         return rest
 
-    def _add(self, text: str) -> str:
-        if not self._stops and not self._escaped:
+    def _add(self, text: str, free: bool = False) -> str:
+        stops = () if free else self._stops
+        if not stops and not self._escaped:
             return self._hand_out(text)
         text = self._tail + text
-        ends = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         if ends:
             self.stopped, self._tail = True, ""
             return self._hand_out(text[: min(ends)])
-        keep = held(text, self._stops)
+        keep = held(text, stops)
         keep += held(text[: len(text) - keep], tuple(self._escaped.values()))
         self._tail = text[len(text) - keep :]
         return self._hand_out(text[: len(text) - keep])

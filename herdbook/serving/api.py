@@ -27,10 +27,7 @@ import asyncio
 import contextlib
 import hmac
 import json
-import time
-import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,10 +40,12 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from herdbook.engine.engine import Engine
-from herdbook.engine.request import Piece, Request
+from herdbook.engine.request import Request
 from herdbook.errors import CapacityError, HerdbookError, RequestError, ServeError
 from herdbook.serving.embeddings import EmbeddingAsk, embed
+from herdbook.serving.replies import ChatShape, CompletionShape, Shape, Usage, parts, whole
 from herdbook.serving.schema import Ask, ChatAsk, CompletionAsk, Prompt, explain
+from herdbook.serving.tools import explained, native
 from herdbook.serving.worker import Broken, Busy, Worker
 from herdbook.tokens.chat import render
 
@@ -112,9 +111,8 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
     @api.post("/v1/chat/completions")
     async def chat_completions(ask: ChatAsk, http: Http) -> Response:
         worker = served(ask.model)
-        turns = [{"role": turn.role, "content": turn.content} for turn in ask.messages]
-        ids = await asyncio.to_thread(_rendered, worker.engine, turns)
-        return await _answer(ChatShape(ask.model), worker, [ids], ask, ask.limit, http)
+        ids = await asyncio.to_thread(_rendered, worker.engine, ask)
+        return await _answer(ChatShape(worker.engine, ask, ids), worker, ask, ask.limit, http)
 
     @api.post("/v1/completions")
     async def completions(ask: CompletionAsk, http: Http) -> Response:
@@ -124,11 +122,13 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
         )
         echoes = []
         if ask.echo:
+            told = ask.told is not None  # then in the tokens' own spelling
             echoes = [
-                _echo(worker.engine, prompt) for prompt in ask.prompt for _ in range(ask.choices)
+                _echo(worker.engine, prompt, ids if told else None)
+                for prompt, ids in zip(ask.prompt, prompts, strict=True)
             ]
-        shape = CompletionShape(ask.model, echoes=echoes)
-        return await _answer(shape, worker, prompts, ask, ask.limit, http)
+        shape = CompletionShape(worker.engine, ask, prompts, echoes)
+        return await _answer(shape, worker, ask, ask.limit, http)
 
     @api.post("/v1/embeddings")
     async def embeddings(ask: EmbeddingAsk, http: Http) -> Response:
@@ -179,10 +179,14 @@ def app(models: Mapping[str, Worker], *, key: str | None = None) -> FastAPI:
 # -- prompts --------------------------------------------------------------------------------
 
 
-def _rendered(engine: Engine, turns: Sequence[Mapping[str, str]]) -> list[int]:
+def _rendered(engine: Engine, ask: ChatAsk) -> list[int]:
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return render(engine.tokenizer, turns, reply=True, now=datetime.now()).ids
+    rows = [turn.row() for turn in ask.messages]
+    tools = [tool.model_dump(exclude_unset=True) for tool in ask.callable]
+    if not native(engine.tokenizer.chat_template):
+        rows, tools = explained(rows, tools), []
+    return render(engine.tokenizer, rows, reply=True, tools=tools, now=datetime.now()).ids
 
 
 def _adapter(worker: Worker, ask: Ask | EmbeddingAsk) -> str | None:
@@ -207,12 +211,14 @@ def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     return engine.tokenizer.prompt(prompt)
 
 
-def _echo(engine: Engine, prompt: Prompt) -> str:
-    if isinstance(prompt, str):
+def _echo(engine: Engine, prompt: Prompt, ids: list[int] | None) -> str:
+    """The prompt as it was sent, or as its tokens `ids` spell it."""
+    if isinstance(prompt, str) and ids is None:
         return prompt
     if engine.tokenizer is None:
         raise _no_tokenizer()
-    return engine.tokenizer.decode(prompt, specials=True)
+    specials = not isinstance(prompt, str)
+    return engine.tokenizer.decode(prompt if ids is None else ids, specials=specials)  # type: ignore[arg-type]
 
 
 def _no_tokenizer() -> Refusal:
@@ -242,157 +248,48 @@ def _budget(engine: Engine, prompt: int, limit: int | None, param: str) -> int:
 # -- replies --------------------------------------------------------------------------------
 
 
-@dataclass
-class ChatShape:
-    """How a chat reply is written down."""
-
-    model: str
-    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
-    kind, chunk_kind, prompt_key = "chat.completion", "chat.completion.chunk", "messages"
-
-    def whole(self, at: int, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def opening(self, at: int) -> dict[str, Any] | None:
-        return {"delta": {"role": "assistant", "content": ""}}
-
-    def part(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
-
-
-@dataclass
-class CompletionShape:
-    """How a plain completion is written down. `echoes`: the prompt of each choice, if asked for."""
-
-    model: str
-    echoes: Sequence[str] = ()
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    kind, chunk_kind, prompt_key = "text_completion", "text_completion", "prompt"
-
-    def whole(self, at: int, text: str) -> dict[str, Any]:
-        return {"text": (self.echoes[at] if self.echoes else "") + text}
-
-    def opening(self, at: int) -> dict[str, Any] | None:
-        return {"text": self.echoes[at]} if self.echoes else None
-
-    def part(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-
-class Usage:
-    """Tokens, counted as OpenAI does: a prompt once, however many choices it has."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]], choices: int) -> None:
-        self._choices = choices
-        self._prompt, self._reply, self._cached = sum(map(len, prompts)), 0, 0
-
-    def add(self, at: int, piece: Piece) -> None:
-        self._reply += len(piece.ids)
-        if piece.reply is not None and at % self._choices == 0:
-            self._cached += piece.reply.cached_tokens
-
-    def __call__(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self._prompt,
-            "completion_tokens": self._reply,
-            "total_tokens": self._prompt + self._reply,
-            "prompt_tokens_details": {"cached_tokens": self._cached},
-        }
-
-
 async def _answer(
-    shape: ChatShape | CompletionShape,
-    worker: Worker,
-    prompts: Sequence[list[int]],
-    ask: Ask,
-    limit: int | None,
-    http: Http,
+    shape: Shape, worker: Worker, ask: Ask, limit: int | None, http: Http
 ) -> Response:
-    """Run `ask.choices` requests for each prompt, and write the reply, streamed or whole."""
+    """Run `ask.draws` requests for each prompt, and write the reply, streamed or whole."""
     requests: list[Request] = []
     tokenizer = worker.engine.tokenizer
     chat = isinstance(shape, ChatShape)
     stop = tokenizer.stop_strings if tokenizer and chat else ()
-    for ids in prompts:
+    for ids in shape.prompts:
         tokens = _budget(worker.engine, len(ids), limit, shape.prompt_key)
-        for choice in range(ask.choices):
+        for choice in range(ask.draws):
             sampling = ask.sampling(max_tokens=tokens, choice=choice)
             id = f"{shape.id}-{len(requests)}"
+            trim = chat and sampling.grammar is None
             adapter = _adapter(worker, ask)
-            requests.append(Request(ids, sampling, stop=stop, trim=chat, id=id, adapter=adapter))
-    usage = Usage(prompts, ask.choices)
+            requests.append(Request(ids, sampling, stop=stop, trim=trim, id=id, adapter=adapter))
+    # A grammar is read here, in a thread of its own, and found ready by the engine.
+    await asyncio.to_thread(worker.engine.matcher, requests[0].sampling)
+    usage = Usage(shape.prompts, ask.draws)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:
         headers["X-Herdbook-Warning"] = ascii("; ".join(ask.warnings))[1:-1][:500]
-    head = {"id": shape.id, "created": int(time.time()), "model": shape.model}
+    pieces = worker.stream(requests)
     if ask.stream:
-        return EventStream(_events(shape, head, worker, requests, ask, usage), headers)
-    body = await _unless_gone(http.receive, _whole(shape, head, worker, requests, usage))
+        return EventStream(_lines(parts(shape, pieces, len(requests), usage), pieces), headers)
+
+    async def work() -> dict[str, Any]:
+        async with contextlib.aclosing(pieces):
+            return await whole(shape, pieces, len(requests), usage)
+
+    body = await _unless_gone(http.receive, work())
     if body is None:
         return Response(status_code=499)  # nobody reads it
     return JSONResponse(body, headers=headers)
 
 
-async def _whole(
-    shape: ChatShape | CompletionShape,
-    head: dict[str, Any],
-    worker: Worker,
-    requests: Sequence[Request],
-    usage: Usage,
-) -> dict[str, Any]:
-    texts = [""] * len(requests)
-    ends: list[str | None] = [None] * len(requests)
-    async with contextlib.aclosing(worker.stream(requests)) as pieces:
-        async for at, piece in pieces:
-            texts[at] += piece.text
-            ends[at] = piece.finish
-            usage.add(at, piece)
-    choices = [
-        {"index": at, **shape.whole(at, text), "logprobs": None, "finish_reason": end}
-        for at, (text, end) in enumerate(zip(texts, ends, strict=True))
-    ]
-    return {**head, "object": shape.kind, "choices": choices, "usage": usage()}
-
-
-async def _events(
-    shape: ChatShape | CompletionShape,
-    head: dict[str, Any],
-    worker: Worker,
-    requests: Sequence[Request],
-    ask: Ask,
-    usage: Usage,
+async def _lines(
+    bodies: AsyncIterator[dict[str, Any]], pieces: AsyncGenerator[Any, None]
 ) -> AsyncGenerator[str, None]:
-    """The lines of a stream: an opening, parts and an end for each choice; the sums; [DONE]."""
-    options = ask.stream_options
-    sums = bool(options and options.include_usage)
-    always = bool(options and options.continuous_usage_stats)
-
-    def chunk(choices: list[dict[str, Any]], with_usage: bool) -> str:
-        body = {**head, "object": shape.chunk_kind, "choices": choices}
-        if with_usage:
-            body["usage"] = usage()
-        elif sums:
-            body["usage"] = None
-        return _data(body)
-
-    def choice(at: int, content: dict[str, Any], end: str | None = None) -> str:
-        one = {"index": at, **content, "logprobs": None, "finish_reason": end}
-        return chunk([one], with_usage=always)
-
-    opened: set[int] = set()
-    async with contextlib.aclosing(worker.stream(requests)) as pieces:
-        async for at, piece in pieces:
-            usage.add(at, piece)
-            if at not in opened:
-                opened.add(at)
-                if (opening := shape.opening(at)) is not None:
-                    yield choice(at, opening)
-            if piece.text:
-                yield choice(at, shape.part(piece.text))
-            if piece.finish is not None:
-                yield choice(at, shape.part(""), piece.finish)
-    if sums:
-        yield chunk([], with_usage=True)
+    async with contextlib.aclosing(pieces):
+        async for body in bodies:
+            yield _data(body)
     yield "data: [DONE]\n\n"
 
 

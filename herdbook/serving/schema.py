@@ -3,11 +3,11 @@
 The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A request falls into one
 of three drawers:
 
-- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`
-  and `repetition_penalty` as extensions;
-- OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`tools`,
-  `logprobs`, a JSON `response_format` …): refused with status 400, unless their value asks for
-  nothing (`"logprobs": false`);
+- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`,
+  `repetition_penalty`, `min_tokens`, `stop_token_ids`, `prompt_logprobs`, `structured_outputs` and
+  `guided_…` as extensions (vLLM's);
+- OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`audio`,
+  `functions` …): refused with status 400, unless their value asks for nothing (`"functions": []`);
 - anything else: ignored, and the response says so in the header `X-Herdbook-Warning`.
 
 >>> ask = ChatAsk.model_validate({"model": "luna", "messages": [{"role": "user", "content": "Hi"}]})
@@ -20,7 +20,9 @@ Types are strict: `"temperature": "0.5"` is refused, since a client that sends i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
@@ -30,12 +32,15 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
-from herdbook.engine.request import Sampling
-from herdbook.errors import nearest
+from herdbook.engine.request import MOST_LOGPROBS, Sampling
+from herdbook.errors import RequestError, nearest
+from herdbook.serving.structured import Structured
+from herdbook.serving.tools import MOST_CALLS, MOST_TOOLS, Call, Choose, Tool, grammar
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
 MAX_STOPS = 4  # OpenAI's limit
@@ -43,19 +48,15 @@ MAX_STOPS = 4  # OpenAI's limit
 # Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
-    "function_call": ("none", "auto"),
+    "best_of": (1,),  # of a chat; a completion obeys it
+    "function_call": ("none", "auto"),  # OpenAI's older way; `tools` is obeyed
     "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
-    "tool_choice": ("none", "auto"),
+    "tool_choice": ("none", "auto"),  # of a completion; a chat obeys it
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -64,7 +65,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 HARMLESS = frozenset(
     [
         "metadata",
-        "parallel_tool_calls",
         "prompt_cache_key",
         "prompt_cache_retention",
         "safety_identifier",
@@ -118,20 +118,32 @@ class Part(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such."""
+    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such.
+
+    A `tool` tells what a call returned; an assistant that calls may say nothing besides.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
     role: str
     content: Text
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_may_be_all(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("tool_calls") and given.get("content") is None:
+            return {**given, "content": ""}
+        return given
 
     @field_validator("role", mode="after")
     @classmethod
     def _known_role(cls, role: str) -> str:
-        if role in ("tool", "function"):
-            raise ValueError(f"role {role!r} is not supported yet; tools are not")
-        if role not in ("system", "developer", "user", "assistant"):
+        if role == "function":
+            raise ValueError("role 'function' is not supported; use 'tool'")
+        if role not in ("system", "developer", "user", "assistant", "tool"):
             raise ValueError(
-                f"role {role!r} is not known; use 'system', 'developer', 'user' or 'assistant'"
+                f"role {role!r} is not known; use 'system', 'developer', 'user', 'assistant' or 'tool'"
             )
         return "system" if role == "developer" else role
 
@@ -151,11 +163,24 @@ class ChatMessage(BaseModel):
         return "".join(Part.model_validate(part).text for part in content)
 
     @model_validator(mode="after")
-    def _no_tools(self) -> ChatMessage:
-        for key in ("tool_calls", "function_call", "tool_call_id", "audio"):
+    def _calls_where_they_belong(self) -> ChatMessage:
+        for key in ("function_call", "audio"):
             if (self.model_extra or {}).get(key):
                 raise ValueError(f"{key!r} is not supported yet")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"'tool_calls' are the assistant's, not those of {self.role!r}")
+        if (self.tool_call_id is None) == (self.role == "tool"):
+            raise ValueError("'tool_call_id' belongs to role 'tool', and is required there")
         return self
+
+    def row(self) -> dict[str, Any]:
+        """As chat templates take it."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls:
+            row["tool_calls"] = [call.row() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            row["tool_call_id"] = self.tool_call_id
+        return row
 
 
 class StreamOptions(BaseModel):
@@ -166,10 +191,13 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 
 
-class Ask(BaseModel):
+class Ask(Structured):
     """What chat and completion requests have in common."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -189,6 +217,10 @@ class Ask(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, allow_inf_nan=False)
+    logit_bias: dict[str, Bias] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[TokenId] | None = None
+    prompt_logprobs: Alternatives | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -203,8 +235,20 @@ class Ask(BaseModel):
             raise ValueError("must be a string or a list of strings")
         return stops
 
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
+        for key in bias or ():
+            if not (key.isascii() and key.isdigit() and len(key) < 10):
+                raise ValueError(f"must map token ids to numbers; {_short(key)} is no token id")
+        return bias
+
     @model_validator(mode="after")
     def _sort_the_rest(self) -> Ask:
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("'prompt_logprobs' come with a whole reply only; leave out 'stream'")
+        if self.grammar is not None and self.min_tokens:
+            raise ValueError("'min_tokens' cannot be: the form asked for says where the reply ends")
         if self.stream_options is not None and not self.stream:
             raise ValueError("'stream_options' is only allowed together with \"stream\": true")
         known = [*type(self).model_fields, *UNSUPPORTED]
@@ -229,6 +273,16 @@ class Ask(BaseModel):
     def choices(self) -> int:
         return self.n or 1
 
+    @property
+    def draws(self) -> int:
+        """Replies that are made for each prompt; the best `choices` of them are told."""
+        return self.choices
+
+    @property
+    def told(self) -> int | None:
+        """How many alternatives of each token are told; None: no logprobs at all."""
+        raise NotImplementedError
+
     def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
         """The engine's settings for one choice.
 
@@ -242,11 +296,17 @@ class Ask(BaseModel):
         """
         names = ["temperature", "top_p", "top_k", "min_p"]
         names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
+        names += ["min_tokens", "stop_token_ids"]
+        if choice == 0:  # once for a prompt
+            names.append("prompt_logprobs")
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if asked.get("top_k") == -1:  # vLLM's way of saying «all»
             asked["top_k"] = 0
         seed = None if self.seed is None else (self.seed + choice) % 2**63
         stop = tuple(self.stop or ())
+        asked["grammar"] = self.grammar
+        asked["logit_bias"] = {int(id): bias for id, bias in (self.logit_bias or {}).items()}
+        asked["logprobs"] = 0 if self.told is None and self.draws > self.choices else self.told
         return Sampling(**asked, max_tokens=max_tokens, seed=seed, stop=stop)
 
 
@@ -255,6 +315,84 @@ class ChatAsk(Ask):
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
+    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Any = None  # "none", "auto", "required" or a `Choose`
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _a_choice(cls, given: Any) -> Any:
+        if given is None or given in ("none", "auto", "required"):
+            return given
+        try:
+            return Choose.model_validate(given)
+        except ValidationError:
+            raise ValueError(
+                'must be "none", "auto", "required" or '
+                '{"type": "function", "function": {"name": "…"}}'
+            ) from None
+
+    @field_validator("tools", mode="after")
+    @classmethod
+    def _whole_tools(cls, tools: list[Tool] | None) -> list[Tool] | None:
+        for tool in tools or ():
+            try:
+                _whole(json.dumps(tool.model_dump(), ensure_ascii=False))
+            except RecursionError:
+                raise ValueError("are nested too deep") from None
+        names = [tool.function.name for tool in tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("hold two functions of the same name")
+        return tools
+
+    @model_validator(mode="after")
+    def _choose_what_is_there(self) -> ChatAsk:
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, Choose) and self.tool_choice.function.name not in names:
+            name = self.tool_choice.function.name
+            raise ValueError(f"'tool_choice' names {name!r}, which is not among 'tools'")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("'tool_choice' is 'required', but there are no 'tools'")
+        if self.callable and self._grammar is not None:
+            raise ValueError(
+                "tools and a form for the reply cannot be had together; "
+                'leave one out, or send "tool_choice": "none"'
+            )
+        if self.callable and self.tool_choice not in (None, "auto"):
+            try:
+                self._grammar = grammar(self.callable, self.most_calls or MOST_CALLS)
+            except RequestError as error:
+                raise ValueError(f"'tools': {error.what} {error.rule}") from error
+            if self.min_tokens:
+                raise ValueError("'min_tokens' cannot be: a call of a tool ends by itself")
+        return self
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that this reply may call."""
+        if isinstance(self.tool_choice, Choose):
+            name = self.tool_choice.function.name
+            return [tool for tool in self.tools or () if tool.function.name == name]
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def most_calls(self) -> int | None:
+        """The most calls in one reply; None: as many as it makes."""
+        return (
+            1 if isinstance(self.tool_choice, Choose) or self.parallel_tool_calls is False else None
+        )
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> ChatAsk:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs \"logprobs\": true")
+        return self
+
+    @property
+    def told(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatAsk:
@@ -277,15 +415,36 @@ class CompletionAsk(Ask):
 
     prompt: Prompts
     echo: bool | None = None
+    logprobs: Alternatives | None = None
+    best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionAsk:
-        if len(self.prompt) * self.choices > MAX_CHOICES:
+        if self.draws < self.choices:
+            raise ValueError(f"'best_of' is {self.best_of}, less than 'n' = {self.n}")
+        if self.draws > self.choices and self.stream:
+            raise ValueError("'best_of' cannot be streamed: the best is known at the end")
+        if len(self.prompt) * self.draws > MAX_CHOICES:
+            name = "n" if self.best_of is None else "best_of"
             raise ValueError(
-                f"{len(self.prompt)} prompts × n = {self.choices} are more than {MAX_CHOICES} "
+                f"{len(self.prompt)} prompts × {name} = {self.draws} are more than {MAX_CHOICES} "
                 "choices; send several requests"
             )
         return self
+
+    @property
+    def draws(self) -> int:
+        return self.choices if self.best_of is None else self.best_of
+
+    @property
+    def told(self) -> int | None:
+        return self.logprobs
+
+    def sampling(self, *, max_tokens: int, choice: int) -> Sampling:
+        one = super().sampling(max_tokens=max_tokens, choice=choice)
+        if not self.echo or self.logprobs is None or choice:
+            return one
+        return replace(one, prompt_logprobs=max(self.logprobs, self.prompt_logprobs or 0))
 
     @property
     def limit(self) -> int:

@@ -25,14 +25,14 @@ token, those characters stay characters: special tokens are parsed in the templa
 To tell the two apart, contents are marked with private characters, rendered, and unmarked. Where a
 template's marks of roles are ordinary text ("### Human:"), a user can write them: no token says who.
 
-Left out: tools and images.
+Left out: images, and tools in training.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -59,11 +59,13 @@ def render(
     messages: Sequence[Mapping[str, Any] | Message],
     *,
     reply: bool = False,
+    tools: Sequence[Mapping[str, Any]] = (),
     now: datetime | None = None,
 ) -> Rendering:
     """Ids and mask of a conversation. reply: end with the generation prompt, ready for an answer.
 
-    With reply=True nothing is to be learned and the mask is False throughout. now: what a template
+    tools: what the template is given as such (functions as JSON schemas); it must know what to do with
+    them. With reply=True nothing is to be learned and the mask is False throughout. now: what a template
     that writes the date is told, for who talks to the model today. Without it that is one fixed day
     (`sandbox.DAY`), so that what is trained or made of data is the same tomorrow.
     """
@@ -72,11 +74,17 @@ def render(
         raise DataError(
             "an empty conversation", rule="has nothing to render", next="give at least one message"
         )
-    template = _Template.of(tokenizer, rows, now)
+    told = [*rows, *tools]
+    for key in (key for one in told for key in _keys(one)):
+        if tokenizer.holds_special(key):
+            raise DataError(
+                f"the key {key!r:.60}", rule="holds a special token", next="give it another name"
+            )
+    template = _Template.of(tokenizer, rows, tools, now)
     page = template.render(rows, reply=reply)
     contents = None if reply else template.locate(rows, page.text)
     plain: list[Span] = []
-    held = any(tokenizer.holds_special(text) for row in rows for text in _strings(row))
+    held = any(tokenizer.holds_special(text) for row in told for text in _strings(row))
     if held or tokenizer.edged:
         contents = contents or template.locate(rows, page.text, reply=reply)
         plain = template.protect(rows, page.text, reply=reply)
@@ -156,9 +164,23 @@ def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for key, one in value.items() if key != "role" for text in _strings(one)]
+        return [
+            text
+            for key, one in value.items()
+            if key != "role" or one not in ROLES
+            for text in _strings(one)
+        ]
     if isinstance(value, (list, tuple)):
         return [text for one in value for text in _strings(one)]
+    return []
+
+
+def _keys(value: Any) -> list[str]:
+    """Every key in a message, of whatever depth."""
+    if isinstance(value, Mapping):
+        return [*value, *(key for one in value.values() for key in _keys(one))]
+    if isinstance(value, (list, tuple)):
+        return [key for one in value for key in _keys(one)]
     return []
 
 
@@ -167,7 +189,10 @@ def _mapped(value: Any, change: Any) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {k: one if k == "role" else _mapped(one, change) for k, one in value.items()}
+        return {
+            k: one if k == "role" and one in ROLES else _mapped(one, change)
+            for k, one in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_mapped(one, change) for one in value]
     return value
@@ -202,11 +227,16 @@ class _Template:
     tokenizer: Tokenizer
     program: jinja2.Template
     marks: str  # generation starts, ends; content starts, its number ends, content ends
-    now: datetime | None
+    tools: Sequence[Mapping[str, Any]] = ()
+    now: datetime | None = None
 
     @classmethod
     def of(
-        cls, tokenizer: Tokenizer, rows: list[dict[str, Any]], now: datetime | None
+        cls,
+        tokenizer: Tokenizer,
+        rows: list[dict[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        now: datetime | None = None,
     ) -> _Template:
         source = tokenizer.chat_template
         if source is None:
@@ -216,7 +246,8 @@ class _Template:
                 next="use a chat model (…-Instruct, …-Chat), or choose one with --template: a file "
                 f"of Jinja, or one of {', '.join(templates.shipped())}",
             )
-        used = set(source).union(*(set(text) for row in rows for text in _strings(row)))
+        told = [*rows, *tools]
+        used = set(source).union(*(set(text) for row in told for text in _strings(row)))
         free = (chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
         marks = "".join(mark for mark, _ in zip(free, range(5), strict=False))
         if len(marks) < 5:
@@ -226,7 +257,7 @@ class _Template:
                 next="take such characters out of the data",
             )
         try:
-            return cls(tokenizer, sandbox.compile(source), marks, now)
+            return cls(tokenizer, sandbox.compile(source), marks, tools, now)
         except (jinja2.TemplateError, SyntaxError, RecursionError) as error:
             raise TemplateError(
                 "the chat template",
@@ -246,7 +277,7 @@ class _Template:
                 self.program,
                 {
                     "messages": rows,
-                    "tools": None,
+                    "tools": list(self.tools) or None,
                     "documents": None,
                     "add_generation_prompt": reply,
                     "_generation_marks": self.marks[:2],
@@ -342,16 +373,21 @@ class _Template:
                 at = end
             return out + value[at:]
 
-        found = self._unmark(self._raw([_mapped(row, mark) for row in rows], reply), text)
+        marked = replace(self, tools=_mapped(self.tools, mark))
+        found = self._unmark(marked._raw([_mapped(row, mark) for row in rows], reply), text)
         if found is None:
-            index, special = next(
-                (index, value[start:end])
-                for index, row in enumerate(rows)
+            names = [
+                *(f"message {index}" for index in range(len(rows))),
+                *("a tool" for _ in self.tools),
+            ]
+            name, special = next(
+                (name, value[start:end])
+                for name, row in zip(names, [*rows, *self.tools], strict=True)
                 for value in _strings(row)
                 for start, end in self.tokenizer.special_spans(value)
             )
             raise TemplateError(
-                f"message {index} holds the special token {special!r} as text",
+                f"{name} holds the special token {special!r} as text",
                 rule="and the chat template rewrites it, so it cannot be kept apart from real ones",
                 next="take that text out of the message",
             )

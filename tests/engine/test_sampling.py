@@ -32,6 +32,17 @@ from herdbook.errors import RequestError
         ("frequency_penalty", -3.0, "between -2 and 2"),
         ("repetition_penalty", 0.0, "above 0"),
         ("ignore_eos", 1, "true or false"),
+        ("logprobs", 21, "between 0 and 20"),
+        ("logprobs", True, "a whole number"),
+        ("prompt_logprobs", -1, "between 0 and 20"),
+        ("min_tokens", 257, "above max_tokens=256"),
+        ("min_tokens", -1, "at least 0"),
+        ("stop_token_ids", 7, "a list of token ids"),
+        ("stop_token_ids", ("7",), "a list of token ids"),
+        ("logit_bias", 7, "map token ids to numbers"),
+        ("logit_bias", {"7": 1.0}, "map token ids to numbers"),
+        ("logit_bias", {7: 101}, "-100 to 100"),
+        ("logit_bias", {7: math.nan}, "-100 to 100"),
     ],
 )
 def test_a_wrong_setting_is_named(name: str, value: Any, rule: str) -> None:

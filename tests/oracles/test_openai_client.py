@@ -13,9 +13,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 import herdbook
@@ -184,6 +185,65 @@ def test_extensions_travel_in_extra_body(client: openai.OpenAI, model: str):
     assert one.choices[0].message.content == greedy.choices[0].message.content
 
 
+def test_logprobs_add_up_in_the_clients_stream(client: openai.OpenAI, model: str):
+    keys: dict[str, Any] = {"n": 2, "temperature": 1.2, "seed": 4, "max_tokens": 8}
+    keys |= {"logprobs": True, "top_logprobs": 3, "logit_bias": {"5": -100}}
+    whole = client.chat.completions.create(model=model, messages=HI, **keys)
+    with client.chat.completions.stream(model=model, messages=HI, **keys) as stream:
+        for _ in stream:
+            pass
+        final = stream.current_completion_snapshot
+    for ours, theirs in zip(whole.choices, final.choices, strict=True):
+        assert ours.logprobs and ours.logprobs.content and theirs.logprobs
+        assert ours.logprobs.content == theirs.logprobs.content
+        assert "".join(one.token for one in ours.logprobs.content) == ours.message.content
+        assert all(len(one.top_logprobs) == 3 for one in ours.logprobs.content)
+
+
+class Answer(pydantic.BaseModel):
+    yes: bool
+    digit: Literal["1", "2"]
+
+
+def test_the_client_parses_what_it_asked_for(client: openai.OpenAI, model: str):
+    keys: dict[str, Any] = {"temperature": 1.2, "seed": 4, "max_tokens": 200}
+    reply = client.chat.completions.parse(model=model, messages=HI, response_format=Answer, **keys)
+    assert isinstance(reply.choices[0].message.parsed, Answer)
+
+
+def test_the_clients_tools(smollm2_path: Path):
+    """The real model calls, is told the result, and answers; whole and through the stream helper."""
+    tool: Any = openai.pydantic_function_tool(Answer, name="answer", description="Answer yes or no")
+    question: Any = [{"role": "user", "content": "Is water wet? Say yes with digit 1."}]
+    for server in running(str(smollm2_path)):
+        client, model = server.client(), smollm2_path.name.removesuffix(".gguf")
+        keys: dict[str, Any] = {"model": model, "tools": [tool], "max_tokens": 80}
+        first = client.chat.completions.parse(messages=question, tool_choice="required", **keys)
+        (choice,) = first.choices
+        assert choice.finish_reason == "tool_calls" and choice.message.tool_calls
+        assert isinstance(choice.message.tool_calls[0].function.parsed_arguments, Answer)
+        with client.chat.completions.stream(
+            messages=question, tool_choice="required", **keys
+        ) as stream:
+            for _ in stream:
+                pass
+            final = stream.get_final_completion().choices[0].message
+        assert final.tool_calls
+        ours, theirs = choice.message.tool_calls[0].function, final.tool_calls[0].function
+        assert (ours.name, ours.arguments) == (theirs.name, theirs.arguments)
+        dumped = choice.message.model_dump(exclude={"parsed"}, exclude_none=True)
+        for call in dumped["tool_calls"]:
+            call["function"].pop("parsed_arguments", None)
+        result = {"role": "tool", "tool_call_id": dumped["tool_calls"][0]["id"], "content": "yes"}
+        results = [result | {"tool_call_id": call["id"]} for call in dumped["tool_calls"]]
+        talk: Any = [*question, dumped, *results]
+        last = client.chat.completions.create(messages=talk, model=model, max_tokens=8)
+        assert last.choices[0].message.content
+        form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": "42"}}}
+        last = client.chat.completions.create(messages=question, model=model, response_format=form)
+        assert last.choices[0].message.content == '"42"'
+
+
 def test_errors_are_the_clients_own(client: openai.OpenAI, model: str):
     with pytest.raises(openai.NotFoundError, match="not served here") as missing:
         client.chat.completions.create(model="nope", messages=HI)
@@ -195,8 +255,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI, model: str):
     with pytest.raises(openai.BadRequestError, match="600 tokens") as long:
         client.completions.create(model=model, prompt=[5] * 600, stream=True)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="not supported yet"):
-        client.chat.completions.create(model=model, messages=HI, logprobs=True)
+    with pytest.raises(openai.BadRequestError, match="less than or equal to 20"):
+        client.chat.completions.create(model=model, messages=HI, logprobs=True, top_logprobs=21)
 
 
 def test_a_client_that_leaves_is_forgotten(server: Server, client: openai.OpenAI, model: str):

@@ -368,8 +368,8 @@ def test_an_empty_prompt(client: Client):
 
 
 def test_unsupported_and_unknown_keys(client: Client):
-    assert "'logprobs' is not supported yet" in error(client.chat(logprobs=True), 400)["message"]
-    assert "'tools'" in error(client.chat(tools=[{"type": "function"}]), 400)["message"]
+    assert "'suffix' is not supported yet" in error(client.chat(suffix="x"), 400)["message"]
+    assert "'functions'" in error(client.chat(functions=[{"name": "f"}]), 400)["message"]
     response = client.chat(temprature=1, stream=True)
     assert response.status_code == 200
     assert "did you mean 'temperature'?" in response.headers["x-herdbook-warning"]

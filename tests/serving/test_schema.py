@@ -13,6 +13,8 @@ from herdbook.engine.request import Sampling
 from herdbook.serving.schema import UNSUPPORTED, ChatAsk, CompletionAsk, explain
 
 HI = [{"role": "user", "content": "Hi"}]
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def chat(**keys: Any) -> ChatAsk:
@@ -46,6 +48,11 @@ def test_every_setting_reaches_the_engine():
         presence_penalty=0.1,
         frequency_penalty=-0.2,
         repetition_penalty=1.1,
+        logit_bias={"7": -100, "8": 1.5},
+        min_tokens=2,
+        stop_token_ids=[9],
+        logprobs=True,
+        top_logprobs=4,
     )
     assert ask.sampling(max_tokens=5, choice=2) == Sampling(
         max_tokens=5,
@@ -58,6 +65,10 @@ def test_every_setting_reaches_the_engine():
         presence_penalty=0.1,
         frequency_penalty=-0.2,
         repetition_penalty=1.1,
+        logit_bias={7: -100, 8: 1.5},  # type: ignore[arg-type]
+        min_tokens=2,
+        stop_token_ids=(9,),
+        logprobs=4,
     )
 
 
@@ -102,7 +113,24 @@ def test_developer_is_system():
         ([*HI, {"role": "user", "content": 7}], "messages[1].content", "(received 7)"),
         ([{"role": "user", "content": None}], "messages[0].content", "string or a list"),
         ([{"role": 1, "content": "Hi"}], "messages[0].role", "valid string"),
-        ([{"role": "tool", "content": "Hi"}], "messages[0].role", "not supported yet"),
+        ([{"role": "function", "content": "Hi"}], "messages[0].role", "use 'tool'"),
+        ([{"role": "tool", "content": "Hi"}], "messages[0]", "'tool_call_id' belongs to"),
+        ([{"role": "user", "content": "Hi", "tool_call_id": "x"}], "messages[0]", "belongs to"),
+        (
+            [{"role": "user", "content": "Hi", "tool_calls": [CALL]}],
+            "messages[0]",
+            "the assistant's",
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "tool_calls": [CALL | {"function": {"name": "f", "arguments": "1"}}],
+                }
+            ],
+            "messages[0].tool_calls[0].function",
+            "the text of a JSON object",
+        ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
             "messages[0].content",
@@ -110,8 +138,8 @@ def test_developer_is_system():
         ),
         (
             [{"role": "assistant", "content": "", "tool_calls": [{}]}],
-            "messages[0]",
-            "'tool_calls' is not supported",
+            "messages[0].tool_calls[0].id",
+            "is required",
         ),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content", "half a character"),
     ],
@@ -141,6 +169,15 @@ def test_malformed_messages(messages: Any, param: str, part: str):
         ({"presence_penalty": 2.1}, "presence_penalty"),
         ({"seed": 2**63}, "seed"),
         ({"stream": "yes"}, "stream"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"stop_token_ids": ["a"]}, "stop_token_ids[0]"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
+        ({"logit_bias": {"1": 101.0}}, "logit_bias.1"),
     ],
 )
 def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):
@@ -151,19 +188,90 @@ def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"1": 5}),
+        ("functions", [{"name": "f"}]),
         ("suffix", "x"),
-        ("best_of", 2),
     ],
 )
 def test_what_would_change_the_reply_is_refused(key: str, value: Any):
     for make in (chat, complete):
         message, _ = refusal(make, **{key: value})
         assert message == f"{key!r} is not supported yet; leave it out"
+
+
+def test_best_of_is_for_completions():
+    assert "not supported" in refusal(chat, best_of=2)[0]
+    ask = complete(best_of=4, n=2)
+    assert (ask.draws, ask.choices) == (4, 2)
+    assert ask.sampling(max_tokens=1, choice=3).logprobs == 0  # the engine must tell which is best
+    assert "less than 'n' = 3" in refusal(complete, best_of=2, n=3)[0]
+    assert "cannot be streamed" in refusal(complete, best_of=2, stream=True)[0]
+    assert complete(best_of=2, n=2, stream=True).stream
+    assert "2 prompts × best_of = 9" in refusal(complete, prompt=["a", "b"], best_of=9)[0]
+
+
+def test_who_is_told_of_prompts():
+    ask = complete(echo=True, logprobs=3, n=2)
+    assert [ask.sampling(max_tokens=1, choice=at).prompt_logprobs for at in (0, 1)] == [3, None]
+    ask = complete(echo=True, logprobs=3, prompt_logprobs=5)
+    assert ask.sampling(max_tokens=1, choice=0).prompt_logprobs == 5
+    assert complete(echo=True).sampling(max_tokens=1, choice=0).prompt_logprobs is None
+    assert chat(prompt_logprobs=0).sampling(max_tokens=1, choice=0).prompt_logprobs == 0
+    assert "leave out 'stream'" in refusal(chat, prompt_logprobs=0, stream=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"tools": [{"type": "function"}]}, "'tools[0].function' is required"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+            "'tools[0].function.name'",
+        ),
+        ({"tools": [TOOL, TOOL]}, "two functions of the same name"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "'tool_choice': must be"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "'tool_choice': must be"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "names 'g'",
+        ),
+        ({"tool_choice": "required"}, "there are no 'tools'"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "cannot be had together"),
+        ({"tools": [TOOL], "tool_choice": "required", "min_tokens": 2}, "'min_tokens' cannot be"),
+        ({"response_format": {"type": "xml"}}, "'response_format.type'"),
+        ({"response_format": {"type": "json_schema"}}, 'needs "json_schema"'),
+        ({"guided_json": 7}, "a JSON schema is an object"),
+        ({"guided_regex": "a" * 5000}, "5000 bytes"),
+        ({"guided_choice": []}, "'guided_choice'"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_regex and guided_choice"),
+        ({"structured_outputs": {"xml": "a"}}, "'structured_outputs.xml'"),
+        ({"guided_regex": "a", "min_tokens": 1}, "'min_tokens' cannot be"),
+    ],
+)
+def test_forms_and_tools_that_cannot_be(keys: dict[str, Any], part: str):
+    assert part in refusal(chat, **keys)[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, "json"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "json"),
+        ({"guided_json": '{"type": "object"}'}, "json"),
+        ({"guided_regex": "a"}, "regex"),
+        ({"guided_grammar": 'start: "a"'}, "lark"),
+        ({"guided_choice": ["a", "b"]}, "lark"),
+        ({"structured_outputs": {"json": {}}}, "json"),
+        ({"structured_outputs": {"json_object": True}}, "json"),
+        ({"structured_outputs": {"regex": "a"}}, "regex"),
+        ({"structured_outputs": {"choice": ["a"]}}, "lark"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "lark"),
+    ],
+)
+def test_forms_become_a_grammar(keys: dict[str, Any], kind: str | None):
+    for make in (chat, complete):
+        grammar = make(**keys).sampling(max_tokens=1, choice=0).grammar
+        assert (grammar and grammar.kind) == kind
 
 
 def test_what_asks_for_nothing_is_tolerated():
@@ -230,4 +338,4 @@ def test_whatever_comes_is_either_taken_or_explained(body: Any):
             message, _ = explain(error.errors())
             assert message
         else:
-            ask.sampling(max_tokens=1, choice=0)
+            ask.sampling(max_tokens=max(1, ask.min_tokens or 0), choice=0)
