@@ -33,8 +33,8 @@ from herdbook.compression import int4, parity
 from herdbook.data import records
 from herdbook.errors import ConfigError
 from herdbook.model.checkpoint import gguf_family, load_decoder, save_gguf
+from herdbook.model.checkpoint.ggufs import gguf_metadata
 from herdbook.model.decoder import Block, Decoder
-from herdbook.model.family import gguf_metadata
 from herdbook.model.layout import Packed
 from herdbook.model.mlp import MLP
 from herdbook.tokens.chat import Rendering, render

@@ -12,8 +12,9 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import chatglm
-from herdbook.model.family import Family, Keys
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_by_head
+from herdbook.model.keys import Keys
 
 GATED = f"{chatglm.LAYER}.mlp.dense_h_to_4h"
 

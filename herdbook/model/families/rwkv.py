@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family, Keys, Names
+from herdbook.model.family import Family, Names
+from herdbook.model.keys import Keys
 from herdbook.model.rwkv import RWKVConfig
 
 NAMES: Names = {
