@@ -14,6 +14,7 @@ A description (one short file in families/) is:
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,7 +113,7 @@ class Family:
         return self._tensor(name, config, 1)
 
     def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
-        source, template, numbers = _place(name, self.names | self.renamed(config), side)
+        source, template, numbers = _place(name, ChainMap(self.renamed(config), self.names), side)
         fold = self.folds.get(template)
         if fold is None:
             return SourceTensor(source, (name,), None)
@@ -151,7 +152,7 @@ def _template(name: str) -> tuple[str, dict[str, str]]:
     return re.sub(r"\b(blocks|experts)\.(\d+)", note, module), numbers
 
 
-def _place(name: str, table: Names, side: int) -> tuple[str, str, dict[str, str]]:
+def _place(name: str, table: Mapping[str, tuple[str, str]], side: int) -> tuple[str, str, dict[str, str]]:
     """The source's name of our tensor, the table's entry for its module, and layer and expert."""
     module, _, leaf = name.rpartition(".")
     row, numbers = (module, {}) if module in table else _template(name)
