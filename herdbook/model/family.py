@@ -152,7 +152,9 @@ def _template(name: str) -> tuple[str, dict[str, str]]:
     return re.sub(r"\b(blocks|experts)\.(\d+)", note, module), numbers
 
 
-def _place(name: str, table: Mapping[str, tuple[str, str]], side: int) -> tuple[str, str, dict[str, str]]:
+def _place(
+    name: str, table: Mapping[str, tuple[str, str]], side: int
+) -> tuple[str, str, dict[str, str]]:
     """The source's name of our tensor, the table's entry for its module, and layer and expert."""
     module, _, leaf = name.rpartition(".")
     row, numbers = (module, {}) if module in table else _template(name)

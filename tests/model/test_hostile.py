@@ -219,7 +219,7 @@ def test_wider_experts_than_there_are(experts: Path) -> None:
     source = json.loads((experts / "config.json").read_text())
     key = "intermediate_size" if "intermediate_size" in source else "d_ff"
     edit(experts, **{key: 50_000})
-    with pytest.raises(FileError, match="of 50,000 × (64|32) at least twice but the weights are"):
+    with pytest.raises(FileError, match=r"of 50,000 × (64|32) at least twice but the weights are"):
         open_checkpoint(experts)
     edit(experts, **{key: source[key] + 1})
     with pytest.raises(FileError, match=r"has the shape .* but the config asks for"):
