@@ -289,7 +289,7 @@ def _delta(what: str, base: str, other: str, path: Path, as_json: bool, **more: 
     from herdbook.progress import for_terminal
 
     book, progress = _book(), for_terminal()
-    do: Callable[..., dict[str, Any]] = {"make": deltas.make, "apply": deltas.apply}[what]
+    do: Callable[..., dict[str, Any]] = deltas.make if what == "make" else deltas.apply
     done = do(resolve(base, book), resolve(other, book), path, progress=progress, **more)
     if as_json:
         _print(done)
