@@ -8,6 +8,7 @@ result and of one tensor.
     folder/config.json, pytorch_model.bin, or its shards and pytorch_model.bin.index.json
     folder/params.json, consolidated.00.pth …        Meta's own
     model.gguf
+    RWKV-4-….pth
 """
 
 from herdbook.model.checkpoint.base import Checkpoint as Checkpoint

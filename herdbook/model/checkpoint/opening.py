@@ -12,7 +12,8 @@ from herdbook.model.checkpoint.meta import is_meta, open_meta
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
-    """Understand what lies at `path`: a Hugging Face folder, one of Meta's, a .gguf or its folder."""
+    """Understand what lies at `path`: a Hugging Face folder, one of Meta's, a .gguf or its folder,
+    an RWKV-4's .pth or its folder."""
     path = Path(path)
     if path.is_dir():
         if is_meta(path) and not (path / "config.json").is_file():
@@ -22,4 +23,4 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return open_folder(path)
     if not path.exists():
         raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
-    return open_gguf(path)
+    return open_folder(path) if path.suffix == ".pth" else open_gguf(path)
