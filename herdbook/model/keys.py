@@ -134,7 +134,7 @@ def read_llama(keys: Keys, **axes: Any) -> DecoderConfig:
         head_dim=head_dim,
         ffn=keys.number("intermediate_size"),
         max_pos=max_pos,
-        eps=keys.real("rms_norm_eps", 1e-6),
+        eps=keys.real("rms_norm_eps", axes.pop("eps", 1e-6)),
         rope_base=rope_base,
         rope_scaling=scaling,
         activation=axes.pop("activation", None) or keys.choice("hidden_act", ACTIVATIONS, "silu"),
