@@ -48,7 +48,17 @@ def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
         weights = PlainWeights(_parts(folder, delta))
     else:
         weights = PlainWeights(_parts(folder, delta))
-        source = _sizes(folder, weights)
+        if (found := sizes(folder, weights)) is None:
+            raise no_model(folder)
+        source = found
+    return understand(folder, where, source, weights)
+
+
+def understand(
+    folder: Path, where: Path, source: dict[str, Any], weights: PlainWeights
+) -> Checkpoint:
+    """The model of this configuration, which stands at `where`, and of tensors under the names of its
+    family."""
     family = by_source(source, str(where))
     config = read_config(family, source, str(where))
     found = dict(weights.shapes)
@@ -94,12 +104,12 @@ def _renamed(
     }
 
 
-def _sizes(folder: Path, weights: PlainWeights) -> dict[str, Any]:
+def sizes(folder: Path, weights: PlainWeights) -> dict[str, Any] | None:
     """The configuration of a model that came without, from its tensors' names and shapes."""
     for family in families().values():
         if family.sizes and (source := family.sizes(weights.shapes, weights.files[0].stem)):
             return family.source(family.config(source, str(folder)))
-    raise no_model(folder)
+    return None
 
 
 def _parts(path: Path, delta: bool) -> dict[str, list[Part]]:
