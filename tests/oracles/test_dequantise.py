@@ -1,6 +1,6 @@
 """Every GGUF type that is read gives llama.cpp's own values: its C functions, called on random blocks.
 
-Most types are dequantised by the gguf package, whose Python is not llama.cpp's code either.
+The rarer types are dequantised by the gguf package, whose Python is not llama.cpp's code either.
 """
 
 from __future__ import annotations
