@@ -261,31 +261,47 @@ def delta_make(base: str, tuned: str, path: Path, /, *, json: Json = False) -> N
 
 
 @delta.command(name="apply")
-def delta_apply(base: str, difference: str, path: Path, /, *, json: Json = False) -> None:
+def delta_apply(
+    base: str,
+    difference: str,
+    path: Path,
+    /,
+    *,
+    unchecked: bool = False,
+    expect: str = "",
+    json: Json = False,
+) -> None:
     """Make the tuned model again of its base and the difference; another base is refused.
 
     Example: herd delta apply llama-7b vicuna-7b-delta vicuna-7b
+
+    Deltas that were made by other tools (Vicuna's, ExpertLLaMA's) do not say of which base they
+    are: they are applied with --unchecked, or with --expect.
 
     Parameters
     ----------
     base
         any reference to the model that the difference was made from
     difference
-        the folder that herd delta make wrote
+        the folder that herd delta make wrote, or one of another tool's
     path
         the folder to write; must not be there yet
+    unchecked
+        take a difference that cannot tell whether the base is the right one
+    expect
+        the digest that the result must have (an earlier apply printed it)
     """
-    _delta("apply", base, difference, path, json)
+    _delta("apply", base, difference, path, json, unchecked=unchecked, expect=expect)
 
 
-def _delta(what: str, base: str, other: str, path: Path, as_json: bool) -> None:
+def _delta(what: str, base: str, other: str, path: Path, as_json: bool, **more: bool | str) -> None:
     from herdbook.model import delta as deltas
     from herdbook.model.references import resolve
     from herdbook.progress import for_terminal
 
     book, progress = _book(), for_terminal()
-    do = {"make": deltas.make, "apply": deltas.apply}[what]
-    done = do(resolve(base, book), resolve(other, book), path, progress=progress)
+    do: Callable[..., dict[str, Any]] = deltas.make if what == "make" else deltas.apply
+    done = do(resolve(base, book), resolve(other, book), path, progress=progress, **more)
     if as_json:
         _print(done)
         return

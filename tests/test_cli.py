@@ -181,6 +181,16 @@ def test_delta_there_and_back(herd: Herd, tiny_folder: Path, tmp_path: Path) -> 
     assert refused.code == 1 and f"next: herd delta apply BASE {delta} PATH" in refused.err
 
 
+def test_a_delta_of_another_tool(herd: Herd, tiny_folder: Path, tmp_path: Path) -> None:
+    base, sum = str(tiny_folder), str(tmp_path / "sum")  # the model itself is as good a delta
+    refused = herd("delta", "apply", base, base, sum)
+    assert refused.code == 1 and "next: add --unchecked" in refused.err
+    done = herd("delta", "apply", base, base, sum, "--unchecked")
+    assert done.code == 0 and done.out.strip().endswith("checked names and shapes alone, no hash")
+    wrong = herd("delta", "apply", base, base, sum + "2", "--expect", "sha256:0")
+    assert wrong.code == 1 and "but sha256:0 was expected" in wrong.err
+
+
 @pytest.mark.parametrize("command", ["make", "apply"])
 def test_delta_teaches_with_an_example(herd: Herd, command: str) -> None:
     assert f"Example: herd delta {command}" in herd("delta", command, "--help").out

@@ -43,8 +43,8 @@ from herdbook.model.checkpoint import (
     save_compressed,
     save_gguf,
 )
+from herdbook.model.checkpoint.ggufs import gguf_metadata
 from herdbook.model.decoder import Block, Decoder
-from herdbook.model.family import gguf_metadata
 from herdbook.model.layers import Int4Linear
 from herdbook.model.layout import Packed
 from herdbook.model.mlp import MLP

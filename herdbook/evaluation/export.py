@@ -105,7 +105,7 @@ def _hf(ref: str, target: Path, book: Book) -> dict[str, Any]:
 
 def _gguf(ref: str, target: Path, quant: str, book: Book) -> dict[str, Any]:
     source = resolve(ref, book)
-    file = source if source.is_file() else source / "model.gguf"
+    file = source if source.suffix == ".gguf" else source / "model.gguf"
     if file.is_file() and not quant:
         shutil.copyfile(file, target)
         if sha256_file(target) != sha256_file(file):

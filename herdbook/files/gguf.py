@@ -35,6 +35,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from herdbook.errors import FileError
+from herdbook.files import kquants
 from herdbook.files.atomic import replacing
 
 MAGIC = b"GGUF"
@@ -304,6 +305,9 @@ def _dequantise(raw: np.ndarray, type: str) -> np.ndarray:
         blocks = raw.reshape(-1, 2 + BLOCK)
         d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
         return (blocks[:, 2:].view(np.int8) * d).reshape(*raw.shape[:-1], -1)
+    if type in kquants.DEQUANTISE:
+        blocks = raw.reshape(-1, _SIZES[type][1])
+        return kquants.DEQUANTISE[type](blocks).reshape(*raw.shape[:-1], -1)
     try:
         return quants.dequantize(raw, GGMLQuantizationType[type])
     except NotImplementedError:

@@ -189,14 +189,17 @@ class _File:
                 gc.enable()
 
 
-def read_table(path: Path | str) -> dict[str, Entry]:
-    """Name → where the tensor lies, after every check. FileError says what is wrong."""
+def read_table(path: Path | str, within: str = "") -> dict[str, Entry]:
+    """Name → where the tensor lies, after every check. FileError says what is wrong.
+
+    within: the entry of the file's dictionary that holds the tensors, where they are not its own.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}", rule="is no file", next="check the path")
     with path.open("rb") as handle:
         file = _File(path, handle, path.stat().st_size)
-        state, places = _zip(file) if file.at(0, 4) == b"PK\3\4" else _legacy(file)
+        state, places = (_zip if file.at(0, 4) == b"PK\3\4" else _legacy)(file, within)
     if not isinstance(state, dict):
         raise file.forbidden(f"it holds a {type(state).__name__}, no dictionary")
     entries = {}
@@ -240,7 +243,11 @@ def _entry(file: _File, name: str, tensor: _Tensor, places: dict[str, tuple[int,
     return Entry(storage.dtype, shape, start + offset * width, count * width, kept)
 
 
-def _zip(file: _File) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _within(state: Any, entry: str) -> Any:
+    return state.get(entry) if entry and isinstance(state, dict) else state
+
+
+def _zip(file: _File, within: str) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The dictionary of the newer layout, and where each storage lies."""
     end = file.at(max(file.size - 98, 0), 98)[-98:]  # zip64: 56 and its locator 20; the plain 22
     contents = int.from_bytes(end[-10:-6], "little")
@@ -279,10 +286,10 @@ def _zip(file: _File) -> tuple[Any, dict[str, tuple[int, int]]]:
         raise file.forbidden("its bytes are in big-endian order")
     data = root + "data/"
     storages = {n.removeprefix(data): place for n, place in places.items() if n.startswith(data)}
-    return file.run(io.BytesIO(file.at(start, size))), storages
+    return _within(file.run(io.BytesIO(file.at(start, size))), within), storages
 
 
-def _legacy(file: _File) -> tuple[Any, dict[str, tuple[int, int]]]:
+def _legacy(file: _File, within: str) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The same of the layout before torch 1.6."""
     program = io.BytesIO(file.at(0, PICKLE_LIMIT_BYTES))
     if file.size < 2 or program.read(2) != b"\x80\x02":
@@ -291,6 +298,7 @@ def _legacy(file: _File) -> tuple[Any, dict[str, tuple[int, int]]]:
     if file.run(program) != LEGACY_MAGIC or file.run(program) != LEGACY_VERSION:
         raise file.fail("it is a pickle, but not one of torch.save")
     machine, state, keys = (file.run(program) for _ in range(3))
+    state = _within(state, within)
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise file.forbidden("its bytes are in big-endian order")
     if not isinstance(keys, list) or not isinstance(state, dict):

@@ -105,6 +105,11 @@ class DecoderConfig:
         return self.windows[layer] if self.windows else None
 
     @property
+    def expert_layers(self) -> int:
+        """How many layers have experts."""
+        return self.layers if self.experts else 0
+
+    @property
     def plain_head(self) -> bool:
         """Logits are hidden · weightᵀ and nothing more."""
         return not (self.head_bias or self.logit_softcap or self.embed_dim)

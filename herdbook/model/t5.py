@@ -51,6 +51,10 @@ class T5Config(DecoderConfig):
     router_bias: bool = False
 
     @property
+    def expert_layers(self) -> int:
+        return len(self.sparse)
+
+    @property
     def plain_head(self) -> bool:
         return super().plain_head and not self.output_scale
 

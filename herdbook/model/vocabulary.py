@@ -34,6 +34,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.fetch import Fetch
 from herdbook.model.references import resolve
 from herdbook.progress import Progress
+from herdbook.tokens import rwkv
 from herdbook.tokens.extend import ExtendTokenizer
 from herdbook.tokens.fetch import FetchTokenizer
 from herdbook.tokens.prune import PruneTokenizer
@@ -142,6 +143,8 @@ def bring(ref: str, book: Book, progress: Progress | None = None) -> Artifact:
 
 
 def _holds_weights(path: Path) -> bool:
+    if rwkv.weights(path) is not None:
+        return True
     if path.is_dir():
         return (path / "config.json").is_file() or (path / "model.gguf").is_file()
     return path.suffix == ".gguf" and bool(gguf.read(path).tensors)

@@ -107,8 +107,8 @@ def served_name(ref: str) -> str:
     """
     if ref.startswith("hf:"):
         return ref[3:]
-    if "/" in ref or ref.endswith(".gguf") or ref in (".", ".."):
-        return Path(ref).resolve().name.removesuffix(".gguf")
+    if "/" in ref or ref.endswith((".gguf", ".pth")) or ref in (".", ".."):
+        return Path(ref).resolve().name.removesuffix(".gguf").removesuffix(".pth")
     return ref
 
 

@@ -7,6 +7,7 @@
     *.tiktoken                              ranks (Qwen 1)
     vocab.json with merges.txt              byte-level BPE (GPT-2, MOSS)
     rwkv_vocab_v20230424.txt                RWKV World
+    20B_tokenizer.json                      RWKV before World: GPT-NeoX's
     vocab.txt                               CPM-Bee
 
 What lies beside them is read by settings.py.
@@ -25,7 +26,7 @@ from tokenizers import Tokenizer as Library
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
-from herdbook.tokens import bytebpe, ice, longest, ranks
+from herdbook.tokens import bytebpe, ice, longest, ranks, rwkv, templates
 from herdbook.tokens.codec import Parts, plain_specials
 from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
@@ -36,8 +37,8 @@ from herdbook.tokens.settings import Settings, beside, delimits, find_template
 FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
 #: the same for tokenizers of a kind of their own
 OTHERS = (
-    *("spiece.model", ice.FILE, "*.tiktoken", "vocab.json"),
-    *("rwkv_vocab*.txt", longest.CPM_BEE_FILE),
+    *("spiece.model", ice.FILE, "*.tiktoken", "vocab.json", *rwkv.WORLD, rwkv.NEOX),
+    longest.CPM_BEE_FILE,
 )
 #: what a ChatGLM 2 or 3 has behind its SentencePiece model, in this order
 _CHATGLM = (
@@ -77,6 +78,8 @@ def files(folder: Path) -> list[Path]:
 
 def exists(path: Path) -> bool:
     """Whether `read` would find a tokenizer there (not whether it is a good one)."""
+    if rwkv.weights(path) is not None:
+        return True  # with its weights alone: `read` says which file is missing
     if path.is_dir():
         return find(path) is not None
     if path.suffix == ".gguf" and path.is_file():
@@ -103,10 +106,15 @@ def _named(metadata: Mapping[str, Any], path: Path) -> str | None:
 
 
 def read(path: Path, template: str | None = None) -> Parts:
-    """The tokenizer of a Hugging Face folder or of one file.
+    """The tokenizer of a Hugging Face folder or of one file; of an RWKV's .pth the one beside it.
 
     template: the source of a chat template to use instead of the one that it brings.
     """
+    if (weights := rwkv.weights(path)) is not None:
+        parts = read(rwkv.file(weights), template)
+        return dataclasses.replace(
+            parts, chat_template=parts.chat_template or templates.find(weights.stem)
+        )
     if path.is_dir():
         found = find(path)
         if found is None:
@@ -132,7 +140,12 @@ def read(path: Path, template: str | None = None) -> Parts:
         return _from_ranks(path, template)
     if path.suffix == ".model":
         return _from_model(path, template)
-    return (_from_merges if path.name == "vocab.json" else _from_json)(path, template)
+    if path.name == "vocab.json":
+        return _from_merges(path, template)
+    parts = _from_json(path, template)
+    if path.name == rwkv.NEOX and parts.eos_id is None:
+        return dataclasses.replace(parts, eos_id=parts.special_ids.get(rwkv.NEOX_END))
+    return parts
 
 
 # --- the kinds of file

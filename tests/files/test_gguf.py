@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from herdbook.errors import FileError
-from herdbook.files import gguf
+from herdbook.files import gguf, kquants
 
 METADATA = {
     "general.architecture": "llama",
@@ -67,7 +67,17 @@ def test_dequantise_is_that_of_the_gguf_package(type: str) -> None:
     np.testing.assert_array_equal(gguf.dequantise(raw, type), want)
 
 
-@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("type", kquants.DEQUANTISE)
+def test_k_quants_are_those_of_the_gguf_package(type: str) -> None:
+    kind = peer.GGMLQuantizationType[type]
+    values, size = peer.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 120, (7, 3 * size), np.uint8)  # finite scales
+    found = gguf.dequantise(raw, type)
+    assert found.shape == (7, 3 * values)
+    np.testing.assert_array_equal(found, peer.dequantize(raw, kind))
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q8_0", *kquants.DEQUANTISE])
 def test_scales_that_are_not_finite_give_values_that_are_not(type: str) -> None:
     """Without a warning of numpy's: the file is at fault, not the arithmetic."""
     kind = peer.GGMLQuantizationType[type]

@@ -14,7 +14,9 @@ def test_peak_is_the_result_and_one_tensor(layout: str) -> None:
     print(
         f"{layout}: {found['file_bytes'] / 1e6:,.0f} MB become {found['final_bytes'] / 1e6:,.0f}, "
         f"peak {found['peak_bytes'] / 1e6:,.0f}, largest {found['largest_bytes'] / 1e6:,.0f}; "
-        f"from disk {found['cold_mb_s']:,.0f} MB/s (plain read {found['cold_plain_mb_s']:,.0f}), "
-        f"cached {found['warm_mb_s']:,.0f} ({found['warm_plain_mb_s']:,.0f})"
+        f"of the file from disk {found['cold_mb_s']:,.0f} MB/s (plain read "
+        f"{found['cold_plain_mb_s']:,.0f}), cached {found['warm_mb_s']:,.0f} "
+        f"({found['warm_plain_mb_s']:,.0f}), a second of the processor's "
+        f"{found['warm_cpu_mb_s']:,.0f} ({found['warm_plain_cpu_mb_s']:,.0f})"
     )
     check(found)

@@ -19,7 +19,7 @@ from torch import Tensor
 from herdbook.errors import ConfigError, FileError
 from herdbook.model import delta
 from herdbook.model.checkpoint import INDEX, load_decoder, open_checkpoint, save_gguf, save_hf
-from herdbook.model.delta import difference, restore
+from herdbook.model.difference import difference, restore
 from herdbook.progress import Progress
 from herdbook.training.memory import Peak
 from tests.model import lean
@@ -184,8 +184,12 @@ def test_a_delta_is_no_model(base: Path, tmp_path: Path) -> None:
         with pytest.raises(FileError, match="is a delta") as caught:
             use()
         assert "herd delta apply BASE" in caught.value.next
-    with pytest.raises(FileError, match=f"is no delta of Herdbook: it holds no {delta.RECORD}"):
+    with pytest.raises(FileError, match=f"holds no {delta.RECORD}, so nothing tells") as caught:
         delta.apply(base, tuned, tmp_path / "x", progress=SILENT)
+    assert "--unchecked" in caught.value.next
+    (path / delta.RECORD).unlink()  # one of ours without its record is none of another tool's
+    with pytest.raises(FileError, match="is a delta"):
+        delta.apply(base, path, tmp_path / "x", progress=SILENT, unchecked=True)
     with pytest.raises(ConfigError, match="is there already"):
         delta.apply(base, path, tuned, progress=SILENT)
 
@@ -247,6 +251,88 @@ def test_a_base_in_another_layout(base: Path, tmp_path: Path) -> None:
         delta.make(base, tmp_path / "b.gguf", tmp_path / "x", progress=SILENT)
 
 
+def publish(base: Path, tuned: Path, path: Path, dtype: torch.dtype, *, bin: bool) -> Path:
+    """The delta as FastChat's make_delta writes it: plain weights, new rows whole."""
+    path.mkdir()
+    held, whole = load_file(base / WEIGHTS), {}
+    for name, target in load_file(tuned / WEIGHTS).items():
+        whole[name] = target.to(dtype)
+        whole[name][: len(held[name])] -= held[name].to(dtype)
+    if bin:
+        rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4, dtype=dtype)}
+        torch.save(whole | rotary, path / "pytorch_model.bin")
+    else:
+        save_file(whole, path / WEIGHTS)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copyfile(tuned / name, path / name)
+    return path
+
+
+@pytest.mark.parametrize("bin", [False, True])
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("of_base", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_published_delta(
+    of_base: torch.dtype, rows: int, bin: bool, base: Path, tmp_path: Path
+) -> None:
+    """What apply_delta does: both to float16, and added there; new rows are added to zeros."""
+    held = {name: tensor.to(of_base) for name, tensor in load_file(base / WEIGHTS).items()}
+    save_file(held, base / WEIGHTS)
+    tuned = tune(base, tmp_path / "t", torch.float16, rows)
+    path = publish(base, tuned, tmp_path / "d", torch.float16, bin=bin)
+    done = delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True)
+    assert done["checked"] == "names and shapes alone, no hash"
+    change = torch.load(path / "pytorch_model.bin") if bin else load_file(path / WEIGHTS)
+    found = load_file(tmp_path / "a" / WEIGHTS)
+    assert found.keys() == held.keys()
+    for name, tensor in found.items():
+        want = torch.zeros(tensor.shape, dtype=torch.float16)
+        want[: len(held[name])] = held[name].to(torch.float16)
+        want += change[name]
+        assert torch.equal(tensor.view(torch.int16), want.view(torch.int16)), name
+    assert load_decoder(tmp_path / "a").config.vocab == 384 + rows
+    assert (tmp_path / "a" / "tokenizer.json").is_file()
+
+
+def test_an_alpaca_delta_in_float32(base: Path, tmp_path: Path) -> None:
+    tuned = tune(base, tmp_path / "t", torch.float32)
+    path = publish(base, tuned, tmp_path / "d", torch.float32, bin=True)
+    delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True)
+    change, found = torch.load(path / "pytorch_model.bin"), load_file(tmp_path / "a" / WEIGHTS)
+    for name, tensor in load_file(base / WEIGHTS).items():
+        assert torch.equal(found[name], tensor.float() + change[name]), name
+
+
+def test_the_digest_that_must_come_out(base: Path, tmp_path: Path) -> None:
+    tuned = tune(base, tmp_path / "t", torch.float16, 1)
+    path = publish(base, tuned, tmp_path / "d", torch.float16, bin=False)
+    done = delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True)
+    again = delta.apply(
+        base, path, tmp_path / "b", progress=SILENT, expect=done["digest"], shard_bytes=50_000
+    )
+    assert again["digest"] == done["digest"] and again["checked"] == "digest"
+    held = load_file(base / WEIGHTS)
+    held["model.norm.weight"][0] += 1
+    save_file(held, base / WEIGHTS)
+    with pytest.raises(FileError, match=f"but {done['digest']} was expected"):
+        delta.apply(base, path, tmp_path / "c", progress=SILENT, expect=done["digest"])
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_published_delta_of_another_model(base: Path, tmp_path: Path) -> None:
+    """Names, shapes and finite values are checked even so."""
+    tuned = tune(base, tmp_path / "t", torch.float16, 1)
+    path = publish(base, tuned, tmp_path / "d", torch.float16, bin=False)
+    with pytest.raises(FileError, match=r"\[385, 64\] in .* but \[388, 64\] in the base"):
+        other = tune(base, tmp_path / "o", torch.float16, 4)
+        delta.apply(other, path, tmp_path / "a", progress=SILENT, unchecked=True)
+    held = load_file(base / WEIGHTS)
+    held["model.norm.weight"][0] = 1e30  # beyond float16
+    save_file(held, base / WEIGHTS)
+    with pytest.raises(FileError, match=r"'model\.norm\.weight' gives values that are not finite"):
+        delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True)
+    assert not (tmp_path / "a").exists()
+
+
 def test_one_tensor_of_each_in_memory(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -260,5 +346,6 @@ def test_one_tensor_of_each_in_memory(tmp_path: Path) -> None:
     with Peak() as peak:
         delta.make(base, tuned, tmp_path / "d", progress=SILENT)
         delta.apply(base, tmp_path / "d", tmp_path / "again", progress=SILENT)
+        delta.apply(base, tuned, tmp_path / "sum", progress=SILENT, unchecked=True)
     assert peak.bytes - before < 60e6, "the two models have 160 MB"
     assert same_tensors(tmp_path / "again", tuned)

@@ -16,7 +16,8 @@ from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_gguf, by_source, families
-from herdbook.model.family import GGUF_ROTATING, HARMLESS, Family
+from herdbook.model.family import GGUF_ROTATING, Family
+from herdbook.model.keys import HARMLESS
 from herdbook.model.layout import Packed
 from herdbook.model.modules import build
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
-from herdbook.model.checkpoint import INDEX, load_decoder, open_checkpoint, save_gguf
+from herdbook.model.checkpoint import (
+    INDEX,
+    expected_shapes,
+    load_decoder,
+    open_checkpoint,
+    save_gguf,
+)
+from herdbook.model.families import families
+from herdbook.model.modules import build
 from herdbook.training.memory import Peak
 from tests.model.lean import resident
 
@@ -180,6 +189,52 @@ def test_weights_that_shrink_while_they_are_read(folder: Path) -> None:
             checkpoint.read(name, torch.float32)
 
 
+# --- experts ---
+
+
+@pytest.fixture(params=["mixtral", "switch_transformers"])
+def experts(request: Any, tmp_path: Path) -> Path:
+    """A folder of a family with experts, its weights all 0."""
+    fixture = Path(__file__).parent / "families" / f"{request.param}.json"
+    source = json.loads(fixture.read_text())
+    family = families()[request.param]
+    config = family.config(source, "fixture")
+    shapes = expected_shapes(config)
+    held = {family.hf_tensor(name, config).name: torch.zeros(shapes[name]) for name in shapes}
+    save_file(held, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(source))
+    return tmp_path
+
+
+@pytest.mark.parametrize("count", [30, 1_000_000, 2**31 - 1])
+def test_more_experts_than_there_are(count: int, experts: Path) -> None:
+    open_checkpoint(experts)
+    source = json.loads((experts / "config.json").read_text())
+    edit(experts, **{key: count for key in ("num_local_experts", "num_experts") if key in source})
+    with pytest.raises(FileError, match=f"asks for {count:,} experts in each of [34] layers"):
+        open_checkpoint(experts)
+
+
+def test_wider_experts_than_there_are(experts: Path) -> None:
+    source = json.loads((experts / "config.json").read_text())
+    key = "intermediate_size" if "intermediate_size" in source else "d_ff"
+    edit(experts, **{key: 50_000})
+    with pytest.raises(FileError, match=r"of 50,000 × (64|32) at least twice but the weights are"):
+        open_checkpoint(experts)
+    edit(experts, **{key: source[key] + 1})
+    with pytest.raises(FileError, match=r"has the shape .* but the config asks for"):
+        open_checkpoint(experts)
+
+
+def test_one_expert_of_another_size(experts: Path) -> None:
+    held = load_file(experts / "model.safetensors")
+    name = next(name for name in reversed(held) if "expert" in name)
+    held[name] = torch.zeros(held[name].shape[0], held[name].shape[1] + 1)
+    save_file(held, experts / "model.safetensors")
+    with pytest.raises(FileError, match=rf"{re.escape(name)}' has the shape"):
+        open_checkpoint(experts)
+
+
 # --- GGUF ---
 
 
@@ -227,3 +282,18 @@ def test_rotary_frequencies_that_nobody_has(file: Path) -> None:
         gguf.write(file, found.metadata, [*tensors, ("rope_freqs.weight", "F32", values.numpy())])
         with pytest.raises(FileError, match="holds a rotary scaling that is not LLaMA 3's"):
             open_checkpoint(file)
+
+
+@pytest.mark.parametrize("count", [40, 2**31 - 1])
+def test_more_stacked_experts_than_there_are(count: int, tmp_path: Path) -> None:
+    source = json.loads((Path(__file__).parent / "families" / "mixtral.json").read_text())
+    decoder = build(families()["mixtral"].config(source, "fixture"))
+    decoder.family = "mixtral"
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.zero_()
+    save_gguf(decoder, None, tmp_path / "m.gguf", "F16")
+    open_checkpoint(tmp_path / "m.gguf")
+    rewrite(tmp_path / "m.gguf", llama__expert_count=count)
+    with pytest.raises(FileError, match=f"asks for {count:,} experts"):
+        open_checkpoint(tmp_path / "m.gguf")

@@ -123,6 +123,28 @@ GEMMA3 = {
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
+YI = {
+    "architectures": ["YiForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_yi.YiConfig",
+        "AutoModel": "modeling_yi.YiModel",
+        "AutoModelForCausalLM": "modeling_yi.YiForCausalLM",
+    },
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 4096,
+    "model_type": "Yi",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 5000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.34.0",
+    "use_cache": True,
+    "vocab_size": 64000,
+}
 
 
 def sizes(hidden: int, ffn: int, layers: int, heads: int, groups: int) -> dict[str, int]:
@@ -195,6 +217,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], float]] = {
         | {"max_position_embeddings": 32768, "hidden_act": "silu"},
         46_702_792_704,
     ),
+    "Yi-6B": (YI | sizes(4096, 11008, 32, 32, 4), 6_061_035_520),
+    "Yi-34B": (YI | sizes(7168, 20480, 60, 56, 8), 34_388_917_248),
     "Aquila-7B": (
         sizes(4096, 11008, 32, 32, 32)
         | {"model_type": "aquila", "vocab_size": 100008, "max_position_embeddings": 2048}

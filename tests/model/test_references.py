@@ -41,7 +41,7 @@ def test_unknown_names_tell_the_nearest(tiny_folder: Path, book: Book) -> None:
 
 def test_what_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
-    with pytest.raises(FileError, match=r"is neither a model's folder nor a \.gguf file"):
+    with pytest.raises(FileError, match=r"is neither a model's folder nor a \.gguf or \.pth file"):
         resolve(str(tmp_path / "notes.md"), None)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(FileError, match=r"give the folder that holds config\.json"):

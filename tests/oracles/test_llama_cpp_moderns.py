@@ -41,6 +41,7 @@ MODERN: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "qwen2": {},
     "qwen3": {},
+    "yi": {},
 }
 
 

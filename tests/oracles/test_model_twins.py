@@ -38,6 +38,16 @@ def baichuan(state: State) -> State:
     return state
 
 
+def yi(state: State) -> State:
+    new = {"input_layernorm": "ln1", "post_attention_layernorm": "ln2"}
+    renamed = {}
+    for name, tensor in state.items():
+        for old, its in new.items():
+            name = name.replace(old, its)
+        renamed[name] = tensor
+    return renamed
+
+
 def internlm2(state: State) -> State:
     made: State = {}
     for n in layers(state):
@@ -163,6 +173,14 @@ TWINS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Callable[[State], St
         WHOLE,
         LLAMA_KEYS | {"model_type": "aquila", "architectures": ["AquilaForCausalLM"]},
         lambda state: state,
+    ),
+    "yi-6b": (
+        "Llama",
+        {"rope_theta": 5e6},
+        LLAMA_KEYS
+        | {"model_type": "Yi", "architectures": ["YiForCausalLM"]}
+        | {"num_key_value_heads": 2, "rope_theta": 5000000.0},
+        yi,
     ),
     "chatglm2-6b": (
         "Glm",

@@ -8,6 +8,8 @@ result and of one tensor.
     folder/config.json, pytorch_model.bin, or its shards and pytorch_model.bin.index.json
     folder/params.json, consolidated.00.pth …        Meta's own
     model.gguf
+    RWKV-4-….pth
+    folder/latest, 49300/mp_rank_00_model_states.pt …  SAT's (GLM-130B)
 """
 
 from herdbook.model.checkpoint.base import Checkpoint as Checkpoint

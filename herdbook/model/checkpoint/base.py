@@ -115,13 +115,23 @@ def source_shapes(
 
 
 def check_sizes(where: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Before a decoder of these axes is laid out: a hostile config could ask for 10⁹ layers."""
+    """Before a decoder of these axes is laid out: a hostile config could ask for 10⁹ layers, or
+    for 10⁹ experts in one. A file may stack a layer's experts in one tensor.
+    """
     values = sum(map(math.prod, found.values()))
     rows = max(config.vocab, config.ffn, config.heads * config.head_dim)
     if config.layers > len(found) or rows * config.hidden > 64 * values:
         raise FileError(
             f"{where}: the config asks for {config.layers:,} layers, matrices of {rows:,} rows and "
             f"{config.hidden:,} columns",
+            rule=f"but the weights are {len(found):,} tensors of {values:,} values in all",
+            next="check that config and weights belong together, or fetch the model again",
+        )
+    experts = config.expert_layers * config.experts
+    if experts > 64 * len(found) or experts * 2 * config.ffn * config.hidden > values:
+        raise FileError(
+            f"{where}: the config asks for {config.experts:,} experts in each of "
+            f"{config.expert_layers:,} layers, of {config.ffn:,} × {config.hidden:,} at least twice",
             rule=f"but the weights are {len(found):,} tensors of {values:,} values in all",
             next="check that config and weights belong together, or fetch the model again",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from herdbook.model.checkpoint.base import (
 from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import by_gguf
-from herdbook.model.family import Family, llama3_from_divisors, source_from_gguf
+from herdbook.model.family import Family
+from herdbook.model.gguf_keys import folded_for_gguf, llama3_from_divisors, short
+from herdbook.model.keys import Keys
 
 
 def understand(
@@ -53,6 +55,25 @@ def understand(
             next="fetch the file again, or convert it anew",
         ) from error
     return family, read_config(family, source, where), source
+
+
+def source_from_gguf(
+    metadata: dict[str, Any], family: Family, vocab: int, has: Callable[[str], bool], where: str
+) -> dict[str, Any]:
+    """GGUF's metadata under Hugging Face's keys. has(our name): whether such a tensor is there."""
+    prefix = family.gguf + "."
+    found = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(prefix)}
+    keys = Keys(found, where)
+    source = {hf: short(keys.take(ours)) for hf, ours in family.gguf_keys.items()}
+    source = {hf: value for hf, value in source.items() if value is not None}
+    source |= {"vocab_size": vocab, "tie_word_embeddings": not has("head.weight")}
+    family.read_gguf(keys, source, has)
+    keys.finish()
+    for name in ("bos", "eos", "padding"):
+        id = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if id is not None:
+            source[f"{'pad' if name == 'padding' else name}_token_id"] = id
+    return source
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -86,3 +107,30 @@ def _scaled(config: DecoderConfig, file: gguf.GGUF) -> DecoderConfig:
             next="use the model's safetensors, whose config names its scaling",
         )
     return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """The axes as GGUF's metadata, under the family's architecture."""
+    if not family.gguf:
+        raise FamilyError(
+            f"a model of the family {family.name}",
+            rule="cannot be written as GGUF: llama.cpp does not know the family",
+            next="export it as a Hugging Face folder (--to hf)",
+        )
+    source = {hf: value for hf, value in family.write(config).items() if value is not None}
+    known = {gguf: source[hf] for hf, gguf in family.gguf_keys.items() if hf in source}
+    known |= family.write_gguf(config, source)
+    return {f"{family.gguf}.{key}": value for key, value in known.items()}
+
+
+def refuse_unsaid(config: DecoderConfig, back: DecoderConfig) -> None:
+    """Raise where the axes, read back from GGUF's metadata, are not those that were written."""
+    here = folded_for_gguf(config)
+    for axis in dataclasses.fields(config):
+        was, now = getattr(here, axis.name), getattr(back, axis.name)
+        if was != now and not (isinstance(was, float) and math.isclose(was, now, rel_tol=1e-6)):
+            raise FamilyError(
+                f"a model with {axis.name} {was}",
+                rule=f"cannot be written as GGUF: the format has no keys for it and means {now}",
+                next="export it as a Hugging Face folder (--to hf)",
+            )

@@ -2,7 +2,8 @@
 
 config.json, and model.safetensors or its shards with model.safetensors.index.json, or in older ones
 pytorch_model.bin or pytorch_model-00001-of-00002.bin with pytorch_model.bin.index.json. Quantised
-matrices may lie in them as compressed-tensors has them (compressed.py).
+matrices may lie in them as compressed-tensors has them (compressed.py). Some models were published as
+bare tensors, in one file and without a config.json (RWKV-4's .pth).
 """
 
 from __future__ import annotations
@@ -40,18 +41,29 @@ DELTA_MARK = "herdbook_delta"
 
 
 def open_folder(folder: Path, *, delta: bool = False) -> Checkpoint:
-    """delta: the weights are differences from another model's, and are to be."""
+    """Of a model in one file without a config.json, that file. delta: the weights are differences
+    from another model's, and are to be."""
     where = folder / "config.json"
     if where.is_file():
         source = read_json(where)
         by_source(source, str(where))  # an unknown family is told before the weights are looked at
         plain = PlainWeights(_parts(folder, delta))
-    else:  # some were published as bare tensors
+    else:
         plain = PlainWeights(_parts(folder, delta))
-        source = _sizes(folder, plain)
+        if (found := sizes(folder, plain)) is None:
+            raise no_model(folder)
+        source = found
     weights: PlainWeights | CompressedWeights = plain
     if quantised := source.pop(KEY, None):
         weights = CompressedWeights(plain, schemes(quantised, str(where)), str(folder))
+    return understand(folder, where, source, weights)
+
+
+def understand(
+    folder: Path, where: Path, source: dict[str, Any], weights: PlainWeights | CompressedWeights
+) -> Checkpoint:
+    """The model of this configuration, which stands at `where`, and of tensors under the names of its
+    family."""
     family = by_source(source, str(where))
     config = read_config(family, source, str(where))
     found = dict(weights.shapes)
@@ -97,17 +109,18 @@ def _renamed(
     }
 
 
-def _sizes(folder: Path, weights: PlainWeights) -> dict[str, Any]:
+def sizes(folder: Path, weights: PlainWeights) -> dict[str, Any] | None:
     """The configuration of a model that came without, from its tensors' names and shapes."""
     for family in families().values():
         if family.sizes and (source := family.sizes(weights.shapes, weights.files[0].stem)):
             return family.source(family.config(source, str(folder)))
-    raise no_model(folder)
+    return None
 
 
-def _parts(folder: Path, delta: bool) -> dict[str, list[Part]]:
+def _parts(path: Path, delta: bool) -> dict[str, list[Part]]:
     """Each tensor's file and place, every header checked."""
-    listed, shards = _shards(folder)
+    folder = path.parent if path.is_file() else path
+    listed, shards = ({}, [path.name]) if path.is_file() else _shards(folder)
     parts: dict[str, list[Part]] = {}
     for shard in shards:
         for name, entry in _entries(folder / shard, delta).items():
@@ -129,7 +142,7 @@ def _parts(folder: Path, delta: bool) -> dict[str, list[Part]]:
 
 
 def _entries(path: Path, delta: bool) -> dict[str, Entry]:
-    if path.suffix == ".bin":
+    if path.suffix in (".bin", ".pth"):
         return pickles.read_table(path)
     header = safetensors.read_header(path)
     if not delta and DELTA_MARK in header.metadata:
@@ -150,9 +163,10 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
         if (folder / alone).is_file():
             return {}, [alone]
     shards = sorted(path.name for path in folder.glob("*.safetensors"))
-    if not shards:
+    bare = [path.name for path in folder.glob("*.pth")]
+    if not shards and len(bare) != 1:
         raise no_model(folder)
-    return {}, shards
+    return {}, shards or bare
 
 
 def _weight_map(index: Path, suffix: str) -> dict[str, str]:
@@ -173,6 +187,6 @@ def no_model(folder: Path) -> FileError:
     return FileError(
         f"{folder}",
         rule="holds no model: no config.json with .safetensors or pytorch_model.bin, no params.json "
-        "with consolidated.00.pth, no model.gguf",
-        next="give the folder that holds config.json, or a .gguf file",
+        "with consolidated.00.pth, no model.gguf, no .pth of an RWKV-4 alone",
+        next="give the folder that holds config.json, or a .gguf or .pth file",
     )

@@ -29,8 +29,9 @@ from herdbook.model.checkpoint.base import (
 )
 from herdbook.model.checkpoint.weights import Part, PlainWeights
 from herdbook.model.families import families
-from herdbook.model.family import Keys, SourceTensor
+from herdbook.model.family import SourceTensor
 from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
+from herdbook.model.keys import Keys
 
 PARAMS = "params.json"
 SHARDS = "consolidated.*.pth"

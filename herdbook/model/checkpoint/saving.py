@@ -16,12 +16,12 @@ from herdbook.files import gguf, safetensors
 from herdbook.files.atomic import write_json
 from herdbook.model.checkpoint import compressed
 from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, source_shapes
-from herdbook.model.checkpoint.ggufs import understand
+from herdbook.model.checkpoint.ggufs import gguf_metadata, refuse_unsaid, understand
 from herdbook.model.checkpoint.huggingface import INDEX
 from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
-from herdbook.model.family import Family, SourceTensor, gguf_metadata, refuse_unsaid
+from herdbook.model.family import Family, SourceTensor
 from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, rope_divisors
 
 #: of a file of weights, as transformers has it

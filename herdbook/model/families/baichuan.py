@@ -19,18 +19,10 @@ from typing import Any
 
 from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    GGUF_KEYS,
-    GGUF_ROTATING,
-    LLAMA_NAMES,
-    Family,
-    Keys,
-    read_gguf_llama,
-    read_llama,
-    write_gguf_llama,
-    write_llama,
-)
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
 from herdbook.model.folds import QKV, Fold
+from herdbook.model.gguf_keys import GGUF_KEYS, read_gguf_llama, write_gguf_llama
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 PACKED = "model.layers.{n}.self_attn.W_pack"
 NAMES = LLAMA_NAMES | {

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family, Keys
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_by_head
+from herdbook.model.keys import Keys
 
 LAYER = "transformer.h.{n}"
 PACKED = (f"{LAYER}.self_attention.query_key_value", "blk.{n}.attn_qkv")

@@ -11,8 +11,9 @@ import math
 from typing import Any
 
 from herdbook.model.config import DecoderConfig, PrefixMarks
-from herdbook.model.family import Family, Keys
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_by_head
+from herdbook.model.keys import Keys
 
 LAYER = "transformer.layers.{n}"
 PACKED = f"{LAYER}.attention.query_key_value"

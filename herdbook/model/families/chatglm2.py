@@ -15,8 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 from herdbook.model.config import DecoderConfig, RopeScaling
-from herdbook.model.family import Family, Keys, read_gguf_scaling, write_gguf_scaling
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_rotating
+from herdbook.model.gguf_keys import read_gguf_scaling, write_gguf_scaling
+from herdbook.model.keys import Keys
 
 LAYER = "transformer.encoder.layers.{n}"
 QKV_HF, QKV_GGUF = f"{LAYER}.self_attention.query_key_value", "blk.{n}.attn_qkv"

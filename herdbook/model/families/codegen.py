@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import gptj
-from herdbook.model.family import Family, Keys
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_by_shard, qkv_rotating
+from herdbook.model.keys import Keys
 
 PACKED = "transformer.h.{n}.attn.qkv_proj"
 

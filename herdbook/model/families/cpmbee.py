@@ -13,7 +13,8 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.cpm_bee import NUMBER, BeeConfig
-from herdbook.model.family import Family, Keys, Names
+from herdbook.model.family import Family, Names
+from herdbook.model.keys import Keys
 from herdbook.model.tree import Marks
 
 #: ids in the vocabulary that all of them share

@@ -11,17 +11,10 @@ from typing import Any
 
 from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    ACTIVATIONS,
-    Family,
-    Keys,
-    Names,
-    activation_name,
-    need_activation,
-    read_rope,
-    write_rope_scaling,
-)
+from herdbook.model.family import Family, Names
 from herdbook.model.folds import QKV, Fold, qkv_by_group
+from herdbook.model.gguf_keys import need_activation
+from herdbook.model.keys import ACTIVATIONS, Keys, activation_name, read_rope, write_rope_scaling
 
 LAYER = "transformer.h.{n}"
 PACKED = (f"{LAYER}.self_attention.query_key_value", "blk.{n}.attn_qkv")

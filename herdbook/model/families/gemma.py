@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from herdbook.model.config import Activation, DecoderConfig
-from herdbook.model.family import LLAMA_NAMES, Family, Keys, Names, read_llama, write_llama
+from herdbook.model.family import LLAMA_NAMES, Family, Names
 from herdbook.model.folds import Fold
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 #: Google's first files say "gelu" and mean its approximation
 TANH: dict[str, Activation] = {"gelu": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -13,14 +13,9 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families.gemma import gguf_norms, read_gemma, write_gemma
-from herdbook.model.family import (
-    GGUF_KEYS,
-    LLAMA_NAMES,
-    Family,
-    Keys,
-    read_gguf_llama,
-    write_gguf_llama,
-)
+from herdbook.model.family import LLAMA_NAMES, Family
+from herdbook.model.gguf_keys import GGUF_KEYS, read_gguf_llama, write_gguf_llama
+from herdbook.model.keys import Keys
 
 LAYER = "model.layers.{n}"
 NAMES = LLAMA_NAMES | {

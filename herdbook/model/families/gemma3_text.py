@@ -15,13 +15,9 @@ from typing import Any
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import gemma2
 from herdbook.model.families.gemma import gguf_norms, read_gemma, write_gemma
-from herdbook.model.family import (
-    GGUF_KEYS,
-    Family,
-    Keys,
-    read_gguf_llama,
-    write_gguf_llama,
-)
+from herdbook.model.family import Family
+from herdbook.model.gguf_keys import GGUF_KEYS, read_gguf_llama, write_gguf_llama
+from herdbook.model.keys import Keys
 
 LAYER = "model.layers.{n}"
 NAMES = gemma2.NAMES | {

@@ -11,15 +11,10 @@ import functools
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    LLAMA_NAMES,
-    Family,
-    Keys,
-    read_gguf_llama,
-    read_llama,
-    write_llama,
-)
+from herdbook.model.family import LLAMA_NAMES, Family
 from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
+from herdbook.model.gguf_keys import read_gguf_llama
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 UP_HF, UP_GGUF = "model.layers.{n}.mlp.gate_up_proj", "blk.{n}.ffn_up"
 PACKED = ("blocks.{n}.mlp.gate", "blocks.{n}.mlp.up")

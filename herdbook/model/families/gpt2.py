@@ -10,8 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import ACTIVATIONS, Family, Keys, activation_name, need_activation
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold
+from herdbook.model.gguf_keys import need_activation
+from herdbook.model.keys import ACTIVATIONS, Keys, activation_name
 
 NAMES = {
     "embed": ("transformer.wte", "token_embd"),

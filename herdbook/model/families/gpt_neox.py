@@ -10,16 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    ACTIVATIONS,
-    Family,
-    Keys,
-    activation_name,
-    need_activation,
-    read_rope,
-    write_rope_scaling,
-)
+from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_by_head
+from herdbook.model.gguf_keys import need_activation
+from herdbook.model.keys import ACTIVATIONS, Keys, activation_name, read_rope, write_rope_scaling
 
 LAYER = "gpt_neox.layers.{n}"
 PACKED = (f"{LAYER}.attention.query_key_value", "blk.{n}.attn_qkv")

@@ -9,8 +9,9 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import gpt2
-from herdbook.model.family import Family, Keys
+from herdbook.model.family import Family
 from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
+from herdbook.model.keys import Keys
 
 NAMES = {
     "embed": ("transformer.wte", ""),

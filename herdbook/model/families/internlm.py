@@ -10,7 +10,8 @@ import dataclasses
 from typing import Any
 
 from herdbook.model.config import DecoderConfig, RopeScaling
-from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 
 def read(keys: Keys) -> DecoderConfig:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
 from herdbook.model.folds import QKV, Fold, qkv_by_group
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 PACKED = "model.layers.{n}.attention.wqkv"
 HF = {

@@ -1,4 +1,4 @@
-"""LLaMA 1–3, SmolLM2 and the many children that keep its shape: Alpaca, Vicuna, Yi, DeepSeek-LLM …
+"""LLaMA 1–3, SmolLM2 and the many children that keep its shape: Alpaca, Vicuna, later Yis, DeepSeek-LLM …
 Aquila, too, which calls it by a model_type of its own.
 
 Config: https://huggingface.co/docs/transformers/model_doc/llama. Meta rotates interleaved pairs;
@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 
 def read(keys: Keys) -> DecoderConfig:

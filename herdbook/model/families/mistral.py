@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family, Keys, read_llama, write_llama
+from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
+from herdbook.model.keys import Keys, read_llama, write_llama
 
 
 def read(keys: Keys) -> DecoderConfig:

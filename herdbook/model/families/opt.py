@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import ACTIVATIONS, Family, Keys, activation_name
+from herdbook.model.family import Family
+from herdbook.model.keys import ACTIVATIONS, Keys, activation_name
 
 LAYER = "model.decoder.layers.{n}"
 NAMES = {

@@ -8,15 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    LLAMA_NAMES,
-    Family,
-    Keys,
-    read_llama,
-    read_windows,
-    write_llama,
-    write_windows,
-)
+from herdbook.model.family import LLAMA_NAMES, Family
+from herdbook.model.keys import Keys, read_llama, read_windows, write_llama, write_windows
 
 
 def read(keys: Keys) -> DecoderConfig:

@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import (
-    LLAMA_NAMES,
-    Family,
-    Keys,
-    read_llama,
-    read_windows,
-    write_llama,
-    write_windows,
-)
+from herdbook.model.family import LLAMA_NAMES, Family
+from herdbook.model.keys import Keys, read_llama, read_windows, write_llama, write_windows
 
 NAMES = LLAMA_NAMES | {
     "blocks.{n}.attention.q_norm": ("model.layers.{n}.self_attn.q_norm", "blk.{n}.attn_q_norm"),

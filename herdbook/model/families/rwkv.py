@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family, Keys, Names
+from herdbook.model.family import Family, Names
+from herdbook.model.keys import Keys
 from herdbook.model.rwkv import RWKVConfig
 
 NAMES: Names = {
@@ -99,11 +100,13 @@ def blinkdl(name: str) -> str:
 def sizes(shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, Any] | None:
     """Of RWKV-4's tensors (5 and 6 have a gate besides); the context stands in the file's name,
     RWKV-4-World-7B-v1-20230626-ctx4096, or is what the first were trained on."""
-    known = ("emb.weight", "blocks.0.att.time_first", "blocks.0.ffn.key.weight")
-    if any(name not in shapes for name in known) or "blocks.0.att.gate.weight" in shapes:
+    known = {"emb.weight": 2, "blocks.0.att.time_first": 1, "blocks.0.ffn.key.weight": 2}
+    if any(len(shapes.get(name, ())) != axes for name, axes in known.items()):
         return None
-    context = re.search(r"ctx(\d+)", file)
-    numbers = (re.match(r"blocks\.(\d+)\.", name) for name in shapes)
+    if "blocks.0.att.gate.weight" in shapes:
+        return None
+    context = re.search(r"ctx(\d{1,9})", file)
+    numbers = (re.match(r"blocks\.(\d{1,9})\.", name) for name in shapes)
     return {
         "vocab_size": shapes["emb.weight"][0],
         "hidden_size": shapes["emb.weight"][-1],

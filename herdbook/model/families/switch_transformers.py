@@ -6,7 +6,8 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.families import t5
-from herdbook.model.family import Family, Keys, Names
+from herdbook.model.family import Family, Names
+from herdbook.model.keys import Keys
 from herdbook.model.t5 import T5Config
 
 MLPS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}

@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
-from herdbook.model.family import Family, Keys, Names
+from herdbook.model.family import Family, Names
+from herdbook.model.keys import Keys
 from herdbook.model.t5 import T5Config
 
 #: feed_forward_proj → whether it is gated, and our activation
