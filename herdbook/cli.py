@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from herdbook import cli_tokenizer, versions
+from herdbook import cli_keys, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
 from herdbook.terminal import Json
 from herdbook.terminal import book as _book
@@ -30,6 +30,7 @@ app = App(
     help_format="markdown",
 )
 app.command(cli_tokenizer.app)
+app.command(cli_keys.app)
 Template = Annotated[
     str | None,
     Parameter(
@@ -141,13 +142,15 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     key: str = "",
+    memory: str = "",
+    idle: str = "",
     template: Template = None,
 ) -> None:
-    """Serve models over OpenAI's API: chat/completions, completions, models, health.
+    """Serve models over OpenAI's API: chat/completions, completions, models, health, metrics.
 
-    Listens on this machine only; another --host needs a --key.
+    Listens on this machine only; another --host needs a key (herd keys add NAME, or --key).
 
-    Example: herd serve cria --port 8000
+    Example: herd serve cria smollm2 --memory 4GB --idle 10m
 
     Parameters
     ----------
@@ -155,11 +158,24 @@ def serve(
         one or more models (default: the model raised last)
     key
         clients must send it as a bearer token (or set HERDBOOK_API_KEY)
+    memory
+        what all models together may take, caches included, such as 4GB: each is loaded when it is
+        first asked for, and the one idle longest makes room (default: all are loaded, and stay)
+    idle
+        unload a model after so long without a request, such as 10m
     """
+    from herdbook import config
     from herdbook.serving.server import serve as run
 
-    key = key or os.environ.get("HERDBOOK_API_KEY", "")
-    run(list(refs) or [_latest()], host=host, port=port, key=key or None, template=template)
+    run(
+        list(refs) or [_latest()],
+        host=host,
+        port=port,
+        key=key or os.environ.get("HERDBOOK_API_KEY") or None,
+        template=template,
+        memory_bytes=config.size(memory, where="--memory") if memory else None,
+        idle_s=config.duration(idle, where="--idle") if idle else None,
+    )
 
 
 @app.command(name="eval")

@@ -21,6 +21,8 @@ from collections.abc import Sequence as Many
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from herdbook.engine.pages import PagePool
 from herdbook.engine.request import Finish, Piece, Reply, Request
 from herdbook.engine.runner import Cache, Runner
@@ -29,6 +31,7 @@ from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.prefix import find_context
 
@@ -64,7 +67,7 @@ class Engine:
         self.vocab = decoder.config.vocab
         self.context = decoder.config.max_pos  # tokens
         if pages is None:
-            pages = _pages(decoder, page_tokens, cache_bytes)
+            pages = cache_pages(decoder.config, decoder.dtype, page_tokens, cache_bytes)
         self._size = (pages, page_tokens, max_batch_tokens)
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
@@ -301,20 +304,25 @@ class Engine:
         )
 
 
-def _pages(decoder: Decoder, page_tokens: int, cache_bytes: int | None) -> int:
+def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """A token's keys and values in the cache."""
+    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+
+
+def cache_pages(
+    config: DecoderConfig, dtype: torch.dtype, page_tokens: int, cache_bytes: int | None
+) -> int:
     """How many pages the cache gets."""
-    c = decoder.config
-    values = 2 * c.layers * c.kv_heads * c.head_dim  # a token's keys and values
-    token_bytes = values * decoder.dtype.itemsize
+    each = token_bytes(config, dtype)
     if cache_bytes is None:
-        tokens = max(CACHE_BYTES // token_bytes, CACHE_TOKENS)
-        tokens = min(tokens, CACHE_CONTEXTS * c.max_pos)
+        tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
+        tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)
     else:
-        tokens = cache_bytes // token_bytes
+        tokens = cache_bytes // each
         if tokens < page_tokens:
             raise CapacityError(
                 f"cache_bytes={cache_bytes}",
-                rule=f"holds no page: {page_tokens} tokens need {token_bytes * page_tokens} bytes",
-                next=f"give at least {token_bytes * page_tokens}",
+                rule=f"holds no page: {page_tokens} tokens need {each * page_tokens} bytes",
+                next=f"give at least {each * page_tokens}",
             )
     return max(1, tokens // page_tokens)

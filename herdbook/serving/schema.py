@@ -3,8 +3,8 @@
 The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A request falls into one
 of three drawers:
 
-- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`
-  and `repetition_penalty` as extensions;
+- keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`,
+  `repetition_penalty` and `ignore_eos` as extensions;
 - OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`tools`,
   `logprobs`, a JSON `response_format` …): refused with status 400, unless their value asks for
   nothing (`"logprobs": false`);
@@ -38,6 +38,7 @@ from herdbook.errors import nearest
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
 MAX_STOPS = 4  # OpenAI's limit
+MAX_MESSAGES = 2048
 
 # Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -167,6 +168,7 @@ class Ask(BaseModel):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, allow_inf_nan=False)
+    ignore_eos: bool | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -218,7 +220,7 @@ class Ask(BaseModel):
         With a seed, choice i is drawn with seed + i: the choices differ, and each can be drawn
         again. Without one, every request is another draw.
         """
-        names = ["temperature", "top_p", "top_k", "min_p"]
+        names = ["temperature", "top_p", "top_k", "min_p", "ignore_eos"]
         names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
         asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if asked.get("top_k") == -1:  # vLLM's way of saying «all»
@@ -231,7 +233,7 @@ class Ask(BaseModel):
 class ChatAsk(Ask):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     @model_validator(mode="after")

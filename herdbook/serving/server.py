@@ -1,16 +1,23 @@
 """`herd serve`: load models, listen, answer, stop cleanly.
 
-Order matters to whoever waits at the terminal: names, key and port are checked in the first
+Order matters to whoever waits at the terminal: names, sizes, key and port are checked in the first
 moments, before a model is loaded. Then the server listens at once, and /health says 503 until the
-models, each loaded in its worker's thread, are ready.
+models, each loaded in its worker's thread, are ready. With a budget of memory or an idle time they are
+loaded when they are asked for (`models`).
+
+SIGTERM and Ctrl-C stop it gracefully: no new requests, running replies may finish within `STOP_S`
+seconds, the rest ends with an error that says so. A second Ctrl-C does not wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,11 +26,16 @@ from fastapi import FastAPI
 from rich.console import Console
 
 from herdbook.book.book import Book
+from herdbook.book.keys import Keys
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
+from herdbook.engine.memory import estimated_bytes
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name, resolve
-from herdbook.serving.api import LOCAL_NAMES, app
+from herdbook.serving.api import app
+from herdbook.serving.guard import LOCAL_NAMES
+from herdbook.serving.keyring import KeyRing
+from herdbook.serving.models import Models
 from herdbook.serving.worker import STOP_S, Worker
 from herdbook.tokens import templates
 
@@ -36,37 +48,65 @@ def serve(
     key: str | None = None,
     template: str | None = None,
     book: Book | None = None,
+    memory_bytes: int | None = None,
+    idle_s: float | None = None,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
-    host: this machine only by default; any other address needs a `key`, which clients send as
-    `Authorization: Bearer KEY`. template: a chat template in place of the models' own, by its name or
-    its file.
+    host: this machine only by default; any other address needs a `key` or keys in the book, which
+    clients send as `Authorization: Bearer KEY`. template: a chat template in place of the models' own,
+    by its name or its file. memory_bytes, idle_s: load models when they are asked for, and unload them
+    to stay within the budget or when they were idle for so long.
     """
     names = [served_name(ref) for ref in refs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ServeError(f"two models would be called {twice!r}", next="serve one of them")
-    if host not in LOCAL_NAMES and not key:
+    if book is None and (any(may_be_name(ref) for ref in refs) or Book.exists()):
+        book = Book()
+    ring = KeyRing(key, Keys(book) if book else None)
+    if host not in LOCAL_NAMES and not ring.needed:
         raise ServeError(
             f"host {host!r}",
             rule="is reachable from other machines, and there is no API key",
-            next="give --key, or set HERDBOOK_API_KEY, or leave --host out",
+            next="make one: herd keys add NAME (or give --key, or set HERDBOOK_API_KEY), or leave "
+            "--host out",
         )
-    if book is None and any(may_be_name(ref) for ref in refs):
-        book = Book()
-    for ref in refs:
-        resolve(ref, book)  # an unknown name is told before anything is opened
+    paths = [
+        resolve(ref, book) for ref in refs
+    ]  # an unknown name is told before anything is opened
     if template:
         templates.read(template)
-    with listen(host, port) as listener:
-        workers = {
-            name: Worker(name, partial(_engine, ref, book, template))
-            for name, ref in zip(names, refs, strict=True)
-        }
-        # Uvicorn raises Ctrl-C again once it has stopped; stopping is what was asked for.
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_run(workers, listener, host, key))
+    workers = {
+        name: Worker(
+            name,
+            partial(_engine, ref, book, template),
+            estimate_bytes=0 if memory_bytes is None else estimated_bytes(path),
+        )
+        for name, ref, path in zip(names, refs, paths, strict=True)
+    }
+    models = Models(workers, memory_bytes=memory_bytes, idle_s=idle_s)
+    _log_requests()
+    # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
+    with listen(host, port) as listener, _stoppable():
+        asyncio.run(_run(models, listener, host, ring))
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, and neither an error."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
+
+
+def _log_requests() -> None:
+    """One line a request on stderr, without its contents."""
+    log, out = logging.getLogger("herdbook.requests"), logging.StreamHandler()
+    out.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers, log.propagate = [out], False
+    log.setLevel(logging.INFO)
 
 
 def served_name(ref: str) -> str:
@@ -113,52 +153,64 @@ def _engine(ref: str, book: Book | None, template: str | None) -> Engine:
     return load(ref, book=book, template=template).engine
 
 
-async def _run(
-    workers: dict[str, Worker], listener: socket.socket, host: str, key: str | None
-) -> None:
-    api = app(workers, key=key)
+class _Server(uvicorn.Server):
+    """Tells the workers to stop as soon as it no longer listens, and waits for their last words."""
+
+    def __init__(self, config: uvicorn.Config, models: Models) -> None:
+        super().__init__(config)
+        self.models = models
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.create_task(self.models.stop(STOP_S))
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await stopping
+
+
+async def _run(models: Models, listener: socket.socket, host: str, ring: KeyRing) -> None:
+    api = app(models, ring=ring)
 
     @contextlib.asynccontextmanager
     async def life(api: FastAPI) -> AsyncIterator[None]:
-        for worker in workers.values():
-            worker.start()
-        yield
-        for worker in workers.values():
-            await asyncio.to_thread(worker.stop)
+        models.start()
+        async with models.sweeping():
+            yield
 
     api.router.lifespan_context = life
     config = uvicorn.Config(
-        api, log_level="warning", access_log=False, timeout_graceful_shutdown=int(STOP_S)
+        api, log_level="warning", access_log=False, timeout_graceful_shutdown=int(STOP_S) + 5
     )
-    server = uvicorn.Server(config)
-    announcing = asyncio.create_task(_announce(workers, listener, host, key, server))
+    server = _Server(config, models)
+    announcing = asyncio.create_task(_announce(models, listener, host, ring.needed, server))
     try:
         await server.serve(sockets=[listener])
-        failure = next((w.failure for w in workers.values() if w.failure), None)
-        if failure is not None:
-            raise failure
+        if not models.on_demand:
+            failure = next((w.failure for w in models.values() if w.failure), None)
+            if failure is not None:
+                raise failure
     finally:
         announcing.cancel()
 
 
 async def _announce(
-    workers: dict[str, Worker],
+    models: Models,
     listener: socket.socket,
     host: str,
-    key: str | None,
+    with_key: bool,
     server: uvicorn.Server,
 ) -> None:
     """Say how to call the server once all models are there; stop it when one cannot be loaded."""
     console = Console(stderr=True, highlight=False)
     place = f"[{host}]" if ":" in host else host
     url = f"http://{place}:{listener.getsockname()[1]}"
-    console.print(f"loading {', '.join(workers)} …", markup=False)
-    while not all(worker.ready for worker in workers.values()):
-        if any(worker.failure for worker in workers.values()):
+    if not models.on_demand:
+        console.print(f"loading {', '.join(models)} …", markup=False)
+    while not models.healthy:
+        if any(worker.failure for worker in models.values()):
             server.should_exit = True
             return
         await asyncio.sleep(0.05)
-    console.print(how_to_call(url, next(iter(workers)), key is not None), markup=False)
+    console.print(how_to_call(url, next(iter(models)), with_key), markup=False)
 
 
 def how_to_call(url: str, model: str, with_key: bool) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from herdbook.serving.api import MAX_BODY_BYTES, app
+from herdbook.serving.api import app
+from herdbook.serving.guard import MAX_BODY_BYTES
 from herdbook.serving.server import _engine
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
