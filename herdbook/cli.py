@@ -144,6 +144,7 @@ def serve(
     key: str = "",
     memory: str = "",
     idle: str = "",
+    workers: int = 1,
     template: Template = None,
 ) -> None:
     """Serve models over OpenAI's API: chat/completions, completions, models, health, metrics.
@@ -163,6 +164,8 @@ def serve(
         first asked for, and the one idle longest makes room (default: all are loaded, and stay)
     idle
         unload a model after so long without a request, such as 10m
+    workers
+        so many processes share the requests, each with the models in its own memory
     """
     from herdbook import config
     from herdbook.serving.server import serve as run
@@ -175,6 +178,7 @@ def serve(
         template=template,
         memory_bytes=config.size(memory, where="--memory") if memory else None,
         idle_s=config.duration(idle, where="--idle") if idle else None,
+        workers=workers,
     )
 
 

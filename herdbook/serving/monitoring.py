@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -33,18 +34,7 @@ def add(api: FastAPI, models: Models, counts: Counts) -> None:
 
 async def _page(models: Models, counts: Counts) -> Page:
     page = Page()
-    page.metric(
-        "counter",
-        "requests_total",
-        "Requests by model (empty: refused before one was found) and outcome.",
-        [
-            ({"model": model, "outcome": outcome}, count)
-            for (model, outcome), count in sorted(counts.visits.items())
-        ],
-    )
-    page.metric(
-        "histogram", "request_seconds", "From a request to its end.", [({}, counts.seconds)]
-    )
+    _visits(page, counts)
     stats = await asyncio.gather(*(worker.stats() for worker in models.values()))
     workers = [({"model": worker.name}, worker) for worker in models.values()]
 
@@ -95,3 +85,41 @@ async def _page(models: Models, counts: Counts) -> Page:
     state("pages_used", "Pages that running requests hold.", "pages_used")
     state("pages_cached", "Free pages whose contents later prompts can share.", "pages_cached")
     return page
+
+
+def _visits(page: Page, counts: Counts) -> None:
+    page.metric(
+        "counter",
+        "requests_total",
+        "Requests by model (empty: refused before one was found) and outcome.",
+        [
+            ({"model": model, "outcome": outcome}, count)
+            for (model, outcome), count in sorted(counts.visits.items())
+        ],
+    )
+    page.metric(
+        "histogram", "request_seconds", "From a request to its end.", [({}, counts.seconds)]
+    )
+
+
+def merged(pages: Mapping[str, str], counts: Counts) -> str:
+    """The page of a controller: its own visits, and its workers' pages with their number as a label.
+
+    A worker's count of requests is left out: the controller has counted them.
+    """
+    page = Page()
+    _visits(page, counts)
+    families: dict[str, list[str]] = {}
+    for number, text in pages.items():
+        name = ""
+        for line in text.splitlines():
+            if line.startswith("# "):
+                name = line.split(" ")[2]
+                head = families.setdefault(name, [])
+                if line not in head:
+                    head.append(line)
+            elif "{" in line:
+                families[name].append(line.replace("{", f'{{worker="{number}",', 1))
+    own = ("herdbook_requests_total", "herdbook_request_seconds")
+    lines = [line for name, lines in families.items() if name not in own for line in lines]
+    return str(page) + "".join(line + "\n" for line in lines)

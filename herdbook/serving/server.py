@@ -20,6 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -33,6 +34,8 @@ from herdbook.engine.memory import estimated_bytes
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name, resolve
 from herdbook.serving.api import app
+from herdbook.serving.cluster import Cluster
+from herdbook.serving.cluster import app as cluster_app
 from herdbook.serving.guard import LOCAL_NAMES
 from herdbook.serving.keyring import KeyRing
 from herdbook.serving.models import Models
@@ -50,13 +53,15 @@ def serve(
     book: Book | None = None,
     memory_bytes: int | None = None,
     idle_s: float | None = None,
+    workers: int = 1,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
     host: this machine only by default; any other address needs a `key` or keys in the book, which
     clients send as `Authorization: Bearer KEY`. template: a chat template in place of the models' own,
     by its name or its file. memory_bytes, idle_s: load models when they are asked for, and unload them
-    to stay within the budget or when they were idle for so long.
+    to stay within the budget or when they were idle for so long. workers: so many processes, each with
+    the models and its share of the budget, behind one door (`cluster`).
     """
     names = [served_name(ref) for ref in refs]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -77,6 +82,53 @@ def serve(
     ]  # an unknown name is told before anything is opened
     if template:
         templates.read(template)
+    if workers < 1:
+        raise ServeError(f"--workers {workers}", rule="must be at least 1", next="leave it out")
+    share = None if memory_bytes is None else memory_bytes // workers
+    models = _models(names, refs, paths, book, template, share, idle_s)
+    _log_requests()
+    # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
+    with listen(host, port) as listener, _stoppable():
+        place = f"[{host}]" if ":" in host else host
+        url = f"http://{place}:{listener.getsockname()[1]}"
+        if workers == 1:
+            asyncio.run(_run(models, listener, ring, url))
+        else:
+            settings: dict[str, Any] = {"refs": [str(ref) for ref in refs], "template": template}
+            settings |= {"memory_bytes": share, "idle_s": idle_s}
+            cluster = Cluster(workers, names, settings)
+            asyncio.run(_run_cluster(cluster, listener, ring, url))
+
+
+def serve_member(
+    refs: Sequence[str],
+    path: str,
+    secret: str,
+    *,
+    template: str | None,
+    memory_bytes: int | None,
+    idle_s: float | None,
+) -> None:
+    """One worker of a cluster: the same server on a Unix socket, for who knows the secret."""
+    names = [served_name(ref) for ref in refs]
+    book = Book() if any(may_be_name(ref) for ref in refs) else None
+    paths = [resolve(ref, book) for ref in refs]
+    models = _models(names, refs, paths, book, template, memory_bytes, idle_s)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, _stoppable():
+        listener.bind(path)
+        listener.listen(128)
+        asyncio.run(_run(models, listener, KeyRing(secret), None))
+
+
+def _models(
+    names: Sequence[str],
+    refs: Sequence[str],
+    paths: Sequence[Path],
+    book: Book | None,
+    template: str | None,
+    memory_bytes: int | None,
+    idle_s: float | None,
+) -> Models:
     workers = {
         name: Worker(
             name,
@@ -85,11 +137,7 @@ def serve(
         )
         for name, ref, path in zip(names, refs, paths, strict=True)
     }
-    models = Models(workers, memory_bytes=memory_bytes, idle_s=idle_s)
-    _log_requests()
-    # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
-    with listen(host, port) as listener, _stoppable():
-        asyncio.run(_run(models, listener, host, ring))
+    return Models(workers, memory_bytes=memory_bytes, idle_s=idle_s)
 
 
 @contextlib.contextmanager
@@ -167,7 +215,8 @@ class _Server(uvicorn.Server):
             await stopping
 
 
-async def _run(models: Models, listener: socket.socket, host: str, ring: KeyRing) -> None:
+async def _run(models: Models, listener: socket.socket, ring: KeyRing, url: str | None) -> None:
+    """url: what is told to whoever waits at the terminal; None: nobody does."""
     api = app(models, ring=ring)
 
     @contextlib.asynccontextmanager
@@ -177,11 +226,8 @@ async def _run(models: Models, listener: socket.socket, host: str, ring: KeyRing
             yield
 
     api.router.lifespan_context = life
-    config = uvicorn.Config(
-        api, log_level="warning", access_log=False, timeout_graceful_shutdown=int(STOP_S) + 5
-    )
-    server = _Server(config, models)
-    announcing = asyncio.create_task(_announce(models, listener, host, ring.needed, server))
+    server = _Server(_config(api), models)
+    announcing = asyncio.create_task(_announce(models, url, ring.needed, server))
     try:
         await server.serve(sockets=[listener])
         if not models.on_demand:
@@ -192,17 +238,18 @@ async def _run(models: Models, listener: socket.socket, host: str, ring: KeyRing
         announcing.cancel()
 
 
+def _config(api: FastAPI) -> uvicorn.Config:
+    grace = int(STOP_S) + 5
+    return uvicorn.Config(
+        api, log_level="warning", access_log=False, timeout_graceful_shutdown=grace
+    )
+
+
 async def _announce(
-    models: Models,
-    listener: socket.socket,
-    host: str,
-    with_key: bool,
-    server: uvicorn.Server,
+    models: Models, url: str | None, with_key: bool, server: uvicorn.Server
 ) -> None:
     """Say how to call the server once all models are there; stop it when one cannot be loaded."""
-    console = Console(stderr=True, highlight=False)
-    place = f"[{host}]" if ":" in host else host
-    url = f"http://{place}:{listener.getsockname()[1]}"
+    console = Console(stderr=True, highlight=False, quiet=url is None)
     if not models.on_demand:
         console.print(f"loading {', '.join(models)} …", markup=False)
     while not models.healthy:
@@ -210,7 +257,40 @@ async def _announce(
             server.should_exit = True
             return
         await asyncio.sleep(0.05)
-    console.print(how_to_call(url, next(iter(models)), with_key), markup=False)
+    console.print(how_to_call(url or "", next(iter(models)), with_key), markup=False)
+
+
+async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing, url: str) -> None:
+    api = cluster_app(cluster, ring)
+
+    @contextlib.asynccontextmanager
+    async def life(api: FastAPI) -> AsyncIterator[None]:
+        async with cluster.running():
+            yield
+
+    api.router.lifespan_context = life
+    server = uvicorn.Server(_config(api))
+
+    async def announce() -> None:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"starting {len(cluster.members)} workers …", markup=False)
+        while not all(member.ready for member in cluster.members) and not cluster.failure:
+            await asyncio.sleep(0.05)
+        if not cluster.failure:
+            console.print(how_to_call(url, cluster.names[0], ring.needed), markup=False)
+        while not cluster.failure:
+            await asyncio.sleep(1)
+        server.should_exit = True
+
+    announcing = asyncio.create_task(announce())
+    try:
+        await server.serve(sockets=[listener])
+        if cluster.failure:
+            raise ServeError(
+                cluster.failure, next="its message stands above; try without --workers"
+            )
+    finally:
+        announcing.cancel()
 
 
 def how_to_call(url: str, model: str, with_key: bool) -> str:

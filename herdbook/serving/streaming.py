@@ -59,6 +59,9 @@ class EventStream(Response):
             except HerdbookError as error:
                 visit_of(scope).status, body = problem(error)
                 await send(_body(data(body)))
+        usage = visit_of(scope).usage
+        if usage is not None and b"x-herdbook-usage" in dict(scope["headers"]):
+            await send(_body(f": usage {json.dumps(usage())}\n\n"))  # for the controller in front
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
