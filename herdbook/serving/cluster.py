@@ -1,6 +1,6 @@
 """`herd serve MODEL --workers N`: one door, N processes behind it.
 
-    clients ── controller ──┬── worker 0    an ordinary server on a socket in a private folder
+    clients ── controller ──┬── worker 0    an ordinary server on a loopback port
                             ├── worker 1
                             └── …
 
@@ -22,11 +22,9 @@ import logging
 import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -47,6 +45,7 @@ WATCH_S = 2.0  # between two looks at a worker's health
 DEAF_S = 30.0  # a worker that does not answer for so long is killed
 MOST_DEATHS = 3  # in a row before it was ever ready: then the server gives up
 PREFIX_CHARS = 1024
+DEAD = (httpx.HTTPError, RuntimeError)  # the latter: the connections were closed meanwhile
 USAGE = b": usage "  # a comment at the end of a worker's stream, for the controller alone
 
 log = logging.getLogger("herdbook.serving")
@@ -57,8 +56,7 @@ class Member:
     """One worker process, or the place of the next."""
 
     number: int
-    path: Path  # its socket
-    http: httpx.AsyncClient
+    http: httpx.AsyncClient | None = None
     ready: bool = False
     open: int = 0
     process: asyncio.subprocess.Process | None = None
@@ -78,20 +76,8 @@ class Cluster:
         self.names = list(names)
         self.settings, self.secret = settings, secrets.token_urlsafe(32)
         self.failure: str | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="herdbook-")  # mode 0700
         self._stopping = False
-        self.members = []
-        for number in range(workers):
-            path = Path(self._folder.name) / f"{number}.sock"
-            line = httpx.AsyncClient(
-                transport=httpx.AsyncHTTPTransport(
-                    uds=str(path), limits=httpx.Limits(max_connections=None)
-                ),
-                base_url="http://worker",
-                timeout=httpx.Timeout(None, connect=5),
-                headers={"Authorization": f"Bearer {self.secret}"},
-            )
-            self.members.append(Member(number, path, line))
+        self.members = [Member(number) for number in range(workers)]
 
     @property
     def healthy(self) -> bool:
@@ -109,9 +95,6 @@ class Cluster:
                 if member.process is not None and member.process.returncode is None:
                     member.process.terminate()
             await asyncio.gather(*keepers)
-            for member in self.members:
-                await member.http.aclose()
-            self._folder.cleanup()
 
     async def _keep(self, member: Member) -> None:
         """One worker after the other in this place."""
@@ -120,9 +103,10 @@ class Cluster:
             process = member.process = await self._spawn(member)
             watching = asyncio.create_task(self._watch(member, process))
             await process.wait()
-            watching.cancel()
             deaths = 0 if member.ready else deaths + 1
             member.ready = False
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
             member.prefixes.clear()
             if not self._stopping:
                 log.warning("worker %d ended with %s", member.number, process.returncode)
@@ -130,15 +114,15 @@ class Cluster:
             self.failure = f"worker {member.number} died {deaths} times before it was ready"
 
     async def _spawn(self, member: Member) -> asyncio.subprocess.Process:
-        member.path.unlink(missing_ok=True)
         cores = max(1, (os.cpu_count() or 1) // len(self.members))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "herdbook.serving.member"),
             stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
             env={"OMP_NUM_THREADS": str(cores), **os.environ},
             start_new_session=True,  # Ctrl-C is for the controller, which then stops the workers
         )
-        told = {**self.settings, "path": str(member.path), "secret": self.secret}
+        told = {**self.settings, "secret": self.secret}
         assert process.stdin is not None
         process.stdin.write(json.dumps(told).encode() + b"\n")
         with contextlib.suppress(ConnectionError):  # it died at once; its end tells
@@ -146,15 +130,26 @@ class Cluster:
         return process
 
     async def _watch(self, member: Member, process: asyncio.subprocess.Process) -> None:
-        heard = time.monotonic()
-        while True:
-            with contextlib.suppress(httpx.HTTPError):
-                answer = await member.http.get("/health", timeout=DEAF_S / 3)
-                member.ready, heard = answer.status_code == 200, time.monotonic()
-            if member.ready and time.monotonic() - heard > DEAF_S:
-                log.warning("worker %d does not answer and is replaced", member.number)
-                process.kill()
-            await asyncio.sleep(WATCH_S if member.ready else 0.1)
+        assert process.stdout is not None
+        port = await process.stdout.readline()
+        if not port:  # it ends
+            return
+        async with httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{int(port)}",
+            timeout=httpx.Timeout(None, connect=5),
+            limits=httpx.Limits(max_connections=None),
+            headers={"Authorization": f"Bearer {self.secret}"},
+            trust_env=False,  # no proxy stands between us
+        ) as member.http:
+            heard = time.monotonic()
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    answer = await member.http.get("/health", timeout=DEAF_S / 3)
+                    member.ready, heard = answer.status_code == 200, time.monotonic()
+                if member.ready and time.monotonic() - heard > DEAF_S:
+                    log.warning("worker %d does not answer and is replaced", member.number)
+                    process.kill()
+                await asyncio.sleep(WATCH_S if member.ready else 0.1)
 
     def choose(self, prefix: int, tried: Sequence[Member]) -> Member:
         """The worker for a prompt that begins so."""
@@ -188,7 +183,7 @@ def app(cluster: Cluster, ring: KeyRing) -> FastAPI:
     async def metrics() -> Response:
         pages = {}
         for member in cluster.members:
-            if member.ready:
+            if member.ready and member.http is not None:
                 with contextlib.suppress(httpx.HTTPError):  # it has just died
                     pages[str(member.number)] = (await member.http.get("/metrics")).text
         return Response(merged(pages, counts), media_type="text/plain; version=0.0.4")
@@ -231,13 +226,14 @@ class _Forwarding:
             tried.append(member)
             try:
                 return await self._ask(member)
-            except httpx.HTTPError as error:
+            except DEAD as error:
                 await self.close()
                 log.warning("worker %d: %s; the request goes on", member.number, error)
 
     async def _ask(self, member: Member) -> Response:
         member.open += 1
         self._held.callback(self._let_go, member)
+        assert member.http is not None
         sent = {"Content-Type": self.http.headers.get("content-type", "")}
         request = member.http.build_request(
             self.http.method,
@@ -276,7 +272,7 @@ class _Forwarding:
                         yield event.decode() + "\n\n"
                 part = await anext(parts, b"")
                 rest += part
-        except httpx.HTTPError as error:
+        except DEAD as error:
             self.visit.status, body = (
                 502,
                 problems.shaped(502, f"worker {member.number} died: {error}", code="worker_died"),

@@ -25,7 +25,7 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        serve_member(settings.pop("refs"), settings.pop("path"), settings.pop("secret"), **settings)
+        serve_member(settings.pop("refs"), settings.pop("secret"), **settings)
     except HerdbookError as error:
         print(f"herd: {error}", file=sys.stderr)
         return error.exit_code

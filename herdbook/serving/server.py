@@ -102,21 +102,19 @@ def serve(
 
 def serve_member(
     refs: Sequence[str],
-    path: str,
     secret: str,
     *,
     template: str | None,
     memory_bytes: int | None,
     idle_s: float | None,
 ) -> None:
-    """One worker of a cluster: the same server on a Unix socket, for who knows the secret."""
+    """One worker of a cluster: the same server for who knows the secret. Its port goes to stdout."""
     names = [served_name(ref) for ref in refs]
     book = Book() if any(may_be_name(ref) for ref in refs) else None
     paths = [resolve(ref, book) for ref in refs]
     models = _models(names, refs, paths, book, template, memory_bytes, idle_s)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener, _stoppable():
-        listener.bind(path)
-        listener.listen(128)
+    with listen("127.0.0.1", 0) as listener, _stoppable():
+        print(listener.getsockname()[1], flush=True)
         asyncio.run(_run(models, listener, KeyRing(secret), None))
 
 

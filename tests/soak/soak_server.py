@@ -25,7 +25,10 @@ SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 WORKERS = int(os.environ.get("SOAK_WORKERS", "1"))
 CLIENTS = 64
 GROWTH_BYTES = 32 * 2**20  # after the warm-up; a leak of a kilobyte a request shows
-START = "import sys; from herdbook.serving.server import serve; serve(sys.argv[1:2], port=0)"
+START = (
+    "import sys; from herdbook.serving.server import serve; "
+    "serve(sys.argv[1:2], port=0, workers=int(sys.argv[2]))"
+)
 
 
 class Soak:
