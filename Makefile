@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz large bench clean
+.PHONY: install demo test lint fuzz soak large bench clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ lint: $(VENV)/.tested
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/.tested
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_loaders.py
+
+# A server under 64 clients, some of them rude, for so many seconds.
+SOAK_SECONDS ?= 120
+soak: $(VENV)/.tested
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/soak/soak_server.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from herdbook import cli_tokenizer, versions
+from herdbook import cli_keys, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
 from herdbook.terminal import Json
 from herdbook.terminal import book as _book
@@ -30,6 +30,7 @@ app = App(
     help_format="markdown",
 )
 app.command(cli_tokenizer.app)
+app.command(cli_keys.app)
 Template = Annotated[
     str | None,
     Parameter(
@@ -141,14 +142,19 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     key: str = "",
+    memory: str = "",
+    idle: str = "",
+    workers: int = 1,
     template: Template = None,
     lora: list[str] | None = None,
+    cache: Literal["float32", "bfloat16", "int8"] | None = None,
+    speculate: bool = False,
 ) -> None:
-    """Serve models over OpenAI's API: chat/completions, completions, embeddings, models, health.
+    """Serve models over OpenAI's API: chat, completions, embeddings, models, health, metrics.
 
-    Listens on this machine only; another --host needs a --key.
+    Listens on this machine only; another --host needs a key (herd keys add NAME, or --key).
 
-    Example: herd serve cria --port 8000
+    Example: herd serve cria smollm2 --memory 4GB --idle 10m
 
     Parameters
     ----------
@@ -158,18 +164,35 @@ def serve(
         clients must send it as a bearer token (or set HERDBOOK_API_KEY)
     lora
         NAME=REF, an adapter that clients choose as the model NAME; may be given several times
+    memory
+        what all models together may take, caches included, such as 4GB: each is loaded when it is
+        first asked for, and the one idle longest makes room (default: all are loaded, and stay)
+    idle
+        unload a model after so long without a request, such as 10m
+    workers
+        so many processes share the requests, each with the models in its own memory
+    cache
+        how keys and values are kept (default: as the model computes, or in less where room is short)
+    speculate
+        guess the next tokens from the text so far and check several at once: the same replies, sooner
+        where texts repeat themselves
     """
-    from herdbook.serving.server import named
+    from herdbook import config
     from herdbook.serving.server import serve as run
+    from herdbook.serving.setup import named
 
-    key = key or os.environ.get("HERDBOOK_API_KEY", "")
     run(
         list(refs) or [_latest()],
         host=host,
         port=port,
-        key=key or None,
+        key=key or os.environ.get("HERDBOOK_API_KEY") or None,
         template=template,
         adapters=named(lora or []),
+        memory_bytes=config.size(memory, where="--memory") if memory else None,
+        idle_s=config.duration(idle, where="--idle") if idle else None,
+        workers=workers,
+        cache=cache,
+        speculate=speculate,
     )
 
 

@@ -12,6 +12,7 @@ expected. (YAML 1.1 reads 2e-5 as text, so numbers are accepted as text.)
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,6 +144,29 @@ def parse_flags(tokens: Sequence[str]) -> dict[str, str | bool]:
             raise ConfigError(f"--{key}", rule="is given twice", next="give it once")
         flags[key] = value
     return flags
+
+
+SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZES |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+DURATIONS = {"S": 1, "M": 60, "H": 3600, "D": 86400}
+
+
+def size(text: str, *, where: str) -> int:
+    """«4GB», «512 MiB» → bytes."""
+    return int(_with_unit(text, SIZES, "a size such as 4GB or 512MiB", where))
+
+
+def duration(text: str, *, where: str) -> float:
+    """«10m», «1.5h», «30s» → seconds."""
+    return _with_unit(text, DURATIONS, "a time such as 30s, 10m or 1h", where)
+
+
+def _with_unit(text: str, units: Mapping[str, int], expected: str, where: str) -> float:
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]+)", text.strip(), re.IGNORECASE)
+    unit = units.get(found[2].upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise _wrong(text, expected, where)
+    return float(found[1]) * unit
 
 
 def _is_flag(token: str) -> bool:

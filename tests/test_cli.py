@@ -18,7 +18,7 @@ from herdbook.tokens import templates
 
 COMMANDS = (
     "raise", "chat", "serve", "eval", "export", "delta", "list", "show", "tree", "verify", "recipes",
-    "doctor", "templates", "tokenizer",
+    "doctor", "templates", "tokenizer", "keys",
 )  # fmt: skip
 TOKENIZER = ("train", "extend", "prune", "fertility")
 
@@ -157,6 +157,12 @@ def test_help_imports_nothing_heavy() -> None:
         (("tokenizer", "prune", "nobody", "none.txt"), "'nobody' is no model in the book"),
         (("tokenizer", "fertility", "--before", "x"), "nothing holds no text"),
         (("tokenizer", "prnue"), "prune"),
+        (("serve", "smollm2", "--memory", "4 lots"), "must be a size such as 4GB"),
+        (("serve", "smollm2", "--memory", "1MB"), "and the server may use 1.0 MB"),
+        (("serve", "smollm2", "--idle", "10"), "must be a time such as 30s, 10m or 1h"),
+        (("keys", "add", "a b"), "must be 1 to 64 letters"),
+        (("keys", "add", "a", "--tokens", "0"), "must be at least 1"),
+        (("keys", "revoke", "nobody"), "'nobody' has no key"),
     ],
 )
 def test_wrong_input_is_told_and_leaves_no_trace(
@@ -167,6 +173,20 @@ def test_wrong_input_is_told_and_leaves_no_trace(
     assert done.code in (1, 2)
     assert done.out == ""
     assert Book(home).entries() == []
+
+
+def test_keys_are_shown_once_and_end(herd: Herd, home: Path) -> None:
+    key = herd("keys", "add", "alice", "--requests", "60").out.strip()
+    assert key.startswith("herd-") and len(key) > 40
+    listed = json.loads(herd("keys", "list", "--json").out)
+    assert [(one["name"], one["requests_per_minute"], one["revoked"]) for one in listed] == [
+        ("alice", 60, None)
+    ]
+    table = herd("keys", "list").out
+    assert "alice" in table and key not in table
+    assert "has a key already" in herd("keys", "add", "alice").err
+    assert herd("keys", "revoke", "alice").out == "alice is revoked\n"
+    assert json.loads(herd("keys", "list", "--json").out)[0]["revoked"]
 
 
 def test_delta_there_and_back(herd: Herd, tiny_folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herdbook.config import from_mapping, parse_flags, to_mapping
+from herdbook.config import duration, from_mapping, parse_flags, size, to_mapping
 from herdbook.errors import ConfigError
 
 
@@ -92,3 +92,13 @@ def test_flags() -> None:
         parse_flags(["Luna"])
     with pytest.raises(ConfigError, match="--name is given twice"):
         parse_flags(["--name", "a", "--name", "b"])
+
+
+def test_sizes_and_times_have_units() -> None:
+    assert size("4GB", where="--memory") == 4 * 10**9
+    assert size("1.5 gib", where="--memory") == 3 * 2**29
+    assert duration("10m", where="--idle") == 600
+    assert duration("1.5h", where="--idle") == 5400
+    for wrong in ("", "4", "GB", "4 lots", "0MB", "-1GB", "4GB4"):
+        with pytest.raises(ConfigError, match=r"--memory is .* must be a size"):
+            size(wrong, where="--memory")

@@ -44,6 +44,12 @@ MIGRATIONS = (
         name TEXT NOT NULL, version INTEGER NOT NULL, id TEXT NOT NULL REFERENCES artifacts (id),
         PRIMARY KEY (name, version));
     """,
+    """
+    CREATE TABLE keys (
+        hash TEXT PRIMARY KEY, name TEXT NOT NULL, requests_per_minute INTEGER,
+        tokens_per_minute INTEGER, created TEXT NOT NULL, revoked TEXT);
+    CREATE UNIQUE INDEX live_keys ON keys (name) WHERE revoked IS NULL;
+    """,
 )
 
 
@@ -106,12 +112,11 @@ class Book:
     """The register. Opening it creates it."""
 
     def __init__(self, home: Path | str | None = None) -> None:
-        place = home or os.environ.get("HERDBOOK_HOME") or "~/.herdbook"
-        self.home = Path(place).expanduser().absolute()
+        self.home = _home(home)
         try:
             (self.home / "artifacts").mkdir(parents=True, exist_ok=True)
             (self.home / "work").mkdir(exist_ok=True)
-            with self._connect() as database:
+            with self.connect() as database:
                 self._migrate(database)
         except (OSError, sqlite3.DatabaseError) as error:
             raise BookError(
@@ -120,8 +125,13 @@ class Book:
                 next="set HERDBOOK_HOME to a folder of yours",
             ) from error
 
+    @classmethod
+    def exists(cls) -> bool:
+        """Whether there is a book already where one would be opened."""
+        return (_home(None) / "book.db").is_file()
+
     @contextmanager
-    def _connect(self) -> Iterator[sqlite3.Connection]:
+    def connect(self) -> Iterator[sqlite3.Connection]:
         """A connection for one piece of work, in one transaction."""
         with closing(sqlite3.connect(self.home / "book.db", timeout=30)) as database:
             database.row_factory = sqlite3.Row
@@ -163,7 +173,7 @@ class Book:
     def find(self, ref: str) -> Artifact | None:
         """As `get`, None when it is not there."""
         name, _, version = ref.partition("@")
-        with self._connect() as database:
+        with self.connect() as database:
             if version and not (version.isascii() and version.isdigit() and len(version) < 10):
                 return None
             row = database.execute(
@@ -186,7 +196,7 @@ class Book:
 
     def by_key(self, key: str, name: str) -> Artifact | None:
         """What the step with this key made before; from now on it is (also) the newest `name`."""
-        with self._connect() as database:
+        with self.connect() as database:
             row = database.execute(
                 "SELECT id FROM artifacts WHERE key = ? ORDER BY created DESC LIMIT 1", (key,)
             ).fetchone()
@@ -206,7 +216,7 @@ class Book:
 
     def entries(self, kind: str | None = None) -> list[Artifact]:
         """Every name at every version, in the order in which they were given."""
-        with self._connect() as database:
+        with self.connect() as database:
             rows = database.execute(
                 "SELECT n.id, n.name, n.version FROM names n JOIN artifacts a ON a.id = n.id "
                 "WHERE ? IS NULL OR a.kind = ? ORDER BY n.rowid",
@@ -215,7 +225,7 @@ class Book:
             return [self._artifact(database, *row) for row in rows]
 
     def names(self) -> tuple[str, ...]:
-        with self._connect() as database:
+        with self.connect() as database:
             rows = database.execute("SELECT DISTINCT name FROM names ORDER BY name").fetchall()
         return tuple(row["name"] for row in rows)
 
@@ -224,7 +234,7 @@ class Book:
 
     def children(self, artifact: Artifact) -> tuple[Artifact, ...]:
         """What was made directly from it, oldest first."""
-        with self._connect() as database:
+        with self.connect() as database:
             rows = database.execute(
                 "SELECT DISTINCT a.id, a.created FROM parents p JOIN artifacts a ON a.id = p.child "
                 "WHERE p.parent = ? ORDER BY a.created",
@@ -292,7 +302,7 @@ class Book:
         files = file_hashes(folder)
         id = artifact_id(kind, step, config, parents, files)
         place = self._place(kind, id)
-        with self._connect() as database:
+        with self.connect() as database:
             known = database.execute("SELECT 1 FROM artifacts WHERE id = ?", (id,)).fetchone()
             damaged = known is not None and not self.whole(self._artifact(database, id))
         if known is None or damaged:
@@ -301,7 +311,7 @@ class Book:
             shutil.rmtree(place, ignore_errors=True)  # left by a kill before it was entered
             os.replace(folder, place)
             sync_folder(place.parent)
-        with self._connect() as database:
+        with self.connect() as database:
             if known is None:
                 database.execute(
                     "INSERT INTO artifacts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -379,6 +389,11 @@ class Book:
         )
         if again != artifact.id:
             yield Problem(artifact, "its entry was changed: the id no longer covers it")
+
+
+def _home(given: Path | str | None) -> Path:
+    place = given or os.environ.get("HERDBOOK_HOME") or "~/.herdbook"
+    return Path(place).expanduser().absolute()
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -41,6 +41,7 @@ from herdbook.engine.sequence import Sequence
 from herdbook.engine.speculation import Trial, speculation
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.prefix import find_context
 from herdbook.training.memory import free_bytes
@@ -90,8 +91,8 @@ class Engine:
         if cache_dtype is None:
             cache_dtype = _cache_dtype(decoder, cache_bytes)
         if pages is None:
-            drafts = [] if draft is None else [draft]
-            pages = _pages(decoder, drafts, page_tokens, cache_bytes, cache_dtype)
+            beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
+            pages = cache_pages(decoder.config, cache_dtype, page_tokens, cache_bytes, beside)
         self._guesses = (speculate, draft)
         self._size = (pages, page_tokens, max_batch_tokens)
         self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
@@ -479,11 +480,10 @@ class Engine:
         )
 
 
-def _token_bytes(decoder: Decoder, dtype: torch.dtype) -> int:
-    """What the cache needs for a token's keys and values."""
-    c = decoder.config
-    heads = 2 * c.layers * c.kv_heads
-    return heads * (c.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
+def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """A token's keys and values in the cache."""
+    heads = 2 * config.layers * config.kv_heads
+    return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
 
 def _cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
@@ -494,30 +494,29 @@ def _cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
         cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
     tokens = min(decoder.config.max_pos, CACHE_TOKENS)
     for kind in (decoder.dtype, torch.bfloat16):
-        if tokens * _token_bytes(decoder, kind) <= cache_bytes:
+        if tokens * token_bytes(decoder.config, kind) <= cache_bytes:
             return kind
     return torch.int8
 
 
-def _pages(
-    decoder: Decoder,
-    drafts: Many[Decoder],
+def cache_pages(
+    config: DecoderConfig,
+    dtype: torch.dtype,
     page_tokens: int,
     cache_bytes: int | None,
-    dtype: torch.dtype,
+    beside: int = 0,
 ) -> int:
-    """How many pages the cache gets; every page is one of each decoder."""
-    c = decoder.config
-    token_bytes = _token_bytes(decoder, dtype) + sum(_token_bytes(d, d.dtype) for d in drafts)
+    """How many pages the cache gets. beside: what a token needs in a draft model's."""
+    each = token_bytes(config, dtype) + beside
     if cache_bytes is None:
-        tokens = max(CACHE_BYTES // token_bytes, CACHE_TOKENS)
-        tokens = min(tokens, CACHE_CONTEXTS * c.max_pos)
+        tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
+        tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)
     else:
-        tokens = cache_bytes // token_bytes
+        tokens = cache_bytes // each
         if tokens < page_tokens:
             raise CapacityError(
                 f"cache_bytes={cache_bytes}",
-                rule=f"holds no page: {page_tokens} tokens need {token_bytes * page_tokens} bytes",
-                next=f"give at least {token_bytes * page_tokens}",
+                rule=f"holds no page: {page_tokens} tokens need {each * page_tokens} bytes",
+                next=f"give at least {each * page_tokens}",
             )
     return max(1, tokens // page_tokens)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
+
+#: how an engine's cache may keep its numbers
+CacheType = Literal["float32", "bfloat16", "int8"]
 
 DTYPES = {
     "float32": torch.float32,

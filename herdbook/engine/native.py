@@ -206,7 +206,7 @@ class Step:
     def __init__(self, decoder: Decoder, library: ctypes.CDLL) -> None:
         c = decoder.config
         self.decoder, self.library, self.config = decoder, library, c
-        self._kept: list[Tensor] = []  # what the structures point into
+        self.kept: list[Tensor] = []  # what the structures point into
         self._layers = (Layer * c.layers)()
         for layer, block in zip(self._layers, decoder.blocks, strict=True):
             assert isinstance(block, Block)
@@ -234,7 +234,7 @@ class Step:
         self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def _keep(self, tensor: Tensor) -> int:
-        self._kept.append(tensor)
+        self.kept.append(tensor)
         return tensor.data_ptr()
 
     def _floats(self, tensor: Tensor) -> int:

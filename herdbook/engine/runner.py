@@ -286,6 +286,11 @@ class Runner:
         """An empty cache."""
         self.cache = self._cache()
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """Weights that are held a second time, in the native step's own order."""
+        return [] if self._native is None else self._native.kept
+
     @torch.inference_mode()
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.

@@ -39,7 +39,7 @@ class EmbeddingAsk(BaseModel):
 async def embed(
     ask: EmbeddingAsk, worker: Worker, texts: Sequence[Sequence[int]], adapter: str | None
 ) -> dict[str, Any]:
-    """The body of the response. texts: token ids of each input."""
+    """The body of the response, but for its usage. texts: token ids of each input."""
     width = worker.engine.decoder.config.hidden
     if ask.dimensions not in (None, width):
         raise RequestError(
@@ -60,9 +60,7 @@ async def embed(
         for at in range(len(requests)):
             values = _written(vectors[at], ask.encoding_format)
             data.append({"object": "embedding", "index": start + at, "embedding": values})
-    tokens = sum(map(len, texts))
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return {"object": "list", "data": data, "model": ask.model, "usage": usage}
+    return {"object": "list", "data": data, "model": ask.model}
 
 
 def _written(vector: Tensor, encoding: str | None) -> list[float] | str:

@@ -44,6 +44,7 @@ from herdbook.serving.tools import MOST_CALLS, MOST_TOOLS, Call, Choose, Tool, g
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
 MAX_STOPS = 4  # OpenAI's limit
+MAX_MESSAGES = 2048
 
 # Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -217,6 +218,7 @@ class Ask(Structured):
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0.0, le=1.0, allow_inf_nan=False)
     repetition_penalty: float | None = Field(None, gt=0.0, le=10.0, allow_inf_nan=False)
+    ignore_eos: bool | None = None
     logit_bias: dict[str, Bias] | None = None
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[TokenId] | None = None
@@ -294,7 +296,7 @@ class Ask(Structured):
         With a seed, choice i is drawn with seed + i: the choices differ, and each can be drawn
         again. Without one, every request is another draw.
         """
-        names = ["temperature", "top_p", "top_k", "min_p"]
+        names = ["temperature", "top_p", "top_k", "min_p", "ignore_eos"]
         names += ["presence_penalty", "frequency_penalty", "repetition_penalty"]
         names += ["min_tokens", "stop_token_ids"]
         if choice == 0:  # once for a prompt
@@ -313,7 +315,7 @@ class Ask(Structured):
 class ChatAsk(Ask):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None

@@ -1,30 +1,42 @@
 """`herd serve`: load models, listen, answer, stop cleanly.
 
-Order matters to whoever waits at the terminal: names, key and port are checked in the first
+Order matters to whoever waits at the terminal: names, sizes, key and port are checked in the first
 moments, before a model is loaded. Then the server listens at once, and /health says 503 until the
-models, each loaded in its worker's thread, are ready.
+models, each loaded in its worker's thread, are ready. With a budget of memory or an idle time they are
+loaded when they are asked for (`models`).
+
+SIGTERM and Ctrl-C stop it gracefully: no new requests, running replies may finish within `STOP_S`
+seconds, the rest ends with an error that says so. A second Ctrl-C does not wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+import threading
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 
 import uvicorn
 from fastapi import FastAPI
 from rich.console import Console
 
 from herdbook.book.book import Book
-from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import adapter_folder, load
+from herdbook.book.keys import Keys
+from herdbook.engine.loaded import CacheType
 from herdbook.errors import ServeError
-from herdbook.model.references import may_be_name, resolve
-from herdbook.serving.api import LOCAL_NAMES, app
-from herdbook.serving.worker import STOP_S, Worker
+from herdbook.model.references import may_be_name
+from herdbook.serving.api import app
+from herdbook.serving.cluster import Cluster
+from herdbook.serving.cluster import app as cluster_app
+from herdbook.serving.guard import LOCAL_NAMES
+from herdbook.serving.keyring import KeyRing
+from herdbook.serving.models import Models
+from herdbook.serving.setup import Setup, served_name
+from herdbook.serving.worker import STOP_S
 from herdbook.tokens import templates
 
 
@@ -37,13 +49,21 @@ def serve(
     template: str | None = None,
     adapters: Mapping[str, str] | None = None,
     book: Book | None = None,
+    memory_bytes: int | None = None,
+    idle_s: float | None = None,
+    workers: int = 1,
+    cache: CacheType | None = None,
+    speculate: bool = False,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
-    host: this machine only by default; any other address needs a `key`, which clients send as
-    `Authorization: Bearer KEY`. template: a chat template in place of the models' own, by its name or
-    its file. adapters: name → reference; clients choose one as if it were a model. They sit on the one
-    model that is served.
+    host: this machine only by default; any other address needs a `key` or keys in the book, which
+    clients send as `Authorization: Bearer KEY`. template: a chat template in place of the models' own,
+    by its name or its file. adapters: name → reference; clients choose one as if it were a model. They
+    sit on the one model that is served. memory_bytes, idle_s: load models when they are asked for, and
+    unload them to stay within the budget or when they were idle for so long. workers: so many
+    processes, each with the models and its share of the budget, behind one door (`cluster`). cache,
+    speculate: of the engines, see `Engine`.
     """
     adapters = adapters or {}
     if adapters and len(refs) != 1:
@@ -57,59 +77,59 @@ def serve(
     twice = next((name for name in known if known.count(name) > 1), None)
     if twice is not None:
         raise ServeError(f"two models would be called {twice!r}", next="serve one of them")
-    if host not in LOCAL_NAMES and not key:
+    if book is None and (any(may_be_name(ref) for ref in refs) or Book.exists()):
+        book = Book()
+    ring = KeyRing(key, Keys(book) if book else None)
+    if host not in LOCAL_NAMES and not ring.needed:
         raise ServeError(
             f"host {host!r}",
             rule="is reachable from other machines, and there is no API key",
-            next="give --key, or set HERDBOOK_API_KEY, or leave --host out",
+            next="make one: herd keys add NAME (or give --key, or set HERDBOOK_API_KEY), or leave "
+            "--host out",
         )
-    if book is None and any(may_be_name(ref) for ref in (*refs, *adapters.values())):
-        book = Book()
-    for ref in refs:
-        resolve(ref, book)  # an unknown name is told before anything is opened
-    folders = {name: adapter_folder(ref, book) for name, ref in adapters.items()}
     if template:
         templates.read(template)
-    with listen(host, port) as listener:
-        workers = {
-            name: Worker(name, partial(_engine, ref, book, template, folders), adapters=[*folders])
-            for name, ref in zip(names, refs, strict=True)
-        }
-        # Uvicorn raises Ctrl-C again once it has stopped; stopping is what was asked for.
-        with contextlib.suppress(KeyboardInterrupt):
-            asyncio.run(_run(workers, listener, host, key))
+    if workers < 1:
+        raise ServeError(f"--workers {workers}", rule="must be at least 1", next="leave it out")
+    share = None if memory_bytes is None else memory_bytes // workers
+    setup = Setup([*map(str, refs)], template, dict(adapters), share, idle_s, cache, speculate)
+    models = setup.models(book)
+    _log_requests()
+    # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
+    with listen(host, port) as listener, _stoppable():
+        place = f"[{host}]" if ":" in host else host
+        url = f"http://{place}:{listener.getsockname()[1]}"
+        if workers == 1:
+            asyncio.run(_run(models, listener, ring, url))
+        else:
+            cluster = Cluster(workers, known, asdict(setup))
+            asyncio.run(_run_cluster(cluster, listener, ring, url))
 
 
-def named(adapters: Sequence[str]) -> dict[str, str]:
-    """What --lora says: NAME=REF of each.
-
-    >>> named(["luna=luna-tune@2"])
-    {'luna': 'luna-tune@2'}
-    """
-    found: dict[str, str] = {}
-    for one in adapters:
-        name, _, ref = one.partition("=")
-        if not name or not ref or name in found:
-            raise ServeError(
-                f"--lora {one}",
-                rule="must be NAME=REF, each name once",
-                next="for example --lora luna=./luna-adapter",
-            )
-        found[name] = ref
-    return found
+def serve_member(setup: Setup, secret: str) -> None:
+    """One worker of a cluster: the same server for who knows the secret. Its port goes to stdout."""
+    named = any(may_be_name(ref) for ref in (*setup.refs, *setup.adapters.values()))
+    models = setup.models(Book() if named else None)
+    with listen("127.0.0.1", 0) as listener, _stoppable():
+        print(listener.getsockname()[1], flush=True)
+        asyncio.run(_run(models, listener, KeyRing(secret), None))
 
 
-def served_name(ref: str) -> str:
-    """What clients call the model by.
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM as Ctrl-C, and neither an error."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        yield
 
-    >>> served_name("cria@2"), served_name("models/tiny.Q4_1.gguf"), served_name("hf:org/name")
-    ('cria@2', 'tiny.Q4_1', 'org/name')
-    """
-    if ref.startswith("hf:"):
-        return ref[3:]
-    if "/" in ref or ref.endswith((".gguf", ".pth")) or ref in (".", ".."):
-        return Path(ref).resolve().name.removesuffix(".gguf").removesuffix(".pth")
-    return ref
+
+def _log_requests() -> None:
+    """One line a request on stderr, without its contents."""
+    log, out = logging.getLogger("herdbook.requests"), logging.StreamHandler()
+    out.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    log.handlers, log.propagate = [out], False
+    log.setLevel(logging.INFO)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -139,61 +159,96 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _engine(
-    ref: str, book: Book | None, template: str | None, adapters: Mapping[str, Path]
-) -> Engine:
-    engine = load(ref, book=book, template=template).engine
-    for name, folder in adapters.items():
-        engine.load_adapter(name, folder)
-    return engine
+class _Server(uvicorn.Server):
+    """Tells the workers to stop as soon as it no longer listens, and waits for their last words."""
+
+    def __init__(self, config: uvicorn.Config, models: Models) -> None:
+        super().__init__(config)
+        self.models = models
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.create_task(self.models.stop(STOP_S))
+        await super().shutdown(sockets)
+        if not self.force_exit:
+            await stopping
 
 
-async def _run(
-    workers: dict[str, Worker], listener: socket.socket, host: str, key: str | None
-) -> None:
-    api = app(workers, key=key)
+async def _run(models: Models, listener: socket.socket, ring: KeyRing, url: str | None) -> None:
+    """url: what is told to whoever waits at the terminal; None: nobody does."""
+    api = app(models, ring=ring)
 
     @contextlib.asynccontextmanager
     async def life(api: FastAPI) -> AsyncIterator[None]:
-        for worker in workers.values():
-            worker.start()
-        yield
-        for worker in workers.values():
-            await asyncio.to_thread(worker.stop)
+        models.start()
+        async with models.sweeping():
+            yield
 
     api.router.lifespan_context = life
-    config = uvicorn.Config(
-        api, log_level="warning", access_log=False, timeout_graceful_shutdown=int(STOP_S)
-    )
-    server = uvicorn.Server(config)
-    announcing = asyncio.create_task(_announce(workers, listener, host, key, server))
+    server = _Server(_config(api), models)
+    announcing = asyncio.create_task(_announce(models, url, ring.needed, server))
     try:
         await server.serve(sockets=[listener])
-        failure = next((w.failure for w in workers.values() if w.failure), None)
-        if failure is not None:
-            raise failure
+        if not models.on_demand:
+            failure = next((w.failure for w in models.values() if w.failure), None)
+            if failure is not None:
+                raise failure
     finally:
         announcing.cancel()
 
 
+def _config(api: FastAPI) -> uvicorn.Config:
+    grace = int(STOP_S) + 5
+    return uvicorn.Config(
+        api, log_level="warning", access_log=False, timeout_graceful_shutdown=grace
+    )
+
+
 async def _announce(
-    workers: dict[str, Worker],
-    listener: socket.socket,
-    host: str,
-    key: str | None,
-    server: uvicorn.Server,
+    models: Models, url: str | None, with_key: bool, server: uvicorn.Server
 ) -> None:
     """Say how to call the server once all models are there; stop it when one cannot be loaded."""
-    console = Console(stderr=True, highlight=False)
-    place = f"[{host}]" if ":" in host else host
-    url = f"http://{place}:{listener.getsockname()[1]}"
-    console.print(f"loading {', '.join(workers)} …", markup=False)
-    while not all(worker.ready for worker in workers.values()):
-        if any(worker.failure for worker in workers.values()):
+    console = Console(stderr=True, highlight=False, quiet=url is None)
+    if not models.on_demand:
+        console.print(f"loading {', '.join(models)} …", markup=False)
+    while not models.healthy:
+        if any(worker.failure for worker in models.values()):
             server.should_exit = True
             return
         await asyncio.sleep(0.05)
-    console.print(how_to_call(url, next(iter(workers)), key is not None), markup=False)
+    console.print(how_to_call(url or "", next(iter(models)), with_key), markup=False)
+
+
+async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing, url: str) -> None:
+    api = cluster_app(cluster, ring)
+
+    @contextlib.asynccontextmanager
+    async def life(api: FastAPI) -> AsyncIterator[None]:
+        async with cluster.running():
+            yield
+
+    api.router.lifespan_context = life
+    server = uvicorn.Server(_config(api))
+
+    async def announce() -> None:
+        console = Console(stderr=True, highlight=False)
+        console.print(f"starting {len(cluster.members)} workers …", markup=False)
+        while not all(member.ready for member in cluster.members) and not cluster.failure:
+            await asyncio.sleep(0.05)
+        if not cluster.failure:
+            console.print(how_to_call(url, cluster.names[0], ring.needed), markup=False)
+        while not cluster.failure:
+            await asyncio.sleep(1)
+        server.should_exit = True
+
+    announcing = asyncio.create_task(announce())
+    try:
+        await server.serve(sockets=[listener])
+        if cluster.failure:
+            raise ServeError(
+                cluster.failure, next="its message stands above; try without --workers"
+            )
+    finally:
+        announcing.cancel()
 
 
 def how_to_call(url: str, model: str, with_key: bool) -> str:

@@ -9,6 +9,8 @@ An engine belongs to one thread; so every touch of it is a message, a closure pu
 no lock guards it. Several clients' requests meet in the engine's batch: none waits for another to
 end.
 
+Between two lives (`unload`, then `start` again) a worker holds no model and no memory.
+
 >>> worker = Worker("luna", load=lambda: load("luna").engine)      # doctest: +SKIP
 >>> worker.start()                                                 # doctest: +SKIP
 >>> async for at, piece in worker.stream([Request(ids)]): ...      # doctest: +SKIP
@@ -18,22 +20,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import gc
 import logging
 import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from functools import partial
+from typing import Any, Literal
 
 from herdbook.engine.engine import Engine
+from herdbook.engine.memory import held_bytes
 from herdbook.engine.request import Piece, Request
 from herdbook.errors import CapacityError, HerdbookError, ServeError
+from herdbook.serving.metrics import ModelNumbers
 
 MAX_OPEN = 256  # requests in the engine or waiting for it; more are refused, not queued for ever
-STOP_S = 5.0  # how long stop() lets running replies finish
+STOP_S = 30.0  # how long stop() lets running replies finish
 
 log = logging.getLogger("herdbook.serving")
 
+State = Literal["unloaded", "loading", "ready", "stopping", "failed"]
 Put = Callable[[str, Piece | Exception], None]  # (request id, what became of it)
 
 
@@ -47,7 +55,8 @@ class Broken(HerdbookError):
 
 class Worker:
     """Owns an engine. `name` is what clients call the model by; `adapters` are further names, under
-    which it answers with an adapter that `load` has put beside it."""
+    which it answers with an adapter that `load` has put beside it; `bytes` what it holds in memory
+    (before the first load: an estimate, 0 where there is none)."""
 
     def __init__(
         self,
@@ -56,11 +65,16 @@ class Worker:
         *,
         adapters: Sequence[str] = (),
         max_open: int = MAX_OPEN,
+        estimate_bytes: int = 0,
     ) -> None:
-        self.name, self.adapters, self.created = name, tuple(adapters), int(time.time())
+        self.name, self.adapters = name, tuple(adapters)
+        self.created, self.bytes = int(time.time()), estimate_bytes
+        self.numbers = ModelNumbers()
+        self.state: State = "unloaded"
         self.failure: Exception | None = None  # why loading failed
         self._load, self._max_open = load, max_open
         self._engine: Engine | None = None
+        self._stats: dict[str, Any] = {}  # as of the last time that somebody asked
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._running: dict[str, Put] = {}  # touched by the worker's thread alone
         self._deadline: float | None = None  # set when stopping
@@ -68,18 +82,23 @@ class Worker:
         self._lock = threading.Lock()  # guards the next two
         self._open = 0  # requests that callers wait for
         self._ended = False  # nobody reads the inbox any more
-        # A daemon: loading cannot be interrupted, and Ctrl-C must not wait for it.
-        self._thread = threading.Thread(target=self._run, name=f"worker {name}", daemon=True)
+        self._thread: threading.Thread | None = None
 
     # -- for other threads ------------------------------------------------------------------
 
     def start(self) -> None:
-        """Load the model and begin to serve; returns at once."""
+        """Load the model and begin to serve; returns at once. Also after stop() has ended."""
+        assert self.state in ("unloaded", "failed"), self.state
+        self.state, self.failure, self._deadline = "loading", None, None
+        self._loaded.clear()
+        self._ended = False
+        # A daemon: loading cannot be interrupted, and Ctrl-C must not wait for it.
+        self._thread = threading.Thread(target=self._run, name=f"worker {self.name}", daemon=True)
         self._thread.start()
 
     @property
     def ready(self) -> bool:
-        return self._engine is not None
+        return self.state == "ready"
 
     @property
     def open(self) -> int:
@@ -100,11 +119,31 @@ class Worker:
             raise self.failure
         return self
 
-    def stop(self, grace_s: float = STOP_S) -> None:
-        """No new requests; running ones may finish within `grace_s`, the rest is aborted."""
-        if self._thread.is_alive() and self.ready:
+    def unload(self, grace_s: float = 0.0) -> None:
+        """No new requests; running ones may finish within `grace_s`, the rest is aborted. Then the
+        model's memory is free. Returns at once; `state` says when it is done."""
+        if self.ready:
+            self.state = "stopping"
             self._inbox.put(partial(self._begin_stop, time.monotonic() + grace_s))
+
+    def stop(self, grace_s: float = STOP_S) -> None:
+        """The same, and wait for it."""
+        self.unload(grace_s)
+        if self._thread is not None and self.state != "loading":
             self._thread.join(grace_s + 10)
+
+    async def stats(self, patience_s: float = 1.0) -> dict[str, Any]:
+        """`Engine.stats()`, or what it was when last asked if the engine is too busy to say."""
+        done = threading.Event()
+
+        def ask() -> None:
+            self._stats = self.engine.stats()
+            done.set()
+
+        if self.ready:
+            self._inbox.put(ask)
+            await asyncio.to_thread(done.wait, patience_s)
+        return self._stats if self.ready else {}
 
     async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
         """(which request, its next piece) as they come, until the last one has ended.
@@ -163,15 +202,17 @@ class Worker:
             if not self._ended:
                 self._inbox.put(partial(self._submit, request, put))
                 return
-        put(request.id, _stopping())
+        put(request.id, stopping())
 
     # -- in the worker's thread -------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             self._engine = self._load()
+            self.bytes = held_bytes(self._engine)
+            self.state = "ready"
         except Exception as error:  # noqa: BLE001  kept: wait(), /health and every request tell it
-            self.failure = error
+            self.failure, self.state = error, "failed"
             return
         finally:
             self._loaded.set()
@@ -179,10 +220,15 @@ class Worker:
             self._read_inbox()
             if self._running and not self._over:
                 self._step()
-        self._end_all(_stopping())
+        self._end_all(stopping())
         with self._lock:
             self._ended = True
         self._read_inbox()  # what came in the meantime is refused, not forgotten
+        self._engine, self._stats = None, {}
+        gc.collect()
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory otherwise
+            libc.malloc_trim(0)
+        self.state = "unloaded"
 
     @property
     def _over(self) -> bool:
@@ -201,7 +247,7 @@ class Worker:
     def _submit(self, request: Request, put: Put) -> None:
         try:
             if self._deadline is not None:
-                raise _stopping()
+                raise stopping()
             self.engine.submit(request)
         except HerdbookError as error:
             put(request.id, error)
@@ -226,6 +272,8 @@ class Worker:
             self.engine.forget()
             return
         for piece in pieces:
+            if piece.reply is not None:
+                self.numbers.ended(piece.reply)
             put = self._running.get(piece.request_id)
             if put is None:  # the last words of one that was cancelled
                 continue
@@ -286,5 +334,5 @@ def _broken(error: Exception) -> Broken:
     )
 
 
-def _stopping() -> ServeError:
+def stopping() -> ServeError:
     return ServeError("the server", rule="is stopping", next="ask again when it is back")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import pytest
 
 import herdbook
 from herdbook.book.book import Book
+from herdbook.book.keys import Keys
 from herdbook.model.fetch import Fetch
 
 HI: Any = [{"role": "user", "content": "hello"}]
@@ -34,7 +36,7 @@ class Server:
 
     def __init__(self, *refs: str, key: str | None = None) -> None:
         command = [sys.executable, "-u", "-c", START.format(key=repr(key)), *refs]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env = {"HERDBOOK_HOME": os.devnull, **os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
         self.output, self.url = "", ""
         self._reading = threading.Thread(target=self._read, daemon=True)
@@ -280,6 +282,44 @@ def test_key_and_ctrl_c(tiny_folder: Path):
         assert code == 0, output
         assert "Traceback" not in output
         assert "Authorization: Bearer" in output and "s3cret" not in output
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopping_server_lets_replies_finish(tiny_folder: Path, model: str, signal_: int):
+    for server in running(str(tiny_folder)):
+        stream = server.client().completions.create(
+            model=model, prompt=[5, 6], max_tokens=400, stream=True, extra_body={"ignore_eos": True}
+        )
+        chunks = iter(stream)
+        next(chunks)
+        server.process.send_signal(signal_)
+        time.sleep(0.5)
+        with pytest.raises((urllib.error.URLError, OSError)):  # nobody new comes in
+            server.health()
+        assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+        code, output = server.end()
+        assert code == 0 and "Traceback" not in output, output
+        assert "in=2 out=400" in output and "outcome=ok" in output
+
+
+def test_limits_and_revoked_keys_as_the_client_sees_them(
+    tiny_folder: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HERDBOOK_HOME", str(tmp_path / "home"))
+    keys = Keys(Book())
+    key = keys.add("alice", requests_per_minute=1)
+    for server in running(str(tiny_folder)):
+        client = server.client(key)
+        asked: dict[str, Any] = {"model": model, "messages": HI, "max_tokens": 3}
+        assert client.chat.completions.create(**asked).choices
+        with pytest.raises(openai.RateLimitError, match="at most 1 a minute") as limited:
+            client.chat.completions.create(**asked)
+        assert int(limited.value.response.headers["retry-after"]) >= 1
+        keys.revoke("alice")
+        time.sleep(2.5)
+        with pytest.raises(openai.AuthenticationError):
+            client.models.list()
+        assert "key=alice" in server.output and key not in server.output
 
 
 def test_a_model_that_does_not_load(tmp_path: Path):

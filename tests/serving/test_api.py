@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from herdbook.engine.request import Sampling
-from herdbook.serving.api import MAX_BODY_BYTES, app
+from herdbook.serving.api import app
 from herdbook.serving.chat import Talk
-from herdbook.serving.server import _engine
+from herdbook.serving.guard import MAX_BODY_BYTES
+from herdbook.serving.setup import Setup
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
 
@@ -38,7 +39,7 @@ def test_a_templates_text_ends_chats_but_no_completions(
     tiny_folder: Path, stopping: tuple[Path, str, str]
 ):
     file, whole, left = stopping
-    worker = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file), {}))
+    worker = Worker("tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {}))
     worker.start()
     try:
         client = Client(app({"tiny": worker.wait(60)}))
@@ -79,7 +80,7 @@ def test_who_is_served_is_told_todays_date(
 ):
     file = tmp_path / "dated.jinja"
     file.write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}", encoding="utf-8")
-    dated = Worker("tiny", partial(_engine, str(tiny_folder), None, str(file), {}))
+    dated = Worker("tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {}))
     dated.start()
     asked: list[str] = []
     try:

@@ -15,7 +15,8 @@ import torch
 import herdbook
 from herdbook.errors import FileError, ServeError, UnknownName
 from herdbook.serving.api import app
-from herdbook.serving.server import _engine, named, serve
+from herdbook.serving.server import serve
+from herdbook.serving.setup import Setup, named
 from herdbook.serving.worker import Worker
 
 from .conftest import Client
@@ -102,7 +103,7 @@ def test_dimensions_that_the_model_has(client: Client) -> None:
 
 @pytest.fixture(scope="module")
 def tuned(tiny_folder: Path, adapter: Path) -> Iterator[Client]:
-    load = partial(_engine, str(tiny_folder), None, None, {"luna": adapter})
+    load = partial(Setup([]).engine, str(tiny_folder), None, {"luna": adapter})
     worker = Worker("tiny", load, adapters=["luna"])
     worker.start()
     yield Client(app({"tiny": worker.wait(60)}))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from herdbook.errors import ServeError, UnknownName
-from herdbook.serving.server import how_to_call, listen, serve, served_name
+from herdbook.serving.server import how_to_call, listen, serve
+from herdbook.serving.setup import served_name
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from herdbook.engine.loaded import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FileError, RequestError, ServeError
 from herdbook.serving.api import app
+from herdbook.serving.models import Models
 from herdbook.serving.worker import Broken, Busy, Worker
 
 from .conftest import Client, tiny_engine
@@ -195,7 +196,7 @@ def test_loading(tiny_folder: Path):
 
     slow = Worker("tiny", slowly)
     slow.start()
-    client = Client(app({"tiny": slow}))
+    client = Client(app(Models({"tiny": slow}, wait_s=0.1)))
     response = client("GET", "/health")
     assert response.status_code == 503
     assert response.json()["models"]["tiny"]["status"] == "loading"
