@@ -91,15 +91,8 @@ class Ours:
 
     def nats(self, windows: list[list[int]]) -> float:
         """Surprise of every token but the first of each window."""
-        import torch
-
-        total = 0.0
-        for ids in windows:
-            with torch.inference_mode():
-                logits = self.model.logits(ids)[:-1]
-            wanted = torch.tensor(ids[1:])
-            total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
-        return total
+        scores = [self.engine.score(ids[:1], [ids[1:]])[0] for ids in windows]
+        return -sum(score.total for score in scores)
 
     def resident(self) -> int:
         return memory("VmRSS")
