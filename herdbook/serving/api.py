@@ -197,11 +197,11 @@ def _adapter(worker: Worker, ask: Ask | EmbeddingAsk) -> str | None:
 def _encoded(engine: Engine, prompt: Prompt) -> list[int]:
     if not isinstance(prompt, str):
         for id in prompt:
-            if not 0 <= id < engine.vocab:
+            if not 0 <= id < engine.intake.vocab:
                 raise Refusal(
                     400,
                     f"token id {id}",
-                    rule=f"is outside the vocabulary of {engine.vocab} tokens",
+                    rule=f"is outside the vocabulary of {engine.intake.vocab} tokens",
                     next="encode the prompt with this model's own tokenizer",
                     param="prompt",
                 )
@@ -265,7 +265,7 @@ async def _answer(
             adapter = _adapter(worker, ask)
             requests.append(Request(ids, sampling, stop=stop, trim=trim, id=id, adapter=adapter))
     # A grammar is read here, in a thread of its own, and found ready by the engine.
-    await asyncio.to_thread(worker.engine.matcher, requests[0].sampling)
+    await asyncio.to_thread(worker.engine.intake.matcher, requests[0].sampling)
     usage = Usage(shape.prompts, ask.draws)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:
