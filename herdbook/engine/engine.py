@@ -89,7 +89,7 @@ class Engine:
         self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
         self.speculation = speculation(speculate, draft, decoder, self.scheduler)
         self._active: dict[str, Sequence] = {}
-        self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
+        self._backlog: list[Piece] = []  # what step() hands out next; no failure loses any of it
         self._totals = {
             "requests": 0,
             "steps": 0,
@@ -154,13 +154,12 @@ class Engine:
             if rows
         ]
         self.scheduler.advance(batch)
-        pieces = self._take_backlog()
         if logits is not None:
-            pieces += self._draw(logits, trials)
+            self._draw(logits, trials)
         for one in batch:
             if isinstance(one.reading, Likelihoods | Pooled) and not one.remaining:
                 one.error = one.reading.error
-                pieces.append(self._end(one, "error" if one.error else "stop", ""))
+                self._backlog.append(self._end(one, "error" if one.error else "stop", ""))
         if guess is not None:
             guess.learn(trials, time.perf_counter() - drafted)
         accepted = sum(trial.accepted for trial in trials)
@@ -169,12 +168,11 @@ class Engine:
         self._totals["accepted_tokens"] += accepted
         self._totals[f"{kind}_tokens"] += tokens_computed + accepted
         self._totals[f"{kind}_s"] += time.perf_counter() - begun
-        return pieces
+        return self._take_backlog()
 
-    def _draw(self, logits: Tensor, trials: Many[Trial]) -> list[Piece]:
+    def _draw(self, logits: Tensor, trials: Many[Trial]) -> None:
         """A token for each trial, from its row of logits [R, V], and another as long as the last was
         the draft that the next row comes after."""
-        pieces: list[Piece] = []
         while trials:
             rows = [trial.row for trial in trials]
             some = logits if len(rows) == len(logits) else logits[rows]
@@ -187,15 +185,14 @@ class Engine:
                 try:
                     if isinstance(token, Exception):
                         raise token
-                    pieces.append(self._took(sequence, token, logprob))
+                    self._backlog.append(self._took(sequence, token, logprob))
                     if sequence.finish is None and trial.right(token):
                         self.scheduler.progress(sequence, 1)
                         going.append(trial)
                 except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
                     sequence.error = error
-                    pieces.append(self._end(sequence, "error", ""))
+                    self._backlog.append(self._end(sequence, "error", ""))
             trials = going
-        return pieces
 
     def abort(self, id: str) -> bool:
         """End a request; its pages are free at once, its last piece comes with the next step.
