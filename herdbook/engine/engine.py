@@ -15,9 +15,8 @@ An engine belongs to one thread.
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Many
 from dataclasses import replace
 from itertools import accumulate
@@ -28,35 +27,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from herdbook.engine.adapters import Adapters
-from herdbook.engine.grammar import Grammars, Matcher
-from herdbook.engine.logprobs import of_drawn, read_prompt
+from herdbook.engine.cache import cache_dtype as widest
+from herdbook.engine.cache import cache_pages, token_bytes
+from herdbook.engine.intake import Intake
+from herdbook.engine.logprobs import of_drawn
 from herdbook.engine.pages import PagePool
-from herdbook.engine.reading import embedding, reading_for
-from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request, Sampling
+from herdbook.engine.reading import Likelihoods, Pooled, embedding
+from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Runner
-from herdbook.engine.sampling import Chooser, choose
+from herdbook.engine.sampling import choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.score import Score, score_many
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.speculation import Trial, speculation
-from herdbook.engine.text import TextOut, escapes
-from herdbook.errors import CapacityError, RequestError
-from herdbook.model.config import DecoderConfig
+from herdbook.errors import RequestError
 from herdbook.model.decoder import Decoder
-from herdbook.model.prefix import find_context
-from herdbook.training.memory import free_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from herdbook.book.book import Artifact
     from herdbook.tokens.tokenizer import Tokenizer
-
-#: the cache's size unless it is given: this, or what 4096 tokens need where that is more
-CACHE_BYTES = 2**30
-CACHE_TOKENS = 4096
-#: and never more than this many full contexts
-CACHE_CONTEXTS = 16
 
 
 class Engine:
@@ -85,23 +76,21 @@ class Engine:
         speculate: Literal["ngram"] | None = None,
         draft: Decoder | None = None,
     ) -> None:
-        self.decoder, self.tokenizer = decoder, tokenizer
-        self.vocab = decoder.config.vocab
-        self.context = decoder.config.max_pos  # tokens
         if cache_dtype is None:
-            cache_dtype = _cache_dtype(decoder, cache_bytes)
+            cache_dtype = widest(decoder, cache_bytes)
         if pages is None:
             beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
             pages = cache_pages(decoder.config, cache_dtype, page_tokens, cache_bytes, beside)
-        self._guesses = (speculate, draft)
-        self._size = (pages, page_tokens, max_batch_tokens)
-        self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
-        self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
-        self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
-        self._grammars = Grammars(tokenizer, self.vocab) if tokenizer else None
-        self._active: dict[str, Sequence] = {}
+        self.decoder, self.tokenizer = decoder, tokenizer
         self.adapters = Adapters(decoder)
-        self._backlog: list[Piece] = []  # made outside of step(), or for someone else's request
+        self.pool = PagePool(pages, page_tokens)
+        self.intake = Intake(decoder, tokenizer, self.adapters, self.pool)
+        share = decoder.memory == "pages"
+        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
+        self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
+        self.speculation = speculation(speculate, draft, decoder, self.scheduler)
+        self._active: dict[str, Sequence] = {}
+        self._backlog: list[Piece] = []  # what step() hands out next; no failure loses any of it
         self._totals = {
             "requests": 0,
             "steps": 0,
@@ -115,17 +104,10 @@ class Engine:
             "drafted_tokens": 0,
             "accepted_tokens": 0,
         }
-        self.forget()
 
     def forget(self) -> None:
         """Empty the cache: later replies depend on nothing that was asked before."""
-        assert not self._active, "forget() while requests run"
-        pages, page_tokens, max_batch_tokens = self._size
-        self.pool = PagePool(pages, page_tokens)
-        share = self.decoder.memory == "pages"
-        self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
-        self.runner.forget()
-        self.speculation = speculation(*self._guesses, self.decoder, self.scheduler)
+        self.pool.forget()
 
     @property
     def busy(self) -> bool:
@@ -135,21 +117,7 @@ class Engine:
     @property
     def most_tokens(self) -> int:
         """The most tokens, prompt and reply together, that one request can have."""
-        return min(self.context, self.pool.tokens)
-
-    def matcher(self, sampling: Sampling) -> Matcher | None:
-        """The beginning of the request's grammar. Reading one takes up to seconds, the second time
-        nothing: so a server calls this in a thread of its own before it submits.
-        """
-        if sampling.grammar is None:
-            return None
-        if self._grammars is None:
-            raise RequestError(
-                "a grammar",
-                rule="needs a tokenizer, and this model came without one",
-                next="load a folder with tokenizer.json",
-            )
-        return self._grammars.matcher(sampling.grammar)
+        return self.intake.most_tokens
 
     def submit(self, request: Request) -> None:
         """Queue a request. One that can never be served is refused here, with the numbers."""
@@ -157,70 +125,17 @@ class Engine:
             raise RequestError(
                 f"request id {request.id!r}", rule="is already running", next="give another id"
             )
-        sequence = self.sequence(request)
+        sequence = self.intake.sequence(request)
         self._active[request.id] = sequence
         self.scheduler.add(sequence)
         self._totals["requests"] += 1
 
-    def sequence(self, request: Request) -> Sequence:
-        """What would run for a request, which is checked; nothing is queued."""
-        ids, sampling = request.ids, request.sampling
-        if not len(ids):
-            raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
-        self.check_ids(ids, self.decoder.ids)
-        if not isinstance(request.priority, int):
-            raise RequestError(
-                f"priority={request.priority!r}",
-                rule="must be a whole number; the lower, the more urgent",
-                next="leave it out, or write 0 for what is neither urgent nor able to wait",
-            )
-        stop = (*sampling.stop, *request.stop)
-        if stop and self.tokenizer is None:
-            raise RequestError(
-                f"stop={list(stop)!r}",
-                rule="needs a tokenizer, and this model came without one",
-                next="stop by max_tokens, or load a folder with tokenizer.json",
-            )
-        self.check_ids(sampling.stop_token_ids, self.vocab, "stop_token_ids: ")
-        self.check_ids([id for id, _ in sampling.logit_bias], self.vocab, "logit_bias: ")
-        reading = reading_for(request, self.decoder)
-        given = ids
-        if reading is None:
-            ids = self.decoder.prompt(ids)
-        if sampling.prompt_logprobs is not None:
-            self._check_causal(given, ids)
-        request = replace(request, ids=ids)
-        room = self.most_tokens - len(ids)
-        if room < (1 if reading is None else 0):
-            raise self._too_long(len(ids))
-        config = self.decoder.config
-        own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
-        ends = own.union(sampling.stop_token_ids)
-        return Sequence(
-            request,
-            limit=min(sampling.max_tokens, room),
-            chooser=Chooser(
-                sampling, [id % self.vocab for id in ids], self.vocab, ends, self.matcher(sampling)
-            ),
-            out=TextOut(
-                self.tokenizer.stream() if self.tokenizer else None,
-                stop,
-                trim=request.trim,
-                escaped=None if sampling.grammar else self.escapes,
-            ),
-            context=find_context(ids, config) if config.prefix else None,
-            whole=self.decoder.whole_prompts,
-            reading=reading,
-            adapter=None if request.adapter is None else self.adapters[request.adapter],
-        )
-
     def step(self) -> list[Piece]:
         """Compute one step; what it added to each request. [] when nothing is finished or running."""
-        pieces, self._backlog = self._backlog, []
         batch = self.scheduler.schedule()
         if not batch:
             assert not self._active, "requests wait, yet none was scheduled"
-            return pieces
+            return self._take_backlog()
         begun = time.perf_counter()
         tokens_computed = sum(one.scheduled for one in batch)
         # A step counts as prefill when any sequence computed more than one token.
@@ -234,19 +149,18 @@ class Engine:
             logits = self.runner.run(batch)
         finally:
             drafts = [one.withdraw() for one in batch]
-        trials: list[Trial] = []
-        for one, end, rows, some in zip(batch, accumulate(wanted), wanted, drafts, strict=True):
-            if logits is not None and one.tells_prompt:
-                read_prompt(one, logits[end - rows : end])
-            if rows and one.scheduled == one.remaining:
-                trials.append(Trial(one, end - len(some) - 1, some))
+        trials = [
+            Trial(one, end - rows, some)
+            for one, end, rows, some in zip(batch, accumulate(wanted), wanted, drafts, strict=True)
+            if rows
+        ]
         self.scheduler.advance(batch)
         if logits is not None:
-            pieces += self._draw(logits, trials)
-        for sequence in batch:
-            if sequence.reading is not None and not sequence.remaining:
-                sequence.error = sequence.reading.error
-                pieces.append(self._end(sequence, "error" if sequence.error else "stop", ""))
+            self._draw(logits, trials)
+        for one in batch:
+            if isinstance(one.reading, Likelihoods | Pooled) and not one.remaining:
+                one.error = one.reading.error
+                self._backlog.append(self._end(one, "error" if one.error else "stop", ""))
         if guess is not None:
             guess.learn(trials, time.perf_counter() - drafted)
         accepted = sum(trial.accepted for trial in trials)
@@ -255,12 +169,11 @@ class Engine:
         self._totals["accepted_tokens"] += accepted
         self._totals[f"{kind}_tokens"] += tokens_computed + accepted
         self._totals[f"{kind}_s"] += time.perf_counter() - begun
-        return pieces
+        return self._take_backlog()
 
-    def _draw(self, logits: Tensor, trials: Many[Trial]) -> list[Piece]:
+    def _draw(self, logits: Tensor, trials: Many[Trial]) -> None:
         """A token for each trial, from its row of logits [R, V], and another as long as the last was
         the draft that the next row comes after."""
-        pieces: list[Piece] = []
         while trials:
             rows = [trial.row for trial in trials]
             some = logits if len(rows) == len(logits) else logits[rows]
@@ -273,15 +186,14 @@ class Engine:
                 try:
                     if isinstance(token, Exception):
                         raise token
-                    pieces.append(self._took(sequence, token, logprob))
+                    self._backlog.append(self._took(sequence, token, logprob))
                     if sequence.finish is None and trial.right(token):
                         self.scheduler.progress(sequence, 1)
                         going.append(trial)
                 except Exception as error:  # noqa: BLE001  ends this request; its batch-mates go on
                     sequence.error = error
-                    pieces.append(self._end(sequence, "error", ""))
+                    self._backlog.append(self._end(sequence, "error", ""))
             trials = going
-        return pieces
 
     def abort(self, id: str) -> bool:
         """End a request; its pages are free at once, its last piece comes with the next step.
@@ -296,12 +208,12 @@ class Engine:
 
     def generate(self, requests: Many[Request]) -> list[Reply]:
         """All replies, in the order of the requests. The first error among them is raised."""
-        mine: list[str] = []
+        mine: dict[str, None] = {}  # in order
         replies: dict[str, Reply] = {}
         try:
             for request in requests:
                 self.submit(request)
-                mine.append(request.id)
+                mine[request.id] = None
             while len(replies) < len(mine):
                 for piece in self._pieces_of(mine):
                     if piece.reply:
@@ -391,24 +303,12 @@ class Engine:
             "decode_tokens_per_s": speed("decode"),
         }
 
-    def check_ids(self, ids: Many[int], vocab: int, of: str = "") -> None:
-        """Refuse ids that are not below `vocab`."""
-        bad = next((i for i in ids if not 0 <= i < vocab), None)
-        if bad is not None:
-            raise RequestError(
-                f"{of}token id {bad}",
-                rule=f"is outside the vocabulary of {self.vocab} tokens",
-                next="encode the prompt with this model's own tokenizer",
-            )
-
     def _took(self, sequence: Sequence, token: int, logprob: Logprob | None) -> Piece:
         """A token was drawn: the text that it makes certain, and whether it was the last."""
         sampling = sequence.request.sampling
         logprobs = () if logprob is None else (logprob,)
         sequence.logprobs += logprobs
-        before = None
-        if sampling.prompt_logprobs is not None and not sequence.reply_tokens:
-            before = tuple(sequence.prompt_logprobs)
+        before = None if sequence.reply_tokens else sequence.prompt_logprobs
         sequence.append(token)
         sequence.chooser.took(token)
         self._totals["completion_tokens"] += 1
@@ -442,81 +342,19 @@ class Engine:
         self._totals["cached_tokens"] += sequence.cached_tokens or 0
         return Piece(sequence.request.id, text, ids, finish, sequence.reply())
 
-    def _pieces_of(self, ids: Many[str]) -> list[Piece]:
+    def _take_backlog(self) -> list[Piece]:
+        pieces, self._backlog = self._backlog, []
+        return pieces
+
+    def _pieces_of(self, ids: Collection[str]) -> list[Piece]:
         """One step's pieces for `ids`; those of other requests wait for the next step()."""
-        assert self.busy, f"nothing runs, yet {ids} did not end"
+        assert self.busy, f"nothing runs, yet {list(ids)} did not end"
         pieces = self.step()
         self._backlog += [piece for piece in pieces if piece.request_id not in ids]
         return [piece for piece in pieces if piece.request_id in ids]
 
-    def _drop(self, ids: Many[str]) -> None:
-        """Abort what still runs of `ids` and forget its last words: nobody waits for them."""
+    def _drop(self, ids: Collection[str]) -> None:
+        """Abort what still runs of `ids` and forget what they said last: nobody waits for them."""
         for id in ids:
-            if self.abort(id):
-                self._backlog.pop()
-
-    def _check_causal(self, given: Many[int], ids: Many[int]) -> None:
-        """A prompt's tokens have logprobs only where each was computed without those after it."""
-        d = self.decoder
-        if d.config.prefix or d.whole_prompts or d.ids != self.vocab or list(given) != list(ids):
-            raise RequestError(
-                "prompt_logprobs",
-                rule="do not exist in this model: it reads its prompt as a whole",
-                next="ask for logprobs of the reply",
-            )
-
-    def _too_long(self, tokens: int) -> CapacityError:
-        if tokens >= self.context:
-            return CapacityError(
-                f"a prompt of {tokens} tokens",
-                rule=f"leaves no room for a reply: the model's context is {self.context} tokens",
-                next="shorten the prompt, or leave out the oldest turns of the conversation",
-            )
-        return CapacityError(
-            f"a prompt of {tokens} tokens",
-            rule=f"does not fit: the cache has {self.pool.pages} pages of "
-            f"{self.pool.page_tokens} tokens, {self.pool.tokens} in all",
-            next="shorten the prompt, or give the engine more cache_bytes",
-        )
-
-
-def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """A token's keys and values in the cache."""
-    heads = 2 * config.layers * config.kv_heads
-    return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
-
-
-def _cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
-    """The widest in which the cache holds a context, or CACHE_TOKENS of it."""
-    if decoder.memory != "pages":
-        return decoder.dtype
-    if cache_bytes is None:
-        cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
-    tokens = min(decoder.config.max_pos, CACHE_TOKENS)
-    for kind in (decoder.dtype, torch.bfloat16):
-        if tokens * token_bytes(decoder.config, kind) <= cache_bytes:
-            return kind
-    return torch.int8
-
-
-def cache_pages(
-    config: DecoderConfig,
-    dtype: torch.dtype,
-    page_tokens: int,
-    cache_bytes: int | None,
-    beside: int = 0,
-) -> int:
-    """How many pages the cache gets. beside: what a token needs in a draft model's."""
-    each = token_bytes(config, dtype) + beside
-    if cache_bytes is None:
-        tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
-        tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)
-    else:
-        tokens = cache_bytes // each
-        if tokens < page_tokens:
-            raise CapacityError(
-                f"cache_bytes={cache_bytes}",
-                rule=f"holds no page: {page_tokens} tokens need {each * page_tokens} bytes",
-                next=f"give at least {each * page_tokens}",
-            )
-    return max(1, tokens // page_tokens)
+            self.abort(id)
+        self._backlog = [piece for piece in self._backlog if piece.request_id not in ids]

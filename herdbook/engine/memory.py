@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from herdbook.engine.engine import Engine, cache_pages, token_bytes
+from herdbook.engine.cache import cache_pages, token_bytes
+from herdbook.engine.engine import Engine
 from herdbook.model.checkpoint import open_checkpoint
 from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.modules import build

@@ -2,8 +2,8 @@
 
 What it serves: LLaMA-shaped decoders on the CPU whose matrices are kept in 4 or 8 bits, where the
 processor has AVX2 (better: AVX-512 VNNI) and the machine a C++ compiler. Everything else goes the
-PyTorch way, which is also its twin in the tests. The weights are the packaged ones, not quantised again; the inputs of each product are rounded
-to 8 bits in blocks of 32, as llama.cpp does.
+PyTorch way, which is also its twin in the tests. The weights are the packaged ones, not quantised
+again; the inputs of each product are rounded to 8 bits in blocks of 32, as llama.cpp does.
 
 HERDBOOK_NATIVE=0 switches it off.
 """
@@ -32,7 +32,7 @@ from herdbook.model.mlp import MLP
 from herdbook.model.references import cache as fetched
 
 if TYPE_CHECKING:
-    from herdbook.engine.runner import Cache
+    from herdbook.engine.cache import Cache
 
 SOURCE = Path(__file__).with_name("native.cpp")
 SOURCES = (SOURCE, SOURCE.with_name("vector.h"))

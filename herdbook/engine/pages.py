@@ -17,7 +17,7 @@ Rules, in one place:
   is gone the other takes its place.
 * On a hit the token ids are compared again: a collision of hashes costs time, never a wrong answer.
 
-The pool does the bookkeeping only; the tensors are `runner.Cache`.
+The pool does the bookkeeping only; the tensors are in `cache.Cache`.
 
 >>> pool = PagePool(pages=4, page_tokens=2)
 >>> first = pool.allocate(2)                     # a prompt of 4 tokens
@@ -149,6 +149,13 @@ class PagePool:
                 self._free.move_to_end(page, last=False)
             if key and (known := self._by_hash[key]) in self._free:
                 self._free.move_to_end(known)
+
+    def forget(self) -> None:
+        """No page's contents are known any more. Only while all are free."""
+        assert len(self._free) == self.pages, "forget() while pages are used"
+        self._free = OrderedDict.fromkeys(range(self.pages))
+        self._hash = [None] * self.pages
+        self._by_hash.clear()
 
     def check(self) -> None:
         """Assert the rules of the module's head (tests and debugging)."""

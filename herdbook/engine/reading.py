@@ -1,8 +1,10 @@
-"""What is read from the hidden states where nothing is to be drawn: likelihoods and embeddings.
+"""What is read from a prompt's hidden states: likelihoods, embeddings, the prompt's own logprobs.
 
 A sequence that reads goes through scheduler and runner like any other, in the same steps as chats;
 after each pass `read` lets it take what it wants. Logits never stand whole: `ROWS` of them at a time
-become the few numbers that were asked for.
+become the few numbers that were asked for. `rest` are the places after which a reading has still to
+take something. It only ever shrinks from its front: what was taken is not taken again, whatever is
+computed anew after a preemption, and what is before it may come out of known pages.
 
 Shapes: T tokens of the batch, R rows with targets, V vocabulary.
 """
@@ -12,12 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from itertools import groupby
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
-from herdbook.engine.request import Reply, Request
+from herdbook.engine.logprobs import logprobs
+from herdbook.engine.request import Logprob, Reply, Request
 from herdbook.errors import RequestError
 from herdbook.model.decoder import Decoder
 
@@ -34,9 +38,21 @@ class Likelihoods:
 
     def __init__(self, targets: Many[Many[int]], tokens: int) -> None:
         self.first = tokens - len(targets)
+        self.rest = range(self.first, tokens)
         self.targets = targets
         self.logprobs: list[dict[int, float]] = [{} for _ in targets]
         self.best = [-1] * len(targets)
+
+    def take(self, table: Tensor, best: Many[int]) -> None:
+        """The next rows of log-probabilities [n, V], and the likeliest tokens of their logits."""
+        start = self.rest.start - self.first
+        targets = self.targets[start : start + len(table)]
+        wanted = [(row, token) for row, some in enumerate(targets) for token in some]
+        row, token = torch.tensor(wanted, dtype=torch.long, device=table.device).view(-1, 2).T
+        for (at, one), value in zip(wanted, table[row, token].tolist(), strict=True):
+            self.logprobs[start + at][one] = value
+        self.best[start : start + len(table)] = best
+        self.rest = self.rest[len(table) :]
 
     @property
     def error(self) -> Exception | None:
@@ -48,17 +64,18 @@ class Likelihoods:
 class Pooled:
     """The mean of the hidden states of all tokens, after the final norm."""
 
-    first = 0
     error: Exception | None = None
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens
+        self.rest = range(tokens)
         self._sum: Tensor | None = None
 
-    def add(self, hidden: Tensor, start: int) -> None:
-        """The next tokens' [n, hidden]; from the beginning again after a preemption."""
+    def add(self, hidden: Tensor) -> None:
+        """The next tokens' [n, hidden]."""
         more = hidden.float().sum(0)
-        self._sum = more if self._sum is None or not start else self._sum + more
+        self._sum = more if self._sum is None else self._sum + more
+        self.rest = self.rest[len(hidden) :]
 
     @property
     def mean(self) -> Tensor:
@@ -67,12 +84,27 @@ class Pooled:
         return self._sum / self.tokens
 
 
-Reading: TypeAlias = Likelihoods | Pooled
+class PromptLogprobs:
+    """Of each token of a prompt that is to be gone on from: how probable it was after those before."""
+
+    def __init__(self, ids: Many[int], top: int) -> None:
+        self.ids, self.top = ids, top
+        self.rest = range(len(ids) - 1)
+        self.told: list[Logprob | None] = [None]  # nothing is before the first
+
+    def take(self, table: Tensor, best: Many[int]) -> None:
+        """The next rows of log-probabilities [n, V]."""
+        first = self.rest.start + 1
+        self.told += logprobs(table, self.ids[first : first + len(table)], self.top)
+        self.rest = self.rest[len(table) :]
+
+
+Reading: TypeAlias = Likelihoods | Pooled | PromptLogprobs
 Through: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def reading_for(request: Request, decoder: Decoder) -> Reading | None:
-    """What a request reads; None where it has tokens drawn. Refuses what the model cannot give."""
+def reading_for(request: Request, decoder: Decoder) -> Likelihoods | Pooled | None:
+    """What a request reads instead of drawing; None where it draws. Refuses what the model lacks."""
     if request.embed:
         if decoder.whole_prompts:
             raise RequestError(
@@ -100,31 +132,22 @@ def read(batch: Many[Sequence], hidden: Tensor, finish: Through, logits: Through
     finish: rows of it → the final hidden states. logits: rows of it → float32 [R, V].
     """
     rows: list[int] = []
-    takers: list[tuple[Likelihoods, int]] = []
+    takers: list[Likelihoods | PromptLogprobs] = []  # of each row
     at = 0
     for one in batch:
-        reading, end = one.reading, one.computed + one.scheduled
-        if isinstance(reading, Pooled):
-            reading.add(finish(hidden[at : at + one.scheduled]), one.computed)
-        elif reading is not None:
-            places = range(max(one.computed, reading.first), end)
-            rows += [at + place - one.computed for place in places]
-            takers += [(reading, place - reading.first) for place in places]
+        reading, first = one.reading, at - one.computed
+        if reading is not None:
+            start = max(one.computed, reading.rest.start)
+            places = range(start, min(one.computed + one.scheduled, reading.rest.stop))
+            if not isinstance(reading, Pooled):
+                rows += [first + place for place in places]
+                takers += [reading] * len(places)
+            elif places:
+                reading.add(finish(hidden[first + places.start : first + places.stop]))
         at += one.scheduled
-    for start in range(0, len(rows), ROWS):
-        some = torch.tensor(rows[start : start + ROWS], device=hidden.device)
-        _take(logits(hidden[some]), takers[start : start + ROWS])
-
-
-def _take(logits: Tensor, takers: Many[tuple[Likelihoods, int]]) -> None:
-    """logits float32 [R, V]; the taker of each row and which of its rows it is."""
-    wanted = [
-        (row, token) for row, (reading, n) in enumerate(takers) for token in reading.targets[n]
-    ]
-    row, token = torch.tensor(wanted, device=logits.device).T
-    values = (logits[row, token] - logits.logsumexp(-1)[row]).tolist()
-    for (at, one), value in zip(wanted, values, strict=True):
-        reading, n = takers[at]
-        reading.logprobs[n][one] = value
-    for (reading, n), best in zip(takers, logits.argmax(-1).tolist(), strict=True):
-        reading.best[n] = best
+    for begin in range(0, len(rows), ROWS):
+        some = logits(hidden[torch.tensor(rows[begin : begin + ROWS], device=hidden.device)])
+        table, best, end = some.float().log_softmax(-1), some.argmax(-1).tolist(), 0
+        for reading, its in groupby(takers[begin : begin + ROWS]):
+            row, end = end, end + len(list(its))
+            reading.take(table[row:end], best[row:end])

@@ -200,7 +200,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added to one request. The last one carries the reason and the whole reply."""
+    """What one token added to one request; a step may add several. The last one carries the reason
+    and the whole reply: it may come without a token, as after an abort."""
 
     request_id: str
     text: str

@@ -1,7 +1,6 @@
 """The runner: one forward pass over everything that a step has scheduled.
 
-Shapes: T tokens of the whole batch, n tokens of one sequence in this step, S tokens it has then
-(n included), H heads, KV key/value heads, D size of a head, V vocabulary.
+Shapes: T tokens of the whole batch, R of them with logits, V vocabulary.
 
 The tokens of all sequences lie one after another in one row of T tokens, without padding: the
 linear layers see one matrix, and only attention asks whose token is whose. `Paged` answers that:
@@ -10,263 +9,20 @@ it writes the new keys and values into the pages and lets each sequence look at 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Many
-from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from herdbook.engine import native
 from herdbook.engine.adapters import applied
+from herdbook.engine.cache import Cache
+from herdbook.engine.paged import Paged
 from herdbook.engine.reading import read
 from herdbook.engine.sequence import Sequence
-from herdbook.model.attention import Look, attend
 from herdbook.model.carried import Carried
-from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Layout
-
-
-class Cache:
-    """Keys and values of every layer, by page and place in it: logically [pages, page_tokens, KV, D].
-
-    dimensions_first: keys lie in memory as [pages, KV, D, page_tokens] and values as
-    [pages, KV, page_tokens, D], so that one register holds a dimension of many keys (native.cpp).
-    With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
-    The operating system gives the memory page by page as it is written; it starts as zeros: what is
-    masked must still be a number.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        pages: int,
-        page_tokens: int,
-        dtype: torch.dtype | None = None,
-        *,
-        dimensions_first: bool = False,
-    ) -> None:
-        c = decoder.config
-        self.pages, self.page_tokens, self.dtype = pages, page_tokens, dtype or decoder.dtype
-        zeros = partial(_zeros, dtype=self.dtype, device=decoder.device)
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        #: of keys and of values, [pages, page_tokens, 2, KV] float32; empty unless int8
-        self.scales: list[Tensor] = []
-        if decoder.memory != "pages":
-            return
-        for _ in range(c.layers):
-            if dimensions_first:
-                shape = (pages, c.kv_heads, c.head_dim, page_tokens)
-                self.keys.append(zeros(shape).permute(0, 3, 1, 2))
-                self.values.append(zeros((*shape[:2], *shape[:1:-1])).transpose(1, 2))
-            else:
-                shape = (pages, page_tokens, c.kv_heads, c.head_dim)
-                self.keys.append(zeros(shape))
-                self.values.append(zeros(shape))
-            if self.dtype == torch.int8:
-                shape = (pages, 2, c.kv_heads, page_tokens)
-                self.scales.append(zeros(shape, dtype=torch.float32).permute(0, 3, 1, 2))
-
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put k, v [T, KV, D] at `slots` [T] (page × page_tokens + place in the page)."""
-        page, at = slots // self.page_tokens, slots % self.page_tokens
-        if self.scales:
-            both = torch.stack([k, v], 1).float()  # [T, 2, KV, D]
-            scale = both.abs().amax(-1) / 127
-            self.scales[layer][page, at] = scale
-            codes = both * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
-            k, v = codes.round().to(torch.int8).unbind(1)
-        self.keys[layer][page, at] = k.to(self.dtype)
-        self.values[layer][page, at] = v.to(self.dtype)
-
-    def read(self, layer: int, pages: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [..., P, page_tokens, KV, D] of the pages [..., P].
-
-        Pages that follow one another (a slice) are read where they lie, others are gathered.
-        """
-        k, v = self.keys[layer][pages], self.values[layer][pages]
-        if self.scales:
-            scale = self.scales[layer][pages][..., None]
-            return (k * scale[..., 0, :, :]).to(dtype), (v * scale[..., 1, :, :]).to(dtype)
-        return k.to(dtype), v.to(dtype)
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take memory only where they are written (torch's own are written at once)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return (
-        torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-        .view(dtype)
-        .view(shape)
-    )
-
-
-class _Span:
-    """The part of one sequence in this step: rows `first` to `first + n` of the batch."""
-
-    def __init__(
-        self, sequence: Sequence, first: int, page_tokens: int, device: torch.device
-    ) -> None:
-        self.first, self.n = first, sequence.scheduled
-        self.start = sequence.computed
-        self.end = self.start + self.n
-        self.context = sequence.context.tokens if sequence.context else 0
-        self._page_tokens, self._device = page_tokens, device
-        self.pages = sequence.pages[: -(-self.end // page_tokens)]
-        self._reads: dict[int | None, tuple[Tensor | slice, int, int]] = {}
-        self._masks: dict[tuple[Look, torch.dtype], Tensor | None] = {}
-
-    def slots(self) -> list[int]:
-        size = self._page_tokens
-        return [self.pages[at // size] * size + at % size for at in range(self.start, self.end)]
-
-    def reach(self, window: int | None) -> tuple[Tensor | slice, int, int]:
-        """What the span looks at: its pages, and from where to where in them. Once per window."""
-        if window not in self._reads:
-            # With a window of w a token sees itself and the w - 1 before it.
-            oldest = 0 if window is None else max(0, self.start - window + 1)
-            skipped = oldest // self._page_tokens
-            pages = self.pages[skipped:]
-            shift = skipped * self._page_tokens
-            together = pages == list(range(pages[0], pages[0] + len(pages)))
-            where = (
-                slice(pages[0], pages[0] + len(pages))
-                if together
-                else torch.tensor(pages, device=self._device)
-            )
-            self._reads[window] = where, oldest - shift, self.end - shift
-        return self._reads[window]
-
-    def mask(self, look: Look, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of [n, seen] ([H, n, seen] with ALiBi): -inf where a token must
-        not look; None where one token sees all."""
-        if self.n == 1 and not look.slopes:
-            return None
-        if (look, dtype) not in self._masks:
-            window = look.window
-            oldest = 0 if window is None else max(0, self.start - window + 1)
-            queries = torch.arange(self.start, self.end, device=self._device)
-            keys = torch.arange(oldest, self.end, device=self._device)
-            hidden = (keys > queries[:, None]) & (keys >= self.context)
-            if window is not None:
-                hidden |= keys <= queries[:, None] - window
-            mask = (
-                look.bias(queries, keys, dtype)
-                if look.slopes
-                else torch.zeros(hidden.shape, dtype=dtype, device=self._device)
-            )
-            self._masks[look, dtype] = mask.masked_fill_(hidden, float("-inf"))
-        return self._masks[look, dtype]
-
-
-class _Decoding:
-    """All the sequences of a step that compute one token after others: attended in one call.
-
-    Their pages are padded to the most that one of them has; what is padding is masked. The query
-    heads that share a head of keys stand where the kernel expects a sequence of queries.
-    """
-
-    def __init__(self, spans: Many[_Span], page_tokens: int, device: torch.device) -> None:
-        self.rows = torch.tensor([span.first for span in spans], device=device)
-        most = max(len(span.pages) for span in spans)
-        padded = [span.pages + [0] * (most - len(span.pages)) for span in spans]
-        self.pages = torch.tensor(padded, device=device)  # [B, P]
-        self._ends = torch.tensor([span.end for span in spans], device=device)[:, None]
-        self._places = torch.arange(most * page_tokens, device=device)
-        self._masks: dict[tuple[Look, int, torch.dtype], Tensor] = {}
-
-    def mask(self, look: Look, kv_heads: int, dtype: torch.dtype) -> Tensor:
-        """[B, 1, 1, P · page_tokens], -inf where a sequence's token must not look.
-
-        With ALiBi [B, KV, H / KV, P · page_tokens], as the queries stand.
-        """
-        if (look, kv_heads, dtype) not in self._masks:
-            hidden = self._places >= self._ends
-            if look.window is not None:
-                hidden |= self._places < self._ends - look.window
-            hidden = hidden[:, None, None]
-            if look.slopes:
-                bias = look.bias(self._ends - 1, self._places, dtype)  # [B, H, 1, S]
-                mask = bias.view(len(bias), kv_heads, -1, bias.shape[-1])
-            else:
-                mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self._masks[look, kv_heads, dtype] = mask.masked_fill(hidden, float("-inf"))
-        return self._masks[look, kv_heads, dtype]
-
-
-class Paged:
-    """The layout of the engine: keys and values live in pages, each sequence sees its own."""
-
-    def __init__(self, cache: Cache, batch: Many[Sequence], device: torch.device) -> None:
-        self._cache = cache
-        self._spans: list[_Span] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        for sequence in batch:
-            span = _Span(sequence, len(positions), cache.page_tokens, device)
-            slots += span.slots()
-            positions += range(span.start, span.end)
-            self._spans.append(span)
-        self.positions = torch.tensor(positions, device=device)  # [T]
-        places = [
-            one.context.places(one.computed, one.computed + one.scheduled, device)
-            for one in batch
-            if one.context  # in a prefix model all have one
-        ]
-        if places:
-            self.positions = torch.cat(places)
-        decoding = [span for span in self._spans if span.n == 1 and span.start]
-        self._decoding = None
-        if len(decoding) > 1:
-            self._decoding = _Decoding(decoding, cache.page_tokens, device)
-            self._spans = [span for span in self._spans if span.n > 1 or not span.start]
-        self._slots = torch.tensor(slots, device=device)
-
-    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
-        """The engine found them when the prompts came; a step has only some of their tokens."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
-        """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
-        self._cache.write(layer, self._slots, k, v)
-        window = look.window
-        result = torch.empty_like(q)
-        if self._decoding is not None:
-            both = self._cache.read(layer, self._decoding.pages, q.dtype)
-            keys, values = (one.flatten(1, 2).transpose(1, 2) for one in both)
-            # queries [B, KV, H / KV, D]: the heads that share keys, as a sequence
-            out = attend(
-                q[self._decoding.rows].view(-1, k.shape[1], q.shape[1] // k.shape[1], q.shape[2]),
-                keys,
-                values,
-                look,
-                self._decoding.mask(look, k.shape[1], q.dtype),
-            )
-            result[self._decoding.rows] = out.flatten(1, 2)
-        for span in self._spans:
-            rows = slice(span.first, span.first + span.n)
-            whole = span.start == 0 and (window is None or span.n <= window)
-            if whole:  # the beginning of a prompt: all it sees is at hand
-                mine = k[rows].transpose(0, 1), v[rows].transpose(0, 1)
-            else:
-                pages, start, end = span.reach(window)
-                both = self._cache.read(layer, pages, q.dtype)
-                keys, values = (one.flatten(0, 1)[start:end].transpose(0, 1) for one in both)
-                mine = keys, values
-            plain = whole and not look.slopes and span.context < 2
-            out = attend(
-                q[rows].transpose(0, 1)[None],
-                mine[0][None],
-                mine[1][None],
-                look,
-                None if plain else span.mask(look, q.dtype),
-                causal=plain and span.n > 1,
-            )
-            result[rows] = out[0].transpose(0, 1)
-        return result
 
 
 class Runner:
@@ -279,12 +35,7 @@ class Runner:
         fits = page_tokens % native.TILE == 0 and (dtype or decoder.dtype) in native.CACHES
         self._native = native.step_for(decoder) if fits else None
         first = self._native is not None
-        self._cache = partial(Cache, decoder, pages, page_tokens, dtype, dimensions_first=first)
-        self.forget()
-
-    def forget(self) -> None:
-        """An empty cache."""
-        self.cache = self._cache()
+        self.cache = Cache(decoder, pages, page_tokens, dtype, dimensions_first=first)
 
     @property
     def copies(self) -> list[Tensor]:
@@ -295,8 +46,10 @@ class Runner:
     def run(self, batch: Many[Sequence]) -> Tensor | None:
         """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
 
-        Where there is a native step, what a sequence gets does not depend on who else is served. Those
-        with an adapter go the PyTorch way; their pages are no others' (Sequence.hash_pages).
+        Where there is a native step, what a sequence gets does not depend on who else is served, to
+        the last bit. Those with an adapter go the PyTorch way beside it: into the same cache, but into
+        pages that are no others' (Sequence.hash_pages), with inputs that are not rounded to 8 bits,
+        and alike up to the rounding of a batch's products.
         """
         if self._native is None:
             return self._pass(batch)

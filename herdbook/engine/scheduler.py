@@ -122,7 +122,7 @@ class Scheduler:
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) == self.max_batch_tokens:
                 break
-            keys = sequence.hash_pages(size)[: sequence.first_wanted // size] if self.share else []
+            keys = sequence.hash_pages(size)[: sequence.unread // size] if self.share else []
             hits = self.pool.match(keys, sequence.ids)
             if len(hits) < len(keys) and keys[len(hits)] in promised:
                 continue  # someone is computing that very page: share it when it is ready

@@ -115,12 +115,12 @@ def score_many(
     parts = []
     for prompt, continuations in asked:
         for continuation in continuations:
-            engine.check_ids(continuation, engine.vocab)
+            engine.intake.check_ids(continuation, engine.intake.vocab)
         read = engine.decoder.prompt(prompt) if len(prompt) else []
         parts.append(Scoring(read, continuations, adapter))
     requests = [one for part in parts for one in part.requests]
     for one in requests:
-        engine.sequence(one)
+        engine.intake.sequence(one)
     requests.sort(key=lambda one: list(one.ids))  # neighbours share most of their pages
     replies: dict[str, Reply] = {}
     for start in range(0, len(requests), AT_ONCE):

@@ -12,7 +12,7 @@ import time
 
 from herdbook.engine.adapters import Adapter
 from herdbook.engine.pages import chain, page_hash
-from herdbook.engine.reading import Reading
+from herdbook.engine.reading import PromptLogprobs, Reading
 from herdbook.engine.request import Finish, Logprob, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
@@ -37,7 +37,8 @@ class Sequence:
         self.request = request
         self.context = context  # of a prefix model's prompt; it is computed in one step
         self.whole = whole  # whatever waits to be computed is computed in one step
-        self.reading = reading  # takes what it wants from the hidden states; no token is drawn
+        self.reading = reading  # takes what it wants from the hidden states
+        self.draws = reading is None or isinstance(reading, PromptLogprobs)
         self.adapter = adapter
         self.ids = list(request.ids)
         self.prompt_tokens = len(self.ids)
@@ -48,12 +49,7 @@ class Sequence:
         self.keys: list[bytes] = []  # hashes of the full pages of `ids`
         self.computed = 0
         self.scheduled = 0
-        #: logits are wanted after each token from this place on; None: after the last one alone
-        self.wanted_from: int | None = reading.first if reading else None
-        if request.sampling.prompt_logprobs is not None:
-            self.wanted_from = 0
         self.logprobs: list[Logprob] = []  # of the reply, if asked for
-        self.prompt_logprobs: list[Logprob | None] = [None]
         self.drafts: list[int] = []  # guesses that stand at the end of ids during a step
         self.registered = 0  # pages that the pool knows by hash (or knew before)
         self.cached_tokens: int | None = None  # at the first admission
@@ -71,20 +67,18 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """After so many of the scheduled tokens, the last ones, logits are wanted to draw from."""
-        if self.reading:
-            return 0
-        return max(0, self.computed + self.scheduled - max(self.computed, self.first_wanted))
+        return 1 + len(self.drafts) if self.draws and self.scheduled == self.remaining else 0
 
     @property
-    def tells_prompt(self) -> bool:
-        """Logprobs of its prompt are wanted, and not all are told yet."""
-        return self.reading is None and self.wanted_from is not None
-
-    @property
-    def first_wanted(self) -> int:
+    def unread(self) -> int:
         """From this token on all are computed, even those whose page is known."""
-        last = len(self.ids) - 1 - len(self.drafts)
-        return last if self.wanted_from is None else self.wanted_from
+        last = len(self.ids) - 1
+        return min(last, self.reading.rest.start) if self.reading and self.reading.rest else last
+
+    @property
+    def prompt_logprobs(self) -> tuple[Logprob | None, ...] | None:
+        """Those that are told by now; None where they were not asked for."""
+        return tuple(self.reading.told) if isinstance(self.reading, PromptLogprobs) else None
 
     @property
     def together(self) -> int:
@@ -131,7 +125,6 @@ class Sequence:
 
     def reply(self) -> Reply:
         assert self.finish is not None
-        asked = self.request.sampling
         return Reply(
             text=self.out.text,
             ids=tuple(self.ids[self.prompt_tokens :]),
@@ -141,7 +134,7 @@ class Sequence:
             waiting_s=(self.first_at or time.perf_counter()) - self.submitted_at,
             decoding_s=self.last_at - self.first_at,
             error=self.error,
-            reading=self.reading,
-            logprobs=None if asked.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=None if asked.prompt_logprobs is None else tuple(self.prompt_logprobs),
+            reading=None if self.draws else self.reading,
+            logprobs=None if self.request.sampling.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=self.prompt_logprobs,
         )

@@ -159,6 +159,7 @@ class DraftModel:
     def _shadow(self, sequence: Sequence) -> Sequence:
         """The sequence as this model sees it: what it has read of it, and its own next tokens."""
         shadow = copy(sequence)  # the list of pages is the same
+        shadow.adapter = None  # which sits on the other model
         shadow.ids, shadow.chooser = list(sequence.ids), sequence.chooser.fork()
         shadow.computed = self._computed(sequence)
         shadow.scheduled = shadow.remaining
@@ -266,7 +267,7 @@ class Speculation:
             # of a reply that may have n tokens more, n - 1 are worth a guess
             worth = min(most, sequence.limit - sequence.reply_tokens - 1)
             tokens = min(worth, self._wished(sequence, len(batch)))
-            if tokens > 0 and sequence.computed and sequence.wanted_from is None:
+            if tokens > 0 and sequence.draws and sequence.computed:
                 asked.append(Ask(sequence, tokens))
         begun = time.perf_counter()
         guesses = self.source.guess(asked) if asked else []

@@ -161,7 +161,7 @@ async def _answer(
             adapter = _adapter(worker, ask)
             requests.append(Request(ids, sampling, stop=stop, trim=trim, id=id, adapter=adapter))
     # A grammar is read here, in a thread of its own, and found ready by the engine.
-    await asyncio.to_thread(worker.engine.matcher, requests[0].sampling)
+    await asyncio.to_thread(worker.engine.intake.matcher, requests[0].sampling)
     usage = visit_of(http.scope).usage = Usage(shape.prompts, ask.draws)
     headers = {"X-Request-Id": shape.id}
     if ask.warnings:

@@ -46,11 +46,11 @@ def encoded(engine: Engine, prompt: Prompt, param: str = "prompt") -> list[int]:
     if isinstance(prompt, str):
         return tokenizer_of(engine).prompt(prompt)
     for id in prompt:
-        if not 0 <= id < engine.vocab:
+        if not 0 <= id < engine.intake.vocab:
             raise Refusal(
                 400,
                 f"token id {id}",
-                rule=f"is outside the vocabulary of {engine.vocab} tokens",
+                rule=f"is outside the vocabulary of {engine.intake.vocab} tokens",
                 next="encode the prompt with this model's own tokenizer",
                 param=param,
             )

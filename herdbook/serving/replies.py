@@ -67,8 +67,8 @@ class Shape:
     def __init__(self, engine: Engine, ask: Ask, prompts: Sequence[list[int]], id: str) -> None:
         self.tokenizer, self.top, self.ask = engine.tokenizer, ask.told, ask
         self.prompts = prompts  # the ids of each
-        self._ends = engine.stop_ids.union(ask.stop_token_ids or ())
-        self._escaped = bool(engine.escapes)
+        self._ends = engine.intake.stop_ids.union(ask.stop_token_ids or ())
+        self._escaped = bool(engine.intake.escapes)
         self.id = f"{id}-{uuid.uuid4().hex}"
         self.head = {"id": self.id, "created": int(time.time()), "model": ask.model}
         # The worker runs the first of equal prompts ahead of the others: so each one's are known.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -128,6 +129,10 @@ def test_forget(decoder: Decoder) -> None:
     engine.forget()
     assert engine.stats()["pages_cached"] == 0
     assert greedy(engine, [ids])[0].cached_tokens == 0
+    engine.submit(Request(ids))
+    engine.step()
+    with pytest.raises(AssertionError, match="while pages are used"):
+        engine.forget()
 
 
 @pytest.mark.parametrize("pages", [13, 16, 20])
@@ -398,6 +403,57 @@ def test_a_stream_beside_other_work(decoder: Decoder) -> None:
     assert got == naive(decoder, ids, 10)
 
 
+def test_a_closed_stream_leaves_nothing(decoder: Decoder) -> None:
+    """Not even what it said while somebody else's request was computed."""
+    engine = Engine(decoder, None)
+    stream = engine.stream(Request([1, 2, 3], Sampling(max_tokens=5)))
+    next(stream)
+    greedy(engine, [[4, 5]])
+    stream.close()  # type: ignore[attr-defined]
+    assert all_free(engine)
+
+
+def test_a_call_of_many_requests_looks_each_up_once(decoder: Decoder) -> None:
+    class Counted(str):
+        compared = 0
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    asked = [Request([n], Sampling(max_tokens=2), id=Counted(n)) for n in range(VOCAB)]
+    Engine(decoder, None).generate(asked)
+    assert Counted.compared < 10 * VOCAB
+
+
+@torch.no_grad()
+def test_one_that_computes_no_numbers_does_not_poison_the_others() -> None:
+    """Neither beside it nor in the pages that it leaves behind."""
+    decoder = Decoder(dataclasses.replace(tiny().config, tied=False)).eval()
+    torch.manual_seed(0)
+    for name, weight in decoder.named_parameters():
+        weight.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    decoder.embed.weight[5] = float("nan")
+    asked = [[i if i != 5 else 6 for i in ids] for ids in prompts(3, 3, 20, seed=1)]
+    for page_tokens in (4, 16):
+        engine = Engine(decoder, None, page_tokens=page_tokens, pages=128 // page_tokens)
+        requests = [Request(ids, Sampling(max_tokens=10)) for ids in ([5] * 30, *asked)]
+        for request in requests:
+            engine.submit(request)
+        last = {}
+        while engine.busy:
+            last |= {piece.request_id: piece.reply for piece in engine.step() if piece.reply}
+        broken, *whole = (last[request.id] for request in requests)
+        assert isinstance(broken.error, ArithmeticError)
+        wanted = [tuple(naive(decoder, ids, 10)) for ids in asked]
+        assert [one.ids for one in whole] == wanted
+        engine.forget()  # so that pages are used in another order
+        for _ in range(3):
+            assert [one.ids for one in greedy(engine, asked[::-1], 10)][::-1] == wanted
+
+
 def test_one_broken_request_does_not_end_the_others(decoder: Decoder) -> None:
     class Breaks(Letters):
         def push(self, id: int) -> str:
@@ -442,3 +498,13 @@ def test_a_failing_step_leaves_the_engine_usable(
             greedy(engine, [ids])
     assert all_free(engine)
     assert list(greedy(engine, [ids])[0].ids) == naive(decoder, ids, 12)
+    # what was said before it is not lost with it
+    for id in "ab":
+        engine.submit(Request([1, 2], Sampling(max_tokens=5), id=id))
+    engine.step()
+    engine.abort("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", no_memory)
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.step()
+    assert [piece.request_id for piece in engine.step()] == ["a", "b"]

@@ -92,7 +92,7 @@ def test_a_choice_is_one_of_them(engine: Engine, choices: list[str], seed: int) 
 
 def test_no_end_before_the_grammar_allows_it(engine: Engine) -> None:
     """The model is pushed to its end token at every step, and may take it only where it is allowed."""
-    end = min(engine.stop_ids)
+    end = min(engine.intake.stop_ids)
     push = {end: 100.0}
     assert ask(engine, Grammar("regex", "a{3}b?"), logit_bias=push).text == "aaa"
     reply = ask(engine, Grammar("regex", "a{3}b?"), logit_bias={end: -100.0})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 import torch
 
 from herdbook.engine.engine import Engine
+from herdbook.engine.reading import PromptLogprobs
 from herdbook.engine.request import Logprob, Request, Sampling
 from herdbook.errors import RequestError
 from herdbook.model.decoder import Decoder
@@ -78,6 +80,30 @@ def test_preempted_in_the_middle(decoder: Decoder) -> None:
     assert engine.stats()["preemptions"] > 0
     for ids, reply in zip(asked, replies, strict=True):
         check(decoder, ids, reply, 3)
+
+
+def test_each_is_told_once(decoder: Decoder) -> None:
+    """Preempted in the prompt, then computed anew in chunks that end before what is told already."""
+    again = 0
+    ids = prompts(1, 50, 50, seed=9)[0]
+    for seed in range(20, 27):
+        dice = random.Random(seed)
+        pages, budget = dice.randint(10, 16), dice.randint(3, 6)
+        engine = Engine(decoder, None, page_tokens=8, pages=pages, max_batch_tokens=budget)
+        for short in prompts(3, 4, 12, seed=seed):
+            engine.submit(Request(short, Sampling(max_tokens=40)))
+        for _ in range(dice.randint(3, 20)):
+            engine.step()
+        sampling = Sampling(max_tokens=4, logprobs=2, prompt_logprobs=2)
+        engine.submit(Request(ids, sampling, id="long"))
+        one = engine._active["long"]
+        assert isinstance(one.reading, PromptLogprobs)
+        while not one.finish:
+            before = one.computed
+            engine.step()
+            again += before < one.computed < one.reading.rest.start
+        check(decoder, ids, one.reply(), 2)
+    assert again, "never computed anew"
 
 
 def test_the_first_piece_tells_of_the_prompt(decoder: Decoder) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from herdbook.engine import native
+from herdbook.engine.cache import Cache
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
-from herdbook.engine.runner import Cache
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, Linear

@@ -152,6 +152,13 @@ class Pool(RuleBasedStateMachine):
         for n in range(SIZE, len(ids) + 1, SIZE):
             self.used[tuple(ids[:n])] = (self.clock, -n)  # the prefix later than the suffix
 
+    @precondition(lambda self: not self.held)
+    @rule()
+    def forget(self) -> None:
+        self.pool.forget()
+        self.used.clear()
+        assert self.pool.cached == 0
+
     @rule(ids=st.lists(st.integers(0, 1), min_size=SIZE, max_size=6), times=st.integers(2, 3))
     def twins(self, ids: list[int], times: int) -> None:
         """Several compute the same at the same time, so none can hit the others' pages."""

@@ -393,6 +393,8 @@ def test_a_draft_model_keeps_its_own_cache_right(page_tokens: int) -> None:
     assert said(engine.generate(fresh(requests))) == want
     stats = engine.stats()
     assert stats["preemptions"] > 0 and stats["cached_tokens"] > 0
+    engine.forget()
+    assert said(engine.generate(fresh(requests))) == want
     assert len(tried) > 10 and stats["accepted_tokens"] > 20
 
 

@@ -72,7 +72,7 @@ def test_greedy_equals_transformers(decoder: Decoder, smollm2_path: Path) -> Non
     assert eos is not None
     # a small budget, so that the longer prompts come in chunks between the others' tokens
     engine = Engine(decoder, tokenizer, max_batch_tokens=48)
-    engine.stop_ids = frozenset({eos})
+    engine.intake.stop_ids = frozenset({eos})
     replies = engine.generate([Request(ids, Sampling(max_tokens=TOKENS)) for ids in prompts])
     expected = theirs(decoder, prompts, eos)
     for ids, reply, row in zip(prompts, replies, expected, strict=True):
