@@ -42,7 +42,7 @@ lint: $(VENV)/.tested
 # Hostile files by the thousand against every loader, for so many seconds.
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/.tested
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_loaders.py
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_*.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested
