@@ -7,6 +7,7 @@ tokenizer.ggml.model = llama    SentencePiece's pieces, scores and types
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,10 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
             next="use it by token ids, or load a folder that has a tokenizer.json",
         )
     template = template or gguf_template(metadata, path)
-    types = list(get("token_type") or [NORMAL] * len(tokens))
-    scores = list(get("scores") or [0.0] * len(tokens))
+    if not all(isinstance(one, str) for one in tokens):
+        raise TypeError("a token is no text")
+    types = list(map(int, get("token_type") or [NORMAL] * len(tokens)))
+    scores = list(map(float, get("scores") or [0.0] * len(tokens)))
     for what, values in (("types", types), ("scores", scores)):
         if len(values) != len(tokens):
             raise FileError(
@@ -85,7 +88,7 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
                 types,
                 dummy_prefix=bool(get("add_space_prefix", True)),
                 squeeze=bool(get("remove_extra_whitespaces", False)),
-                character_map=bytes(get("precompiled_charsmap") or b""),
+                character_map=bytes(list(get("precompiled_charsmap") or b"")),
                 ids={"unk": unknown, "bos": -1 if bos is None else bos},
             )
         )
@@ -110,4 +113,4 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
 
 def _known(id: int | None, tokens: Sequence[str]) -> int | None:
     """The id, unless it is none of the vocabulary's (some files say 4294967295 for none)."""
-    return id if id is not None and 0 <= id < len(tokens) else None
+    return index(id) if id is not None and 0 <= id < len(tokens) else None

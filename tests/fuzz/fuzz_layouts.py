@@ -43,7 +43,7 @@ def another(tensor: torch.Tensor, data: st.DataObject) -> torch.Tensor:
     if kind == "strides" and tensor.ndim == 2:
         return tensor.T
     if tensor.dtype.is_floating_point:
-        values = [0.0, float("nan"), float("inf"), 1e30]
+        values = [0.0, float("nan"), float("inf"), 6e4]
         return torch.full_like(tensor, data.draw(st.sampled_from(values)))
     return torch.full_like(tensor, min(data.draw(ODD), torch.iinfo(tensor.dtype).max))
 
@@ -95,7 +95,7 @@ def in_a_pickle(
 ) -> None:
     """A dictionary of tensors in torch's zip: its program damaged, its tensors others."""
     whole = torch.load(path)
-    held = whole["module"] if "module" in whole else whole
+    held = whole.get("module", whole)
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
 
@@ -140,8 +140,6 @@ def test_sats_parts(tmp_path: Path) -> None:
     whole = {name: checkpoint.weights.read(name, torch.float16) for name in names}
     (tmp_path / "sat").mkdir()
     inner = test_sat.write(tmp_path / "sat", whole, 2)
-    if torch.randint(2, (1,)):
-        (inner / "config.json").write_text(json.dumps(test_sat.FIXTURE))
 
     def rename(name: str, data: st.DataObject) -> str:
         number = data.draw(ODD | st.integers(0, 9))

@@ -28,7 +28,6 @@ from herdbook.model.families import families
 from herdbook.progress import Progress
 from tests.fuzz.hostile import JSON, NUMBER, ODD, again_and_again, common, damaged, holds
 
-
 # --- safetensors ---
 
 ENTRY = st.fixed_dictionaries(
