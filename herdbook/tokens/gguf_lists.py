@@ -6,6 +6,7 @@ tokenizer.ggml.model = llama    SentencePiece's pieces, scores and types
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from operator import index
 from pathlib import Path
@@ -20,6 +21,8 @@ from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
 from herdbook.tokens.sentence import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, PieceModel
 from herdbook.tokens.settings import delimits, find_template, understood
+
+FLOAT_MOST = 3.4e38  # of a score, in SentencePiece's own file
 
 
 def gguf_template(metadata: Mapping[str, Any], path: Path) -> str | None:
@@ -47,6 +50,8 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
     template = template or gguf_template(metadata, path)
     if not all(isinstance(one, str) for one in tokens):
         raise TypeError("a token is no text")
+    if any(abs(one) > FLOAT_MOST for one in get("scores") or () if math.isfinite(one)):
+        raise ValueError("a score is beyond float32")
     types = list(map(int, get("token_type") or [NORMAL] * len(tokens)))
     scores = list(map(float, get("scores") or [0.0] * len(tokens)))
     for what, values in (("types", types), ("scores", scores)):

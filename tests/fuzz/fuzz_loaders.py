@@ -1,7 +1,8 @@
 """Hostile files by the thousand: every loader ends in a result or in an error of Herdbook's own.
 
 `make fuzz FUZZ_SECONDS=600`; a target gets its share of the time. Not part of `make test`. What it
-finds is mended and becomes a case in tests/files or tests/model/test_hostile.py.
+finds is mended and becomes a case in tests/files, tests/model/test_hostile.py or
+tests/tokens/test_foreign.py.
 """
 
 from __future__ import annotations
