@@ -42,7 +42,7 @@ lint: $(VENV)/.tested
 # Hostile files by the thousand against every loader, for so many seconds.
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/.tested
-	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_loaders.py
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_*.py
 
 # A server under 64 clients, some of them rude, for so many seconds.
 SOAK_SECONDS ?= 120

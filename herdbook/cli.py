@@ -292,6 +292,7 @@ def delta_apply(
     *,
     unchecked: bool = False,
     expect: str = "",
+    new_rows: Literal["zeros", "mean"] = "zeros",
     json: Json = False,
 ) -> None:
     """Make the tuned model again of its base and the difference; another base is refused.
@@ -313,8 +314,12 @@ def delta_apply(
         take a difference that cannot tell whether the base is the right one
     expect
         the digest that the result must have (an earlier apply printed it)
+    new_rows
+        of another tool's delta, what its rows of words new to the base were taken from: zeros
+        (FastChat's: Vicuna, ExpertLLaMA) or the mean of the base's rows (Stanford Alpaca's)
     """
-    _delta("apply", base, difference, path, json, unchecked=unchecked, expect=expect)
+    more: dict[str, Any] = {"unchecked": unchecked, "expect": expect, "new_rows": new_rows}
+    _delta("apply", base, difference, path, json, **more)
 
 
 def _delta(what: str, base: str, other: str, path: Path, as_json: bool, **more: bool | str) -> None:

@@ -233,6 +233,7 @@ def raise_(
     for step in steps.values():
         step.check()
     done: dict[str, Artifact] = {}
+    _check_models(steps, done)
     made: list[Artifact] = []
     kept: list[Artifact] = []
     for number, (name, step) in enumerate(steps.items(), 1):
@@ -249,10 +250,31 @@ def raise_(
             progress.say(f"{number}/{len(steps)} {name}: in the book as {known.ref}")
             kept.append(known)
         done[name] = known
+        if not getattr(step, "model", ""):
+            _check_models(steps, done)
     reports = tuple(one for one in done.values() if one.kind == "report")
     raised = Raised(done[described.result], tuple(made), tuple(kept), reports)
     _check_gates(raised)
     return raised
+
+
+def _check_models(steps: Mapping[str, Step], done: Mapping[str, Artifact]) -> None:
+    """Ask each step about the model that its own will grow from, where that is here already."""
+    for step in steps.values():
+        if (path := _base(step, steps, done)) is not None:
+            step.check_model(path)
+
+
+def _base(step: Step, steps: Mapping[str, Step], done: Mapping[str, Artifact]) -> Path | None:
+    """In the book, or where it will be fetched from; None while it has to be downloaded."""
+    ref = getattr(step, "model", "")
+    for _ in steps:
+        if ref in done:
+            return done[ref].path
+        if ref in steps:
+            ref = getattr(steps[ref], "model", "") or getattr(steps[ref], "ref", "")
+    path = Path(ref).expanduser()
+    return path if ref and path.exists() else None
 
 
 def _check_gates(raised: Raised) -> None:

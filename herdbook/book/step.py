@@ -73,6 +73,10 @@ class Step(ABC):
     def check(self) -> None:  # noqa: B027 (most steps have nothing to check beforehand)
         """Raise for settings that cannot be. A recipe checks all its steps before it runs one."""
 
+    def check_model(self, path: Path) -> None:  # noqa: B027 (most steps take any model)
+        """Raise for a model of which the step could do nothing. A recipe asks about the one that the
+        step's own will grow from as soon as it is there, before the steps between."""
+
     def fingerprint(self) -> dict[str, str]:
         """Hashes of what lies outside the book (a user's file), so that the key covers its bytes."""
         return {}

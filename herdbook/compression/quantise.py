@@ -36,14 +36,13 @@ from herdbook.compression.layers import quantise_layers
 from herdbook.data import records
 from herdbook.errors import ConfigError
 from herdbook.model.checkpoint import (
-    gguf_family,
+    gguf_head,
     load_decoder,
     need_rows,
     open_checkpoint,
     save_compressed,
     save_gguf,
 )
-from herdbook.model.checkpoint.ggufs import gguf_metadata
 from herdbook.model.decoder import Block, Decoder
 from herdbook.model.layers import Int4Linear
 from herdbook.model.layout import Packed
@@ -71,6 +70,19 @@ class Quantise(Step):
     #: tokens of the conversations that the model was tuned on, to weigh errors with (Q4_1)
     calibration_tokens: int = 4096
 
+    def check_model(self, path: Path) -> None:
+        """Raise where this format cannot hold such a model."""
+        found = open_checkpoint(path)
+        if self._folder:
+            need_rows(found.family)
+        else:
+            tokenizer = Tokenizer.load(path) if Tokenizer.exists(path) else None
+            gguf_head(found.config, found.family, tokenizer)
+
+    @property
+    def _folder(self) -> bool:
+        return self.format in ("int4", "int8")
+
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "model")
         source = bench.artifact("model")
@@ -80,22 +92,19 @@ class Quantise(Step):
                 rule="and only a model can be quantised",
                 next="merge the adapter into its base first (step Merge)",
             )
+        self.check_model(source.path)
         tokenizer = Tokenizer.load(source.path)
-        folder = self.format in ("int4", "int8")
-        decoder = load_decoder(source.path, dtype=torch.float32, quantised=folder)
+        decoder = load_decoder(source.path, dtype=torch.float32, quantised=self._folder)
         for layer in decoder.modules():
             if isinstance(layer, Int4Linear):
                 layer.has_kernel = False  # it computes in bfloat16
-        if folder:
-            need_rows(decoder)
-            before = parity.text_logits(decoder, tokenizer)
+        before = parity.text_logits(decoder, tokenizer)
+        if self._folder:
             path = bench.out
-            found = self._folder(decoder, tokenizer, source.path, path)
+            found = self._as_folder(decoder, tokenizer, source.path, path)
         else:
-            gguf_metadata(decoder.config, gguf_family(decoder))  # refused before the work, if so
-            before = parity.text_logits(decoder, tokenizer)
             path = bench.out / "model.gguf"
-            found = self._gguf(decoder, tokenizer, path, bench)
+            found = self._as_gguf(decoder, tokenizer, path, bench)
         parameters = decoder.parameter_count()
         written = parity.check_written(decoder, path, self.format)
         del decoder
@@ -113,7 +122,7 @@ class Quantise(Step):
             **found,
         }
 
-    def _gguf(
+    def _as_gguf(
         self, decoder: Decoder, tokenizer: Tokenizer, path: Path, bench: Bench
     ) -> dict[str, Any]:
         matrices = sum(len(group) for block in decoder.blocks for group in readers(block))
@@ -125,7 +134,7 @@ class Quantise(Step):
         save_gguf(decoder, tokenizer, path, self.format)
         return {"matrices": matrices, "exact_matrices": kept}
 
-    def _folder(
+    def _as_folder(
         self, decoder: Decoder, tokenizer: Tokenizer, source: Path, path: Path
     ) -> dict[str, Any]:
         done = quantise_layers(decoder, int(self.format.removeprefix("int")))

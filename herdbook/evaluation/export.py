@@ -110,7 +110,7 @@ def _gguf(ref: str, target: Path, quant: str, book: Book) -> dict[str, Any]:
         shutil.copyfile(file, target)
         if sha256_file(target) != sha256_file(file):
             raise FileError(f"{file}", rule="was not copied byte by byte", next="try again")
-        return {"format": "as it is", "size_bytes": target.stat().st_size}
+        return {"format": "as it is", "size_bytes": target.stat().st_size, **_note(target)}
     original = None if file.is_file() else _load(ref, book)
     if quant in QUANTISED and (original is None or _compressed(original.path)):
         raise ConfigError(
@@ -123,7 +123,14 @@ def _gguf(ref: str, target: Path, quant: str, book: Book) -> dict[str, Any]:
     save_gguf(original.decoder, original.tokenizer, target, quant)
     parity.check_written(original.decoder, target, quant)
     found = _compare(original, target, EXACT.get(quant))
-    return {"format": quant, "size_bytes": target.stat().st_size, **found}
+    return {"format": quant, "size_bytes": target.stat().st_size, **found, **_note(target)}
+
+
+def _note(file: Path) -> dict[str, str]:
+    """What llama.cpp computes otherwise of a GGUF, where it does."""
+    written = open_checkpoint(file)
+    note = written.family.gguf_note(written.config)
+    return {"note": note} if note else {}
 
 
 def _compressed(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""JSON from foreign hands: bounded in size, with every name once."""
+"""Small files from foreign hands: bounded in size; in JSON every name once."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ def read_json(path: Path, limit_bytes: int = 4 * MEGABYTE) -> dict[str, Any]:
     """A JSON object from a file of at most `limit_bytes`: parsed, JSON takes up to 25 times as much."""
     if not path.is_file():
         raise FileError(f"{path}", rule="is no file", next="check the path")
+    try:
+        value = parse_json(read_bytes(path, limit_bytes))
+    except ValueError as error:
+        raise FileError(f"{path}", rule=f"is no JSON: {error}", next="fetch it again") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}", rule="holds no JSON object", next="fetch it again")
+    return value
+
+
+def read_bytes(path: Path, limit_bytes: int) -> bytes:
+    """A file of at most `limit_bytes`."""
     size = path.stat().st_size
     if size > limit_bytes:
         raise FileError(
@@ -22,13 +33,7 @@ def read_json(path: Path, limit_bytes: int = 4 * MEGABYTE) -> dict[str, Any]:
             rule=f"but no file of its kind has more than {limit_bytes:,}",
             next="fetch the model again from a source that you trust",
         )
-    try:
-        value = parse_json(path.read_bytes())
-    except ValueError as error:
-        raise FileError(f"{path}", rule=f"is no JSON: {error}", next="fetch it again") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{path}", rule="holds no JSON object", next="fetch it again")
-    return value
+    return path.read_bytes()
 
 
 def parse_json(raw: bytes) -> Any:

@@ -19,7 +19,9 @@ base, base_shape, target).
 Deltas that others published (Vicuna's, ExpertLLaMA's) have no such record. They are applied where the
 caller says that this may be, or names the digest that the result must have: names and shapes are
 checked, and that every value is finite; nothing else can be. The base is brought to the delta's type
-and added in it, which is what FastChat's apply_delta does in float16, to the bit.
+and added in it, which is what FastChat's apply_delta does in float16, to the bit. Rows that only the
+tuned model has were padded there with zeros, in Stanford Alpaca's weight_diff with the mean of the
+base's: nothing in a delta tells which, so the caller says it.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -125,15 +127,29 @@ def apply(
     progress: Progress,
     unchecked: bool = False,
     expect: str = "",
+    new_rows: Literal["zeros", "mean"] = "zeros",
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write the model that the delta at `delta_path` makes of the base; what was written.
 
     unchecked: the delta may be one without a record of its base. expect: the digest that the result
-    must have, as an earlier application returned it (`digest`); else nothing is written.
+    must have, as an earlier application returned it (`digest`); else nothing is written. new_rows:
+    what such a delta was taken from where the base has no row.
     """
     path = _free(path)
     recorded = (delta_path / RECORD).is_file()
+    if not recorded and _is_marked(delta_path):
+        raise FileError(
+            f"{delta_path / RECORD}",
+            rule="is missing: with it Herdbook made this delta, and nothing else gives the exact model",
+            next="fetch the delta again, whole",
+        )
+    if recorded and new_rows != "zeros":
+        raise ConfigError(
+            f"--new-rows {new_rows}",
+            rule=f"is for deltas of other tools, and this one has its {RECORD}",
+            next="leave it out",
+        )
     if not (recorded or unchecked or expect):
         raise FileError(
             f"{delta_path}",
@@ -144,7 +160,7 @@ def apply(
         )
     base, delta = open_checkpoint(base_path), open_folder(delta_path, delta=recorded)
     _check_pair(base, delta)
-    add = _exactly(base_path, delta) if recorded else _as_published(delta)
+    add = _exactly(base_path, delta) if recorded else _as_published(delta, new_rows)
     plan, sources = _plan(delta), {source.name: source for source in delta.names.values()}
     total = sum(math.prod(shape) for _, shape in plan.values())
     digests: dict[str, str] = {}
@@ -204,13 +220,13 @@ def _exactly(base_path: Path, delta: Checkpoint) -> Add:
     return add
 
 
-def _as_published(delta: Checkpoint) -> Add:
+def _as_published(delta: Checkpoint, new_rows: Literal["zeros", "mean"]) -> Add:
     """The sum in the delta's type, as those compute it who publish deltas."""
 
     def add(source: str, of_base: Tensor) -> Tensor:
         values = delta.weights.read(source, delta.weights.dtype(source))
         change = Difference(values, torch.empty(0, dtype=torch.int32), values.new_empty(0))
-        target = restore(change, _padded(of_base.to(values.dtype), values.shape))
+        target = restore(change, _padded(of_base.to(values.dtype), values.shape, new_rows))
         if not torch.isfinite(target).all():
             raise FileError(
                 f"{delta.path}: tensor {source!r}",
@@ -220,6 +236,12 @@ def _as_published(delta: Checkpoint) -> Add:
         return target
 
     return add
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether the weights in a folder are a delta that `make` wrote."""
+    weights = folder.glob("*.safetensors")
+    return any(DELTA_MARK in safetensors.read_header(one).metadata for one in weights)
 
 
 def _plan(tuned: Checkpoint) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -234,12 +256,16 @@ def _of(base: Checkpoint, source: SourceTensor) -> Tensor:
     return parts[0] if source.fold is None else source.fold.join(parts, base.config).contiguous()
 
 
-def _padded(base: Tensor, shape: torch.Size) -> Tensor:
-    """With rows of zeros for the words that only the tuned model knows."""
+def _padded(
+    base: Tensor, shape: torch.Size, new_rows: Literal["zeros", "mean"] = "zeros"
+) -> Tensor:
+    """With rows of zeros, or of the mean row, for the words that only the tuned model knows."""
     if base.shape == shape:
         return base
     whole = torch.zeros(shape, dtype=base.dtype)
     whole[: len(base)] = base
+    if new_rows == "mean":
+        whole[len(base) :] = base.mean(0, dtype=torch.float32)
     return whole
 
 

@@ -72,6 +72,8 @@ class Family:
     gguf_keys: Mapping[str, str] = field(default_factory=lambda: GGUF_KEYS)
     read_gguf: Callable[[Keys, dict[str, Any], Callable[[str], bool]], None] = read_gguf_llama
     write_gguf: Callable[[DecoderConfig, dict[str, Any]], dict[str, Any]] = write_gguf_llama
+    #: what llama.cpp computes otherwise of such a file, for who exports one; empty: nothing
+    gguf_note: Callable[[DecoderConfig], str] = lambda config: ""
     #: model_types of other sources that say the same under the same names
     also: tuple[str, ...] = ()
     #: whether a config.json of this model_type is this family's, where another shares it

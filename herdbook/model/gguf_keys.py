@@ -80,14 +80,27 @@ def read_gguf_scaling(keys: Keys, source: dict[str, Any]) -> None:
     keys.taken |= {"rope.scaling.finetuned", "rope.scaling.original_context_length"}
 
 
-def need_activation(config: DecoderConfig, known: str) -> None:
-    """GGUF has no key for it: llama.cpp takes the architecture's own (and computes any GELU by tanh)."""
-    if config.activation != known:
+def need(holds: bool, what: str, why: str) -> None:
+    """Raise where llama.cpp would not load the file, or compute another model from it."""
+    if not holds:
         raise FamilyError(
-            f"a model with the activation {config.activation}",
-            rule=f"cannot be written as GGUF: there the architecture's is always {known}",
+            f"a model with {what}",
+            rule=f"cannot be written as GGUF: {why}",
             next="export it as a Hugging Face folder (--to hf)",
         )
+
+
+def need_activation(config: DecoderConfig, known: str) -> None:
+    """GGUF has no key for it: llama.cpp takes the architecture's own (and computes any GELU by tanh)."""
+    what = f"the activation {config.activation}"
+    need(config.activation == known, what, f"there the architecture's is always {known}")
+
+
+def need_full_heads(config: DecoderConfig) -> None:
+    """llama.cpp's ChatGLM takes the heads' width together for the hidden state's."""
+    what = f"{config.heads} heads of {config.head_dim} and a hidden state of {config.hidden}"
+    full = config.heads * config.head_dim == config.hidden
+    need(full, what, "the heads of llama.cpp's ChatGLM fill the hidden state")
 
 
 def folded_for_gguf(config: DecoderConfig) -> DecoderConfig:

@@ -16,13 +16,16 @@ CPM-Bee (src/cpm_live/tokenizers/bee.py).
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, AnyStr, Generic
 
 from herdbook.errors import FileError
 from herdbook.files.atomic import write_text
+from herdbook.files.foreign import read_bytes
 from herdbook.tokens.codec import Parts, Span, bytes_to_characters, plain_specials
+from herdbook.tokens.settings import FILE_LIMIT, need_ids
 
 RWKV_FILE, CPM_BEE_FILE = "rwkv_vocab_v20230424.txt", "vocab.txt"
 END = "<|endoftext|>"
@@ -184,7 +187,7 @@ class WordCodec(_LongestCodec):
 def read_world(path: Path) -> Parts:
     """RWKV's vocabulary file."""
     tokens: dict[int, bytes] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path, FILE_LIMIT).split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -197,12 +200,13 @@ def read_world(path: Path) -> Parts:
             if int(id) == 0 or int(id) in tokens:
                 raise ValueError("the id is taken")
             tokens[int(id)] = token
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
             raise FileError(
                 f"{path}, line {number}: {line[:60]!r}",
                 rule=f"is no line of an RWKV vocabulary (id, Python literal, length): {error}",
                 next="fetch the file again",
             ) from error
+    need_ids(path, tokens)
     known = set(tokens.values())
     missing = [byte for byte in range(256) if bytes([byte]) not in known]
     if missing:
@@ -232,11 +236,11 @@ def read_words(path: Path) -> Parts:
             "look for a tokenizer.json or tokenizer.model",
         )
     try:
-        names = [name for name in path.read_bytes().decode().split("\n") if name]
+        names = [name for name in read_bytes(path, FILE_LIMIT).decode().split("\n") if name]
     except UnicodeDecodeError as error:
         raise FileError(f"{path}", rule=f"is not UTF-8: {error}", next="fetch it again") from error
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(names).most_common(1)[0][0]
         raise FileError(f"{path}: {twice!r}", rule="stands there twice", next="fetch it again")
     characters = {NEWLINE: "\n", BLANK: " "}
     tokens: dict[int, bytes] = {}

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +29,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from herdbook.errors import FileError
+from herdbook.files.foreign import read_bytes, read_json
 from herdbook.tokens import bytebpe
 from herdbook.tokens.bytebpe import ALPHABET, CUTS, Cut
+from herdbook.tokens.settings import FILE_LIMIT, need_ids
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n?")
 
@@ -89,7 +90,7 @@ def is_ranks(path: Path) -> bool:
 def read_ranks(path: Path) -> list[bytes]:
     """The tokens of a tiktoken file by rank."""
     tokens: list[bytes] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path, FILE_LIMIT).split(b"\n"), start=1):
         if not line.strip():
             continue
         if not _LINE.fullmatch(line):
@@ -155,8 +156,9 @@ def read_merges(path: Path, tokenizer_class: str, added: Mapping[int, AddedToken
             f"{path}", rule="has no merges.txt beside it", next="copy it from the original model"
         )
     try:
-        vocabulary: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
-        lines = beside.read_text(encoding="utf-8").split("\n")
+        vocabulary: dict[str, int] = read_json(path, FILE_LIMIT)
+        lines = read_bytes(beside, FILE_LIMIT).decode().split("\n")
+        need_ids(path, vocabulary.values())
         names = {id: token.content for id, token in added.items()}
         names |= {id: token for token, id in vocabulary.items()}
         tokens = [names.get(id, f"[PAD{id}]") for id in range(max(names) + 1)]

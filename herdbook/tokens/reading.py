@@ -17,21 +17,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
-from herdbook.tokens import bytebpe, ice, longest, ranks, rwkv, templates
+from herdbook.files.foreign import read_bytes
+from herdbook.tokens import ice, longest, ranks, rwkv, templates
 from herdbook.tokens.codec import Parts, plain_specials
+from herdbook.tokens.gguf_lists import from_gguf, gguf_template
 from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
 from herdbook.tokens.sentence import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, PieceModel
-from herdbook.tokens.settings import Settings, beside, delimits, find_template
+from herdbook.tokens.settings import (
+    FILE_LIMIT,
+    Settings,
+    beside,
+    delimits,
+    need_ids,
+    understood,
+)
 
 #: where a folder keeps its tokenizer, in the order in which they are looked for
 FILES = ("tokenizer.json", "tokenizer.model", "model.gguf")
@@ -65,7 +73,7 @@ def _better(folder: Path) -> Path | None:
     if not path.is_file() or ranks.is_ranks(path):
         return None
     try:
-        exact = PieceModel.parse(path.read_bytes()).translates
+        exact = PieceModel.parse(read_bytes(path, FILE_LIMIT)).translates
     except (ValueError, TypeError):
         return None  # of another kind: the tokenizer.json stands alone
     return None if exact else path
@@ -92,17 +100,10 @@ def template(path: Path) -> str | None:
     file = find(path) if path.is_dir() else path
     if file is None:
         return None
-    return (
-        _named(gguf.read(file).metadata, file)
-        if file.suffix == ".gguf"
-        else Settings.of(file).template
-    )
-
-
-def _named(metadata: Mapping[str, Any], path: Path) -> str | None:
-    """A GGUF's own chat template, or one of ours that fits its names."""
-    own = {"chat_template": metadata.get("tokenizer.chat_template")}
-    return find_template(path, own, path.stem, metadata.get("general.name"))
+    with understood(file):
+        if file.suffix == ".gguf":
+            return gguf_template(gguf.read(file).metadata, file)
+        return Settings.of(file).template
 
 
 def read(path: Path, template: str | None = None) -> Parts:
@@ -110,6 +111,11 @@ def read(path: Path, template: str | None = None) -> Parts:
 
     template: the source of a chat template to use instead of the one that it brings.
     """
+    with understood(path):
+        return _read(path, template)
+
+
+def _read(path: Path, template: str | None) -> Parts:
     if (weights := rwkv.weights(path)) is not None:
         parts = read(rwkv.file(weights), template)
         return dataclasses.replace(
@@ -152,7 +158,7 @@ def read(path: Path, template: str | None = None) -> Parts:
 
 
 def _from_json(path: Path, template: str | None) -> Parts:
-    source = path.read_text(encoding="utf-8")
+    source = read_bytes(path, FILE_LIMIT).decode()
     try:
         library = Library.from_str(source)
     except Exception as error:  # the library raises bare Exception
@@ -176,7 +182,9 @@ def _from_merges(path: Path, template: str | None) -> Parts:
     added = dict(settings.declared)
     named = settings.config.get("additional_special_tokens") or []
     special = {one["content"] if isinstance(one, dict) else one for one in named}
-    for text, id in beside(path, "added_tokens.json").items():
+    listed = beside(path, "added_tokens.json")
+    need_ids(path, listed.values())
+    for text, id in listed.items():
         token = AddedToken(text, normalized=False, special=text in special)
         added.setdefault(id, token)
     library = ranks.read_merges(path, str(settings.config.get("tokenizer_class", "")), added)
@@ -228,6 +236,7 @@ def _from_library(
     eos_id = library.token_to_id(eos) if eos else None
     if eos_id is None and settings.ends:
         eos_id = settings.ends[0]
+    need_ids(path, library.get_vocab().values())
     first = library.encode("", add_special_tokens=True).ids[:1]
     return Parts(
         LibraryCodec(library, specials, source=source),
@@ -244,7 +253,7 @@ def _from_library(
 
 def _from_model(path: Path, template: str | None) -> Parts:
     try:
-        pieces = PieceModel.parse(path.read_bytes())
+        pieces = PieceModel.parse(read_bytes(path, FILE_LIMIT))
     except (ValueError, TypeError) as error:  # UnicodeDecodeError is a ValueError
         raise FileError(
             f"{path}",
@@ -259,7 +268,9 @@ def _from_model(path: Path, template: str | None) -> Parts:
         id: (token.content, CONTROL if token.special else USER_DEFINED)
         for id, token in settings.declared.items()
     }
-    for text, id in beside(path, "added_tokens.json").items():
+    added = beside(path, "added_tokens.json")
+    need_ids(path, [*added.values(), int(config.get("extra_ids") or 0)])
+    for text, id in added.items():
         declared.setdefault(id, (text, CONTROL))
     if glm := config.get("tokenizer_class") == "ChatGLMTokenizer":
         for place, text in enumerate(_CHATGLM):
@@ -296,82 +307,3 @@ def _from_model(path: Path, template: str | None) -> Parts:
         chat_template=settings.template,
         config=config,
     )
-
-
-def from_gguf(metadata: Mapping[str, Any], path: Path, template: str | None = None) -> Parts:
-    """From the metadata of the GGUF at `path`. template: as in `read`."""
-    own = {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
-    get = {key.removeprefix("tokenizer.ggml."): value for key, value in own.items()}.get
-    tokens, model = get("tokens"), get("model")
-    if not tokens:
-        raise FileError(
-            f"{path}",
-            rule="holds no tokenizer (no tokenizer.ggml.tokens)",
-            next="use it by token ids, or load a folder that has a tokenizer.json",
-        )
-    template = template or _named(metadata, path)
-    types = list(get("token_type") or [NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise FileError(
-            f"{path}: {len(types):,} token types for {len(tokens):,} tokens",
-            rule="must be as many",
-            next="get the file again; it may be damaged",
-        )
-    for id, kind in enumerate(types):
-        if kind in (NORMAL, USER_DEFINED) and delimits(tokens[id], template):
-            types[id] = CONTROL
-    special = {tokens[id]: id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
-    specials = plain_specials(list(special))
-    bos, eos = _known(get("bos_token_id"), tokens), _known(get("eos_token_id"), tokens)
-    named = [_known(get(f"{name}_token_id"), tokens) for name in ("eot", "eom")]
-    codec: LibraryCodec | PieceCodec
-    if model == "gpt2":
-        cut = bytebpe.known_cut(get("pre", "default"))
-        added = [
-            AddedToken(tokens[id], normalized=False, special=kind != USER_DEFINED)
-            for id, kind in enumerate(types)
-            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-        ]
-        library = bytebpe.build(tokens, get("merges") or [], added, cut)
-        add_bos = bool(get("add_bos_token", cut.add_bos)) and bos is not None
-        if add_bos and bos is not None:
-            library.post_processor = bos_first(tokens[bos], bos)
-        codec = LibraryCodec(library, specials, size=len(tokens))
-    elif model == "llama":
-        unknown = get("unknown_token_id", 0)
-        if UNKNOWN not in types:  # SentencePiece insists on one
-            types[unknown] = UNKNOWN
-        add_bos = bool(get("add_bos_token", True)) and bos is not None
-        codec = PieceCodec(
-            PieceModel(
-                list(tokens),
-                list(get("scores") or [0.0] * len(tokens)),
-                types,
-                dummy_prefix=bool(get("add_space_prefix", True)),
-                squeeze=bool(get("remove_extra_whitespaces", False)),
-                character_map=bytes(get("precompiled_charsmap") or b""),
-                ids={"unk": unknown, "bos": -1 if bos is None else bos},
-            )
-        )
-    else:
-        raise FileError(
-            f"{path}: tokenizer.ggml.model = {model!r}",
-            rule="is not a kind of tokenizer that Herdbook knows (gpt2, llama)",
-            next="take tokenizer.json from the model's own folder",
-        )
-    return Parts(
-        codec,
-        specials,
-        special,
-        bos_id=bos,
-        eos_id=eos,
-        ends=[id for id in named if id is not None],
-        add_bos=add_bos,
-        chat_template=template,
-        metadata=own,
-    )
-
-
-def _known(id: int | None, tokens: Sequence[str]) -> int | None:
-    """The id, unless it is none of the vocabulary's (some files say 4294967295 for none)."""
-    return id if id is not None and 0 <= id < len(tokens) else None

@@ -25,6 +25,7 @@ from itertools import pairwise
 import sentencepiece
 
 from herdbook.errors import FileError
+from herdbook.tokens.settings import MOST_IDS
 
 #: types of a piece, the same numbers in SentencePiece and in GGUF
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -81,6 +82,8 @@ class PieceModel:
                 pieces.append(_bytes(one.get(1, b"")).decode())
                 scores.append(struct.unpack("<f", _bytes(one.get(2, b"\0" * 4)))[0])
                 types.append(_number(one.get(3, NORMAL)))
+                if len(types) > MOST_IDS:
+                    raise ValueError(f"more than {MOST_IDS:,} pieces")
             elif number == 2:
                 trainer = dict(_fields(_bytes(value)))
             elif number == 3:

@@ -7,16 +7,18 @@ generation_config.json, config.json                ids that end a reply
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
 from herdbook.errors import FileError
+from herdbook.files.foreign import MEGABYTE, read_json
 from herdbook.tokens import templates
 
 #: how a turn's delimiter looks where a file calls it an ordinary added token
@@ -24,6 +26,10 @@ _DELIMITER = re.compile(
     r"<[|｜].+[|｜]>|</?s>|<(start|end)_of_turn>|<(human|bot|root|ans)>|\[/?INST\]|<eo[ham]>"
     r"|<reserved_\d+>|\[g?MASK\]|<?[se]op>?"
 )
+#: ids that a file may name; the largest vocabularies have 262,144
+MOST_IDS = 1 << 20
+#: of a tokenizer's own file in bytes; the largest tokenizer.json has 34 MB
+FILE_LIMIT = 64 * MEGABYTE
 CONFIG, _GENERATION = "tokenizer_config.json", "generation_config.json"
 TEMPLATE = "chat_template.jinja"
 #: all that is read beside a tokenizer's file
@@ -55,7 +61,7 @@ class Settings:
         for name in (_GENERATION, "config.json"):
             found = beside(path, name).get("eos_token_id")
             if found is not None:
-                ends = list(found) if isinstance(found, list) else [found]
+                ends = [index(id) for id in (found if isinstance(found, list) else [found])]
                 break
         declared = {
             int(id): AddedToken(
@@ -67,6 +73,7 @@ class Settings:
             )
             for id, one in config.get("added_tokens_decoder", {}).items()
         }
+        need_ids(path, declared)
         names = templates.folder_name(path.parent), beside(path, "config.json").get("_name_or_path")
         return cls(
             config,
@@ -80,17 +87,7 @@ class Settings:
 
 def beside(path: Path, name: str) -> dict[str, Any]:
     file = path.parent / name
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FileError(
-            f"{file}", rule=f"is no JSON: {error}", next="get the file again; it may be damaged"
-        ) from error
-    if not isinstance(found, dict):
-        raise FileError(f"{file}", rule="must hold a JSON object", next="get the file again")
-    return found
+    return read_json(file) if file.is_file() else {}
 
 
 def find_template(path: Path, config: Mapping[str, Any], *names: str | None) -> str | None:
@@ -104,9 +101,35 @@ def find_template(path: Path, config: Mapping[str, Any], *names: str | None) -> 
     found = config.get("chat_template") or beside(path, "chat_template.json").get("chat_template")
     if isinstance(found, list):
         found = {one["name"]: one["template"] for one in found}.get("default")
+    if found and not isinstance(found, str):
+        raise TypeError(f"chat_template is {str(found)[:100]}")
     return found or templates.find(*names)
 
 
 def delimits(token: str, template: str | None) -> bool:
     """Whether an ordinary added token opens or closes turns in the template."""
     return bool(template and token in template and _DELIMITER.fullmatch(token))
+
+
+@contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """A value of a kind that is not expected is the file's fault."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise FileError(
+            f"{path}: {type(error).__name__}: {str(error)[:200]}",
+            rule="so a value in it, or in a file beside it, is not what a tokenizer has there",
+            next="get the tokenizer's files again from the original model",
+        ) from error
+
+
+def need_ids(path: Path, ids: Iterable[int]) -> None:
+    """Before lists of that length are made."""
+    for id in ids:
+        if not 0 <= id < MOST_IDS:
+            raise FileError(
+                f"{path}: a token with the id {id}",
+                rule=f"but ids, and their number, are below {MOST_IDS:,}",
+                next="get the tokenizer's files again from the original model",
+            )

@@ -35,7 +35,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from herdbook.files.atomic import write_json
-from herdbook.tokens import reading, templates
+from herdbook.tokens import gguf_lists, reading, templates
 from herdbook.tokens.codec import Codec, Parts, Span
 from herdbook.tokens.ice import IceCodec
 from herdbook.tokens.sentence import UNUSED
@@ -105,7 +105,7 @@ class Tokenizer:
         cls, metadata: Mapping[str, Any], path: Path, template: str | None = None
     ) -> Tokenizer:
         """From the metadata of the GGUF at `path`."""
-        return cls(reading.from_gguf(metadata, path, template))
+        return cls(gguf_lists.from_gguf(metadata, path, template))
 
     # --- text → ids
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from raising import Place
+from raising import Place, tune
 
 from herdbook.book.book import Book
 from herdbook.compression import int4, layers, merge, parity, quantise
@@ -21,6 +21,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.layers import Int4Linear, Int8Linear, Linear
 from herdbook.model.lora import merge_lora
+from herdbook.recipe import raise_
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
 
@@ -191,6 +192,40 @@ def test_a_family_without_gguf(opt: Book, format: str, bits: int, kl: float):
     assert again.metrics["exact_matrices"] == again.metrics["matrices"] == 10
     assert again.metrics["mean_kl"] < 1e-6
     assert again.files["model.safetensors"] == made.files["model.safetensors"]
+
+
+def test_a_recipe_is_refused_before_its_first_step(opt: Book, tmp_path: Path):
+    """Where the base is at hand: GGUF would be known not to hold it only after the tuning."""
+    text = f"""
+about: {{en: words, zh: 词}}
+settings: {{base: "{tmp_path / "opt"}", format: Q4_1}}
+steps:
+  base: {{do: Fetch, ref: $base}}
+  tune: {{do: Tune, model: base, data: [rows], learning_rate: 0.01, steps: 1, pack: 64}}
+  merge: {{do: Merge, model: base, adapter: tune}}
+  small: {{do: Quantise, model: merge, format: $format}}
+result: small
+"""
+    path = tmp_path / "opted.yaml"
+    path.write_text(text.replace("[rows]", f"[{opt.get('rows').id}]"))
+    before = len(opt.entries())
+    for format in ("Q4_1", "Q8_0"):
+        with pytest.raises(FamilyError, match=r"opt cannot be written as GGUF.*\n.*int4 or int8"):
+            raise_(str(path), book=opt, format=format)
+    assert len(opt.entries()) == before
+
+
+def test_a_quantised_folder_is_tuned_on(raised: Book):
+    """Its adapter is trained on, merged into and measured against the weights that the codes say."""
+    Quantise(model="base", format="int4").run(raised, name="int4")
+    tune(model="int4", dropout=0.0, epochs=4, targets=("q", "v", "down")).run(
+        raised, name="on-int4"
+    )
+    merged = Merge(model="int4", adapter="on-int4").run(raised, name="on-int4-merged")
+    assert merged.metrics["max_logit_difference"] < 1e-3
+    assert learnt(raised, "on-int4-merged") < learnt(raised, "int4") - 0.3
+    again = Quantise(model="on-int4-merged", format="int4").run(raised, name="on-int4-again")
+    assert again.metrics["exact_matrices"] < again.metrics["matrices"]
 
 
 def test_llama_as_a_folder_too(raised: Book):

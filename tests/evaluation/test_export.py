@@ -123,6 +123,20 @@ def test_a_gguf_file_is_copied_as_it_is(quantised: Artifact, book: Book, tmp_pat
     assert gguf.read(tmp_path / "wide.gguf").tensors["blk.0.attn_q.weight"].type == "F16"
 
 
+@pytest.mark.parametrize("window", [7, None])
+def test_what_llama_cpp_leaves_out_is_said(
+    window: int | None, tiny_folder: Path, book: Book, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "mistral"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mistral", "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps(config))
+    found = export(str(folder), tmp_path / "m.gguf", to="gguf", book=book)
+    copied = export(str(tmp_path / "m.gguf"), tmp_path / "copy.gguf", to="gguf", book=book)
+    for one in (found, copied):
+        assert ("past 7 tokens its replies differ" in one.get("note", "")) == bool(window)
+
+
 def test_nothing_is_quantised_twice(quantised: Artifact, book: Book, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"four is quantised .*\n.*or export tiny@1 instead"

@@ -1,124 +1,33 @@
 """Hostile files by the thousand: every loader ends in a result or in an error of Herdbook's own.
 
 `make fuzz FUZZ_SECONDS=600`; a target gets its share of the time. Not part of `make test`. What it
-finds is mended and becomes a case in tests/files or tests/model/test_hostile.py.
+finds is mended and becomes a case in tests/files, tests/model/test_hostile.py or
+tests/tokens/test_foreign.py.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import resource
 import shutil
 import struct
-import time
 import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from herdbook.errors import HerdbookError
 from herdbook.files import gguf, pickles, safetensors
 from herdbook.model import delta
 from herdbook.model.checkpoint import INDEX, LEGACY_INDEX, load_decoder, save_gguf, save_hf
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.families import families
 from herdbook.progress import Progress
-
-TARGETS = 7
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "60")) / TARGETS
-#: what a loader may take beyond what the process has, and how long (the machine may be busy)
-MEMORY_BYTES, PATIENCE_S = 1_500_000_000, 10.0
-
-common = settings(
-    max_examples=200,
-    deadline=None,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-    print_blob=True,
-)
-
-
-@pytest.fixture(autouse=True)
-def little_memory() -> Iterator[None]:
-    """An absurd allocation fails here, though the machine might promise it."""
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, before)
-
-
-def again_and_again(target: Callable[[], None]) -> None:
-    end = time.monotonic() + SECONDS
-    rounds = 0
-    while time.monotonic() < end:
-        target()
-        rounds += 1
-    print(f"{rounds} rounds of {common.max_examples}")
-
-
-def holds(use: Callable[[], Any]) -> None:
-    start = time.monotonic()
-    try:
-        use()
-    except HerdbookError as error:
-        assert str(error) and error.next, "an error says what to do"
-    assert time.monotonic() - start < PATIENCE_S
-
-
-ODD = st.sampled_from(
-    [0, 1, -1, 7, 64, 2**31 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**80]
-)
-NUMBER = ODD | st.integers(-3, 70) | st.floats() | st.booleans()
-JSON = st.recursive(
-    st.none() | NUMBER | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-def damaged(raw: bytes, data: st.DataObject) -> bytes:
-    """Bytes changed, cut out, doubled or put in, also whole numbers of absurd size."""
-    out = bytearray(raw)
-    for _ in range(data.draw(st.integers(1, 5))):
-        at = data.draw(st.integers(0, max(len(out) - 1, 0)))
-        kind = data.draw(st.sampled_from(["byte", "number", "cut", "insert", "double", "short"]))
-        if kind == "byte":
-            out[at : at + 1] = bytes([data.draw(st.integers(0, 255))])
-        elif kind == "number":
-            width = data.draw(st.sampled_from([2, 4, 8]))
-            value = data.draw(ODD | st.integers(0, 300)) % 2 ** (8 * width)
-            out[at : at + width] = value.to_bytes(width, "little")
-        elif kind == "cut":
-            del out[at : at + data.draw(st.integers(1, 50))]
-        elif kind == "insert":
-            out[at:at] = data.draw(st.binary(max_size=12))
-        elif kind == "double":
-            out[at:at] = out[at : at + data.draw(st.integers(1, 50))]
-        else:
-            del out[at + len(out) // 2 :]
-    return bytes(out)
-
-
-@pytest.fixture(scope="module")
-def model(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model without its tokenizer, which is not what is tried here."""
-    folder = tmp_path_factory.mktemp("model")
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(tiny_folder / name, folder)
-    return folder
-
+from tests.fuzz.hostile import JSON, NUMBER, ODD, again_and_again, common, damaged, holds
 
 # --- safetensors ---
 

@@ -187,9 +187,6 @@ def test_a_delta_is_no_model(base: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=f"holds no {delta.RECORD}, so nothing tells") as caught:
         delta.apply(base, tuned, tmp_path / "x", progress=SILENT)
     assert "--unchecked" in caught.value.next
-    (path / delta.RECORD).unlink()  # one of ours without its record is none of another tool's
-    with pytest.raises(FileError, match="is a delta"):
-        delta.apply(base, path, tmp_path / "x", progress=SILENT, unchecked=True)
     with pytest.raises(ConfigError, match="is there already"):
         delta.apply(base, path, tuned, progress=SILENT)
 
@@ -293,13 +290,31 @@ def test_a_published_delta(
     assert (tmp_path / "a" / "tokenizer.json").is_file()
 
 
-def test_an_alpaca_delta_in_float32(base: Path, tmp_path: Path) -> None:
-    tuned = tune(base, tmp_path / "t", torch.float32)
+def test_an_alpaca_delta(base: Path, tmp_path: Path) -> None:
+    """In float32, its new row taken from the mean of the base's rows."""
+    tuned = tune(base, tmp_path / "t", torch.float32, 1)
     path = publish(base, tuned, tmp_path / "d", torch.float32, bin=True)
-    delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True)
-    change, found = torch.load(path / "pytorch_model.bin"), load_file(tmp_path / "a" / WEIGHTS)
-    for name, tensor in load_file(base / WEIGHTS).items():
-        assert torch.equal(found[name], tensor.float() + change[name]), name
+    held, change = load_file(base / WEIGHTS), torch.load(path / "pytorch_model.bin")
+    mean = held["model.embed_tokens.weight"].mean(0)
+    change["model.embed_tokens.weight"][384] -= mean
+    torch.save(change, path / "pytorch_model.bin")
+    delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=True, new_rows="mean")
+    found, want = load_file(tmp_path / "a" / WEIGHTS), load_file(tuned / WEIGHTS)
+    for name, tensor in held.items():
+        assert torch.equal(found[name][: len(tensor)], tensor + change[name][: len(tensor)]), name
+        torch.testing.assert_close(found[name], want[name], atol=1e-6, rtol=0)
+
+
+def test_a_delta_of_ours_without_its_record(base: Path, tmp_path: Path) -> None:
+    tuned, path = tune(base, tmp_path / "t", torch.float16), tmp_path / "d"
+    delta.make(base, tuned, path, progress=SILENT)
+    with pytest.raises(ConfigError, match="--new-rows mean is for deltas of other tools"):
+        delta.apply(base, path, tmp_path / "a", progress=SILENT, new_rows="mean")
+    (path / delta.RECORD).unlink()
+    for unchecked in (False, True):
+        with pytest.raises(FileError, match=r"delta\.safetensors is missing.*\n.*fetch the delta"):
+            delta.apply(base, path, tmp_path / "a", progress=SILENT, unchecked=unchecked)
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_digest_that_must_come_out(base: Path, tmp_path: Path) -> None:

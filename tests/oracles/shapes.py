@@ -94,18 +94,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmForCausalLM", SIZES | {"head_dim": 16, "attention_bias": True}),
     "glm-no-bias": (
         "GlmForCausalLM",
-        SIZES | {"head_dim": 32, "attention_bias": False, "num_key_value_heads": 4},
+        SIZES | {"head_dim": 16, "attention_bias": False, "num_key_value_heads": 4},
     ),
+    "glm-wide": ("GlmForCausalLM", SIZES | {"head_dim": 32, "attention_bias": False}),
     "glm4": ("Glm4ForCausalLM", SIZES | {"head_dim": 16, "attention_bias": True}),
+    "glm4-wide": ("Glm4ForCausalLM", SIZES | {"head_dim": 32, "attention_bias": False}),
 }
 #: what GGUF cannot say, and why: llama.cpp does not know the family or the form, it wants one window
-#: for all layers, or it scales scores by the head's width unless there are 46 layers
+#: for all layers, it scales scores by the head's width unless there are 46 layers, its Qwen 3 has no
+#: biases, or the heads of its ChatGLM fill the hidden state
 NOT_IN_GGUF = dict.fromkeys(
     (shape for shape in SHAPES if re.match("cerebras|gptj|codegen|opt|falcon-rw", shape)),
     "cannot be written as GGUF",
 ) | {
     "qwen2-windows": "cannot be written as GGUF",
     "gemma2-27b": r"attention_scale 0\.25 cannot be written as GGUF",
+    "qwen3-bias": "attention_bias cannot be written as GGUF",
+    "glm-wide": "4 heads of 32 and a hidden state of 64 cannot be written as GGUF",
 }
 IN_GGUF = [shape for shape in SHAPES if shape not in NOT_IN_GGUF]
 

@@ -20,12 +20,10 @@ from tests.oracles.peers import ours, random_model
 from tests.oracles.shapes import IN_GGUF, SHAPES
 from tests.oracles.test_llama_cpp import LlamaCpp
 
-#: what it computes otherwise, or does not load
+#: what it computes otherwise; the export says so
 OTHERWISE = {
     "mistral-window": "a llama has no window there, so a Mistral is the same only within it",
     "mixtral-window": "likewise",
-    "qwen3-bias": "its Qwen 3 has no biases",
-    "glm-no-bias": "the heads of its ChatGLM fill the hidden state",
 }
 
 

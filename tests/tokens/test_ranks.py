@@ -139,7 +139,7 @@ def test_qwen2_says_its_cut_by_its_class(tmp_path: Path) -> None:
     config = json.dumps({"tokenizer_class": "Qwen2Tokenizer"})
     (tmp_path / "tokenizer_config.json").write_text(config)
     assert Tokenizer.load(tmp_path).encode("12") == [ord("1"), ord("2")]
-    (tmp_path / "vocab.json").write_text("[1]")
+    (tmp_path / "vocab.json").write_text('{"a": "b"}')
     with pytest.raises(FileError, match="hold no vocabulary and merges"):
         Tokenizer.load(tmp_path)
 

@@ -296,7 +296,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     model.write_bytes(good)
     assert Tokenizer.load(tmp_path).size == 2
     (tmp_path / "tokenizer_config.json").write_text("[]")
-    assert "must hold a JSON object" in message(tmp_path)
+    assert "holds no JSON object" in message(tmp_path)
 
 
 def test_unknown_ways_are_refused_by_name() -> None:

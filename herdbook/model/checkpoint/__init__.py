@@ -20,7 +20,7 @@ from herdbook.model.checkpoint.huggingface import LEGACY_INDEX as LEGACY_INDEX
 from herdbook.model.checkpoint.loading import load_decoder as load_decoder
 from herdbook.model.checkpoint.meta import PARAMS as PARAMS
 from herdbook.model.checkpoint.opening import open_checkpoint as open_checkpoint
-from herdbook.model.checkpoint.saving import gguf_family as gguf_family
+from herdbook.model.checkpoint.saving import gguf_head as gguf_head
 from herdbook.model.checkpoint.saving import need_rows as need_rows
 from herdbook.model.checkpoint.saving import one_tensor as one_tensor
 from herdbook.model.checkpoint.saving import save_compressed as save_compressed

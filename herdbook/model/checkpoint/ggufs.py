@@ -114,8 +114,10 @@ def gguf_metadata(config: DecoderConfig, family: Family) -> dict[str, Any]:
     if not family.gguf:
         raise FamilyError(
             f"a model of the family {family.name}",
-            rule="cannot be written as GGUF: llama.cpp does not know the family",
-            next="export it as a Hugging Face folder (--to hf)",
+            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
+            "Herdbook computes it",
+            next="quantise it with the format int4 or int8, or export it as a Hugging Face folder "
+            "(herd export --to hf)",
         )
     source = {hf: value for hf, value in family.write(config).items() if value is not None}
     known = {gguf: source[hf] for hf, gguf in family.gguf_keys.items() if hf in source}

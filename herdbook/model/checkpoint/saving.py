@@ -19,6 +19,7 @@ from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, so
 from herdbook.model.checkpoint.ggufs import gguf_metadata, refuse_unsaid, understand
 from herdbook.model.checkpoint.huggingface import INDEX
 from herdbook.model.checkpoint.weights import NAMES, as_bytes
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import Family, SourceTensor
@@ -60,20 +61,6 @@ def source_tensor(decoder: Decoder, source: SourceTensor, dtype: torch.dtype) ->
 
 def _family(decoder: Decoder) -> Family:
     return families()[decoder.family]
-
-
-def gguf_family(decoder: Decoder) -> Family:
-    """The decoder's family, where a GGUF file can hold it."""
-    family = _family(decoder)
-    if not family.gguf:
-        raise FamilyError(
-            f"a model of the family {family.name}",
-            rule="cannot be written as GGUF, nor so quantised: llama.cpp does not know it, or not as "
-            "Herdbook computes it",
-            next="quantise it with the format int4 or int8, or export it as a Hugging Face folder "
-            "(herd export --to hf)",
-        )
-    return family
 
 
 def source_config(decoder: Decoder) -> dict[str, Any]:
@@ -126,9 +113,8 @@ def _sources(decoder: Decoder) -> tuple[dict[str, SourceTensor], dict[str, tuple
     return {one.name: one for one in names.values()}, source_shapes(shapes, names)
 
 
-def need_rows(decoder: Decoder) -> None:
+def need_rows(family: Family) -> None:
     """Raise where the source keeps its matrices so that compressed-tensors cannot quantise them."""
-    family = _family(decoder)
     if any(fold.transposed for fold in family.folds.values()):
         raise FamilyError(
             f"a model of the family {family.name}",
@@ -150,7 +136,7 @@ def save_compressed(
 
     All quantised layers have the same bits and lie on the layout's grid (compressed.zero_points).
     """
-    need_rows(decoder)
+    need_rows(_family(decoder))
     folder = Path(folder)
     sources, shapes = _sources(decoder)
     plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -262,16 +248,30 @@ def gguf_type(name: str, shape: tuple[int, ...], quant: str) -> str:
     return "F16" if blocked and shape[-1] % gguf.BLOCK else quant
 
 
+def gguf_head(
+    config: DecoderConfig, family: Family, tokenizer: TokenizerLike | None
+) -> dict[str, Any]:
+    """The metadata of a GGUF of such a model, but for the file's own. FamilyError or FileError where a
+    GGUF cannot say it."""
+    metadata = {"general.architecture": family.gguf, **gguf_metadata(config, family)}
+    expected = expected_shapes(config)
+    names = {name: family.gguf_tensor(name, config) for name in expected}
+    back = understand(metadata, source_shapes(expected, names), "the GGUF")[1]
+    refuse_unsaid(config, back)
+    if tokenizer is not None:
+        metadata |= tokenizer.gguf_metadata(config.vocab)
+        check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
+    return metadata
+
+
 def save_gguf(
     decoder: Decoder, tokenizer: TokenizerLike | None, path: Path | str, quant: str
 ) -> None:
     """Write one .gguf file. quant: F32, F16, BF16, Q8_0, Q4_0 or Q4_1 (see gguf_type)."""
     assert quant in FILE_TYPES, quant
     decoder.need_head()
-    path, family, config = Path(path), gguf_family(decoder), decoder.config
-    said = gguf_metadata(config, family)
-    metadata: dict[str, Any] = {
-        "general.architecture": family.gguf,
+    path, family, config = Path(path), _family(decoder), decoder.config
+    metadata = gguf_head(config, family, tokenizer) | {
         "general.type": "model",
         "general.name": path.stem,
         "general.file_type": FILE_TYPES[quant],
@@ -280,18 +280,12 @@ def save_gguf(
     expected = expected_shapes(config)
     names = {name: family.gguf_tensor(name, config) for name in expected}
     sources = {one.name: one for one in names.values()}
-    shapes = source_shapes(expected, names)
-    metadata |= said
-    refuse_unsaid(config, understand(metadata, shapes, str(path))[1])
-    if tokenizer is not None:
-        metadata |= tokenizer.gguf_metadata(config.vocab)
-        check_vocabulary(config, len(metadata["tokenizer.ggml.tokens"]))
     found: list[tuple[str, str, Any]] = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         divisors = rope_divisors(plain, config.rope_scaling, config)
         found.append(("rope_freqs.weight", "F32", divisors.numpy()))
-    for name, shape in shapes.items():
+    for name, shape in source_shapes(expected, names).items():
         waiting = _Waiting(decoder, sources[name], shape)
         found.append((name, gguf_type(sources[name].ours[0], shape, quant), waiting))
     gguf.write(path, metadata, found)

@@ -17,7 +17,7 @@ from typing import Any
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.family import Family
 from herdbook.model.folds import QKV, Fold, qkv_rotating
-from herdbook.model.gguf_keys import read_gguf_scaling, write_gguf_scaling
+from herdbook.model.gguf_keys import need_full_heads, read_gguf_scaling, write_gguf_scaling
 from herdbook.model.keys import Keys
 
 LAYER = "transformer.encoder.layers.{n}"
@@ -144,6 +144,7 @@ def read_gguf(keys: Keys, source: dict[str, Any], has: Callable[[str], bool]) ->
 
 
 def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
+    need_full_heads(config)
     return {
         "attention.value_length": config.head_dim,
         "rope.dimension_count": config.rope_dim,

@@ -13,7 +13,7 @@ from typing import Any
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import LLAMA_NAMES, Family
 from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
-from herdbook.model.gguf_keys import read_gguf_llama
+from herdbook.model.gguf_keys import need_full_heads, read_gguf_llama, write_gguf_llama
 from herdbook.model.keys import Keys, read_llama, write_llama
 
 UP_HF, UP_GGUF = "model.layers.{n}.mlp.gate_up_proj", "blk.{n}.ffn_up"
@@ -50,6 +50,12 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 read_gguf = functools.partial(read_gguf_llama, partial=True)
 
+
+def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
+    need_full_heads(config)
+    return write_gguf_llama(config, source)
+
+
 FAMILY = Family(
     model_type="glm",
     architecture="GlmForCausalLM",
@@ -58,5 +64,6 @@ FAMILY = Family(
     read=read,
     write=write,
     read_gguf=read_gguf,
+    write_gguf=write_gguf,
     folds=FOLDS,
 )

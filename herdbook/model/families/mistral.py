@@ -23,6 +23,13 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     return write_llama(config) | {"sliding_window": config.window(0)}
 
 
+def gguf_note(config: DecoderConfig) -> str:
+    window = config.window(0)
+    if window is None:
+        return ""
+    return f"llama.cpp has no sliding window here: past {window:,} tokens its replies differ"
+
+
 FAMILY = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
@@ -30,5 +37,6 @@ FAMILY = Family(
     names=LLAMA_NAMES,
     read=read,
     write=write,
+    gguf_note=gguf_note,
     folds=GGUF_ROTATING,
 )

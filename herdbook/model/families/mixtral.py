@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from herdbook.model.config import DecoderConfig
+from herdbook.model.families.mistral import gguf_note
 from herdbook.model.family import GGUF_ROTATING, LLAMA_NAMES, Family
 from herdbook.model.folds import Fold
 from herdbook.model.keys import Keys, read_llama, write_llama
@@ -55,6 +56,7 @@ FAMILY = Family(
     names=NAMES,
     read=read,
     write=write,
+    gguf_note=gguf_note,
     folds=GGUF_ROTATING
     | {gguf: Fold((ours,), stacked=True) for ours, (_, gguf) in STACKED.items()},
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import LLAMA_NAMES, Family
+from herdbook.model.gguf_keys import need, write_gguf_llama
 from herdbook.model.keys import Keys, read_llama, read_windows, write_llama, write_windows
 
 NAMES = LLAMA_NAMES | {
@@ -26,6 +27,11 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     return write_llama(config) | write_windows(config) | {"attention_bias": config.qkv_bias}
 
 
+def write_gguf(config: DecoderConfig, source: dict[str, Any]) -> dict[str, Any]:
+    need(not config.qkv_bias, "attention_bias", "llama.cpp's Qwen 3 has no biases")
+    return write_gguf_llama(config, source)
+
+
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
@@ -33,4 +39,5 @@ FAMILY = Family(
     names=NAMES,
     read=read,
     write=write,
+    write_gguf=write_gguf,
 )
