@@ -255,7 +255,7 @@ def test_a_merge_says_what_it_costs(raised: Book, tmp_path: Path):
     adapter = raised.get("plain")
     raised.add(
         shutil.copytree(adapter.path, tmp_path / "on-eight"), kind="adapter", name="on-eight",
-        parents=[four], step="Tune", key="on-eight", config={}, metrics={}, versions={},
+        parents=[four.id], step="Tune", key="on-eight", config={}, metrics={}, versions={},
     )  # fmt: skip
     progress = Listening()
     merged = Merge(model="eight", adapter="on-eight").run(raised, progress=progress)
