@@ -223,7 +223,7 @@ class Decoder(nn.Module):
         if self.project_out is not None:
             hidden = self.project_out(hidden)
         layer = self.head_layer
-        project = layer.project if isinstance(layer, Embedding | Int8Embedding) else layer
+        project = getattr(layer, "project", layer)  # an embedding that the head is tied to
         logits: Tensor = project(hidden).float()
         if self.config.head_norm:
             logits = logits / layer.dense(torch.float32).norm(dim=1)

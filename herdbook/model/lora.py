@@ -47,14 +47,33 @@ TARGETS = {
 }
 
 
-class LoRALinear(nn.Module):
+class Adapter(nn.Module):
+    """A frozen layer (`base`) that learns something beside itself; its other parameters are trained."""
+
+    base: nn.Module
+    bypassed = False
+
+    def merge(self) -> nn.Module:
+        """The base with what was learnt in it, in the base's own precision."""
+        raise NotImplementedError
+
+
+class LoRALinear(Adapter):
     """A linear layer (weight [O, I], optional bias), frozen, and its trained correction.
 
-    group: so many neighbouring inputs share a column of A, so A is [r, I / group].
+    group: so many neighbouring inputs share a column of A, so A is [r, I / group]. rslora: the
+    correction counts alpha / √r, which keeps its size whatever the rank is. Kalajdzievski, "rsLoRA",
+    2023 (arXiv:2312.03732).
     """
 
     def __init__(
-        self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, group: int = 1
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        group: int = 1,
+        rslora: bool = False,
     ) -> None:
         super().__init__()
         weight = base.weight
@@ -62,9 +81,9 @@ class LoRALinear(nn.Module):
         outputs, inputs = self.outputs, self.inputs = weight.shape
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
-        self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout, self.group = dropout, group
-        self.bypassed = False
         exact = torch.promote_types(weight.dtype, torch.float32)
         self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=weight.device))
         self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=weight.device))
@@ -87,9 +106,7 @@ class LoRALinear(nn.Module):
         if self.training and self.dropout:
             return self.plain(x)
         rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
-            rows, base.weight, base.bias, self.A, self.B, self.scale, self.group
-        )
+        y = low_rank(rows, base.weight, base.bias, self.A, self.B, self.scale, self.group)
         return y.view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -107,18 +124,29 @@ class LoRALinear(nn.Module):
         """scale · B A, float32 [O, I]."""
         return self.scale * (self.B.float() @ self.wide_A().float())
 
-    @torch.no_grad()
-    def merge(self) -> nn.Module:
-        """The base with the correction added in float32, kept in the base's own precision."""
+    def merged(self) -> Tensor:
+        """The matrix that both together are, float32 [O, I]."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
-        weight.copy_((weight.float() + self.correction()).to(weight.dtype))
+        return weight.float() + self.correction()
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(self.merged().to(weight.dtype))
         return self.base
 
 
-def _pooled(x: Tensor, group: int) -> Tensor:
+def pooled(x: Tensor, group: int) -> Tensor:
     """x [T, I] summed over groups of neighbours: [T, I / group]."""
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(-1)  # type: ignore[no-untyped-call]
+
+
+def low_rank(x: Tensor, weight: Any, bias: Any, A: Tensor, B: Tensor, *how: float) -> Tensor:
+    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ for rows x [T, I] → [T, O]; how: the scale, and the group."""
+    y: Tensor = _LoRA.apply(x, weight, bias, A, B, *how)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _LoRA(torch.autograd.Function):
@@ -134,7 +162,7 @@ class _LoRA(torch.autograd.Function):
         group: int,
     ) -> Tensor:
         A, B = A.to(x.dtype), B.to(x.dtype)
-        seen = _pooled(x, group)
+        seen = pooled(x, group)
         down = seen @ A.T  # [T, r]
         y = F.linear(x, weight, bias)
         y.addmm_(down, B.T, alpha=scale)
@@ -168,6 +196,8 @@ def apply_lora(
     alpha: float,
     dropout: float = 0.0,
     group: int = 1,
+    rslora: bool = False,
+    kind: type[LoRALinear] = LoRALinear,
     last_layers: int = 0,
     seed: int = 0,
 ) -> dict[str, LoRALinear]:
@@ -177,17 +207,25 @@ def apply_lora(
     gradient, so autograd keeps nothing for those blocks: they cost a forward pass and no memory.
     """
     decoder.requires_grad_(False)
+    adapters: dict[str, LoRALinear] = {}
+    for name in matrices(decoder, targets, last_layers):
+        adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group, rslora, kind)
+        adapters[name].start(seed, name)
+    return adapters
+
+
+def matrices(decoder: nn.Module, targets: Iterable[str], last_layers: int = 0) -> list[str]:
+    """The names of all these matrices, in that many of the last blocks (0: all)."""
     blocks = decoder.blocks
     assert isinstance(blocks, nn.ModuleList)
-    first = len(blocks) - last_layers if last_layers else 0
-    adapters: dict[str, LoRALinear] = {}
-    for number in range(max(0, first), len(blocks)):
-        for target in TARGETS:
-            for place in places(blocks[number], target) if target in targets else ():
-                name = f"blocks.{number}.{place}"
-                adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group)
-                adapters[name].start(seed, name)
-    return adapters
+    first = max(0, len(blocks) - last_layers) if last_layers else 0
+    wanted = [target for target in TARGETS if target in set(targets)]
+    return [
+        f"blocks.{number}.{place}"
+        for number in range(first, len(blocks))
+        for target in wanted
+        for place in places(blocks[number], target)
+    ]
 
 
 def places(block: nn.Module, target: str) -> list[str]:
@@ -206,18 +244,25 @@ def put_adapter(
     alpha: float,
     dropout: float = 0.0,
     group: int = 1,
+    rslora: bool = False,
+    kind: type[LoRALinear] = LoRALinear,
 ) -> LoRALinear:
     """Replace the linear layer of that name by itself with an adapter (untrained, all zero)."""
-    parent, _, leaf = name.rpartition(".")
-    owner = decoder.get_submodule(parent)
-    adapter = LoRALinear(getattr(owner, leaf), rank, alpha, dropout, group)
-    setattr(owner, leaf, adapter)
+    layer = decoder.get_submodule(name)
+    adapter = kind(layer, rank, alpha, dropout, group, rslora)
+    replace(decoder, name, adapter)
     return adapter
 
 
-def adapters_of(decoder: nn.Module) -> dict[str, LoRALinear]:
-    """The adapters that a decoder carries, by name."""
-    return {name: m for name, m in decoder.named_modules() if isinstance(m, LoRALinear)}
+def replace(decoder: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put another layer where the one of that name is."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(decoder.get_submodule(parent), leaf, layer)
+
+
+def adapters_of(decoder: nn.Module) -> dict[str, Adapter]:
+    """The adapters that a decoder carries, of every kind, by name."""
+    return {name: m for name, m in decoder.named_modules() if isinstance(m, Adapter)}
 
 
 @contextmanager
@@ -234,7 +279,6 @@ def bypass(decoder: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(decoder: nn.Module) -> None:
-    """Fold every adapter into its base, in float32, and take it off."""
+    """Fold every adapter, of every kind, into its base, in float32, and take it off."""
     for name, adapter in adapters_of(decoder).items():
-        parent, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), leaf, adapter.merge())
+        replace(decoder, name, adapter.merge())

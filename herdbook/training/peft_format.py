@@ -4,27 +4,20 @@
     adapter_model.safetensors   base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
                                                                             ….lora_B.weight …
 
-Names are the source's own, from the family's table. Only plain LoRA is read: an adapter that also
-brings trained biases, whole modules or another scaling says so in its configuration and is
-refused.
+LoRA (with rsLoRA's scale, DoRA's lengths) and IA3 on the matrices of blocks (peft_matrices.py), and
+beside them the embedding and the head trained whole (`modules_to_save`). What brings more than
+these, as trained biases, says so in its configuration and is refused.
 
-**Packed matrices.** Where the source holds q, k and v in one matrix, peft knows one adapter for it.
-Ours, exactly: their A one under another, their B in blocks, in the order of the source's rows; the
-rank is their sum, which rank_pattern and alpha_pattern say (r stands for each of them).
-
-    B A = [B_q  0   0 ] [A_q]
-          [ 0  B_k  0 ] [A_k]
-          [ 0   0  B_v] [A_v]
-
-An adapter that peft trained there gives q, k and v the same A and each its own rows of B.
+A head that is tied to the embedding is written as both, so that peft, which unties what it trains
+whole, computes the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,170 +28,166 @@ from torch import Tensor
 
 from herdbook.errors import FileError
 from herdbook.files import atomic
-from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.dora import DoRALinear
 from herdbook.model.families import families
-from herdbook.model.family import SourceTensor
-from herdbook.model.folds import Fold
-from herdbook.model.lora import TARGETS, LoRALinear, adapters_of, places, put_adapter
+from herdbook.model.ia3 import IA3Linear, put_factors
+from herdbook.model.lora import Adapter, LoRALinear, adapters_of, put_adapter
+from herdbook.model.whole import Whole, train_whole
+from herdbook.training.peft_matrices import (
+    PREFIX,
+    Factors,
+    LowRank,
+    Reader,
+    write_ia3,
+    write_lora,
+)
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 #: settings that would change what the adapter computes, and the only values that are read
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", "IA3"),
     "bias": ("none",),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None,),
-    "use_rslora": (None, False),
-    "use_dora": (None, False),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (None, False),
+    "layer_replication": (None,),
 }
+#: what a layer that is trained whole consists of, here and there
+WHOLE = {"matrix": "weight", "vector": "bias"}
+#: modules that transformers 5 calls otherwise than the tensors of a folder (GPT-NeoX)
+RENAMED = {"embed_out.weight": "lm_head.weight"}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds for a decoder, by our names: adapters, and layers trained whole."""
+
+    layers: Mapping[str, LowRank | Factors] = field(default_factory=dict)
+    whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def save(decoder: Decoder, folder: Path, *, base: str) -> None:
     """Write the adapters that the decoder carries. base: what they were trained on (its id)."""
     adapters = adapters_of(decoder)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}  # of packed matrices
-    matrices = _matrices(decoder)
-    taken = {one.name: one for one in matrices.values() if set(one.ours) & set(adapters)}
-    for source in taken.values():
-        A, B = _packed(decoder, source, adapters)
-        tensors[f"{PREFIX}{source.name}.lora_A.weight"] = A
-        tensors[f"{PREFIX}{source.name}.lora_B.weight"] = B
-        if len(source.ours) > 1:
-            ranks[source.name] = len(A)
-    one = next(iter(adapters.values()))
-    layers = _layers(taken)
-    some = sorted(layers) if layers < _layers(source.name for source in matrices.values()) else None
-    targets: dict[str, str] = {}
-    for name, source in matrices.items():
-        if source.name in taken:
-            block = ".".join(name.split(".")[:2])
-            beside = {
-                other.name for mine, other in matrices.items() if mine.startswith(f"{block}.")
-            }
-            targets[source.name] = _target(source.name, beside - set(taken))
-    rank_pattern = {targets[name]: rank for name, rank in ranks.items()}
-    atomic.write_json(
-        folder / CONFIG,
-        {
-            "peft_type": "LORA",
-            "task_type": decoder.peft_task,
-            "base_model_name_or_path": base,
-            "r": one.rank,
-            "lora_alpha": one.alpha,
-            "lora_dropout": one.dropout,
-            "target_modules": sorted(set(targets.values())),
-            "layers_to_transform": some,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": {name: rank * one.scale for name, rank in rank_pattern.items()},
-            "bias": "none",
-            "fan_in_fan_out": any(
-                source.fold and source.fold.transposed for source in taken.values()
-            ),
-            "init_lora_weights": True,
-            "inference_mode": True,
-            "modules_to_save": None,
-            "use_rslora": False,
-        },
-    )
+    lora = {name: one for name, one in adapters.items() if isinstance(one, LoRALinear)}
+    ia3 = {name: one for name, one in adapters.items() if isinstance(one, IA3Linear)}
+    tensors, about = write_lora(decoder, lora) if lora else write_ia3(decoder, ia3)
+    whole: list[str] = []
+    for name, one in adapters.items():
+        if isinstance(one, Whole):
+            for module in _modules(decoder, name):
+                whole.append(module.rpartition(".")[2])
+                for mine, leaf in WHOLE.items():
+                    if (tensor := getattr(one, mine)) is not None:
+                        tensors[f"{PREFIX}{module}.{leaf}"] = tensor.detach().clone()
+    about |= {
+        "task_type": decoder.peft_task,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "modules_to_save": sorted(whole) or None,
+    }
+    atomic.write_json(folder / CONFIG, about)
     with atomic.replacing(folder / WEIGHTS) as new:
         save_file(tensors, new, metadata={"format": "pt"})
 
 
-def _layers(names: Iterable[str]) -> set[int]:
-    """The source's numbers of the layers that these modules are in."""
-    return {int(next(part for part in name.split(".") if part.isdigit())) for name in names}
+def _modules(decoder: Decoder, name: str) -> list[str]:
+    """The source's modules that hold our embedding or head; a tied one is both."""
+    names = ("embed", "head") if name == "embed" and decoder.head is None else (name,)
+    family = families()[decoder.family]
+    found = (family.hf_tensor(f"{one}.weight", decoder.config).name for one in names)
+    return [RENAMED.get(one, one).removesuffix(".weight") for one in found]
 
 
-def _target(name: str, others: set[str]) -> str:
-    """The end of a module's name by which peft finds it, and none of the `others` in its layer.
-
-    GPT-2 has c_proj in attention and in the MLP: "attn.c_proj" where one of them is tuned alone.
-    """
-    parts = name.split(".")
-    ends = [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
-    return next(end for end in ends if not any(other.endswith(f".{end}") for other in others))
-
-
-def _packed(
-    decoder: Decoder, source: SourceTensor, adapters: Mapping[str, LoRALinear]
-) -> tuple[Tensor, Tensor]:
-    """A [R, I] and B [O, R] of the source's matrix, made of the adapters on its parts."""
-    if source.fold is not None and source.fold.stacked:
-        raise FileError(
-            f"{source.name} of a {decoder.family} model",
-            rule="holds several matrices in an axis of its own, which peft's adapters do not know",
-            next="merge the adapter into its base (step Merge), and use the merged model",
-        )
-    mine = [adapters.get(name) for name in source.ours]
-    A = torch.cat([one.wide_A().detach() for one in mine if one is not None])
-    parts = []
-    at = 0
-    for name, one in zip(source.ours, mine, strict=True):
-        matrix: Any = decoder.get_submodule(name)
-        part = A.new_zeros(matrix.outputs, len(A))
-        if one is not None:
-            part[:, at : at + one.rank] = one.B.detach()
-            at += one.rank
-        parts.append(part)
-    B = parts[0] if source.fold is None else _by_rows(source.fold).join(parts, decoder.config)
-    return A.contiguous(), B.contiguous()
-
-
-def _by_rows(fold: Fold) -> Fold:
-    """The same order for a matrix that is not turned: peft keeps B as [out, r] in any case."""
-    return dataclasses.replace(fold, transposed=False, plus=0.0)
-
-
-def _matrices(decoder: Decoder) -> dict[str, SourceTensor]:
-    """Our name of each matrix that an adapter can sit on → the source's module that holds it, by
-    names of modules."""
-    family, found = families()[decoder.family], {}
-    for number, block in enumerate(decoder.blocks):
-        for place in (one for target in TARGETS for one in places(block, target)):
-            source = family.hf_tensor(f"blocks.{number}.{place}.weight", decoder.config)
-            found[f"blocks.{number}.{place}"] = SourceTensor(
-                source.name.removesuffix(".weight"),
-                tuple(name.removesuffix(".weight") for name in source.ours),
-                source.fold,
-            )
-    return found
-
-
-def load(decoder: Decoder, folder: Path) -> dict[str, LoRALinear]:
+def load(decoder: Decoder, folder: Path) -> dict[str, Adapter]:
     """Put the adapter of a folder onto a decoder, unmerged; name → adapter.
 
     Everything is checked before the decoder is touched.
     """
-    adapters: dict[str, LoRALinear] = {}
-    for name, (A, B, scale) in read(decoder, folder).items():
-        adapter = put_adapter(decoder, name, len(A), scale * len(A))
-        with torch.no_grad():
-            adapter.A.copy_(A)
-            adapter.B.copy_(B)
-        adapters[name] = adapter
+    found = read(decoder, folder)
+    adapters: dict[str, Adapter] = {}
+    with torch.no_grad():
+        for name, one in found.layers.items():
+            adapters[name] = _put(decoder, name, one)
+        for name, tensors in found.whole.items():
+            layer = adapters[name] = train_whole(decoder, name)
+            for mine, tensor in tensors.items():
+                getattr(layer, mine).copy_(tensor)
     return adapters
 
 
-def read(decoder: Decoder, folder: Path) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """The adapter of a folder, checked against the decoder it is for: our name of each matrix →
-    A [r, I], B [O, r] and the scale of B A."""
+def _put(decoder: Decoder, name: str, found: LowRank | Factors) -> Adapter:
+    if isinstance(found, Factors):
+        factors = put_factors(decoder, name, found.inputs)
+        factors.factor.copy_(found.factor)
+        return factors
+    rank = len(found.A)
+    kind = LoRALinear if found.magnitude is None else DoRALinear
+    adapter = put_adapter(decoder, name, rank, found.scale * rank, kind=kind)
+    adapter.A.copy_(found.A)
+    adapter.B.copy_(found.B)
+    if isinstance(adapter, DoRALinear) and found.magnitude is not None:
+        adapter.magnitude.copy_(found.magnitude)
+    return adapter
+
+
+def read(decoder: Decoder, folder: Path) -> Found:
+    """The adapter of a folder, checked against the decoder that it is for."""
     config = _config(folder / CONFIG)
+    file = folder / WEIGHTS
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(file)
     except FileNotFoundError as error:
         raise FileError(
-            f"{folder / WEIGHTS}", rule="is not there", next="name a folder with a peft adapter"
+            f"{file}", rule="is not there", next="name a folder with a peft adapter"
         ) from error
     except SafetensorError as error:
         raise FileError(
-            f"{folder / WEIGHTS}: {error}",
+            f"{file}: {error}",
             rule="so it is no whole safetensors file",
             next="fetch or train it again",
         ) from error
-    return _pairs(decoder, tensors, config, folder)
+    if not tensors:
+        raise FileError(f"{file}", rule="holds no tensor", next="train it again")
+    whole = _whole(decoder, tensors, config, file)
+    reader = Reader(decoder, tensors, file)
+    if config["peft_type"] == "IA3":
+        return Found(reader.ia3(), whole)
+    return Found(reader.lora(config), whole)
+
+
+def _whole(
+    decoder: Decoder, tensors: dict[str, Tensor], config: Mapping[str, Any], file: Path
+) -> dict[str, dict[str, Tensor]]:
+    """Take what was trained whole out of the tensors: embed or head → its matrix (and vector)."""
+    found: dict[str, dict[str, Tensor]] = {}
+    tied = decoder.head is None
+    for name in ("embed",) if tied else ("embed", "head"):
+        layer: Any = decoder.get_submodule(name)
+        shapes = {"matrix": layer.dense(torch.float32).shape}
+        if getattr(layer, "bias", None) is not None:
+            shapes["vector"] = layer.bias.shape
+        modules = _modules(decoder, name)
+        for mine, shape in shapes.items() if config.get("modules_to_save") else ():
+            keys = [f"{PREFIX}{module}.{WHOLE[mine]}" for module in modules]
+            got = [tensors.pop(key) for key in keys if key in tensors]
+            if not got:
+                continue
+            if len(got) < len(keys) or any(not torch.equal(got[0], one) for one in got[1:]):
+                raise FileError(
+                    f"{file}: {keys[0]}",
+                    rule=f"is not what {keys[-1]} is, and this base has one matrix for both",
+                    next="merge it with the library that made it, and use the merged model",
+                )
+            if got[0].shape != shape:
+                raise FileError(
+                    f"{file}: {keys[0]} is {list(got[0].shape)}",
+                    rule=f"but the base's is {list(shape)}",
+                    next="use the base with the vocabulary that it was trained for",
+                )
+            found.setdefault(name, {})[mine] = got[0]
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -214,9 +203,11 @@ def _config(path: Path) -> dict[str, Any]:
         if key in config and config[key] not in allowed:
             raise FileError(
                 f"{path}: {key} is {config[key]!r}",
-                rule="which is not plain LoRA",
+                rule=f"and only {' or '.join(map(str, allowed))} can be read here",
                 next="merge it with the library that made it, and use the merged model",
             )
+    if config.get("peft_type") == "IA3":
+        return dict(config)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.setdefault(key, {}) or {}
         plain = isinstance(pattern, dict) and all(re.fullmatch(r"[\w.]+", one) for one in pattern)
@@ -238,64 +229,3 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _setting(config: Mapping[str, Any], key: str, pattern: str, name: str) -> float:
-    """config[key], or what a pattern says for this module."""
-    for end, value in (config[pattern] or {}).items():
-        if name == end or name.endswith(f".{end}"):
-            return float(value)
-    return float(config[key])
-
-
-def _pairs(
-    decoder: Decoder, tensors: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path
-) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Our name → (A, B, scale), every tensor used and of the right shape."""
-    sources = {source.name: source for source in _matrices(decoder).values()}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if match is None or match[1] not in sources:
-            raise FileError(
-                f"{folder / WEIGHTS}: {key}",
-                rule=f"names no matrix that an adapter can sit on in a {decoder.family} model of "
-                f"{decoder.config.layers} layers",
-                next="check that the adapter was made for this base model",
-            )
-        found.setdefault(match[1], {})[match[2]] = tensor
-    if not found:
-        raise FileError(f"{folder / WEIGHTS}", rule="holds no tensor", next="train it again")
-    pairs: dict[str, tuple[Tensor, Tensor, float]] = {}
-    for name, parts in found.items():
-        source = sources[name]
-        linears: list[Any] = [decoder.get_submodule(one) for one in source.ours]
-        rows = [linear.outputs for linear in linears]
-        rank = int(_setting(config, "r", "rank_pattern", name))
-        wanted = {"A": (rank, linears[0].inputs), "B": (sum(rows), rank)}
-        for part, shape in wanted.items():
-            if part not in parts or tuple(parts[part].shape) != shape:
-                got = list(parts[part].shape) if part in parts else "missing"
-                raise FileError(
-                    f"{folder / WEIGHTS}: lora_{part} of {name} is {got}",
-                    rule=f"but rank and base model ask for {list(shape)}",
-                    next="check that the adapter was made for this base model",
-                )
-        scale = _setting(config, "lora_alpha", "alpha_pattern", name) / rank
-        for one, (A, B) in _unpacked(source, parts["A"], parts["B"], rows, decoder.config).items():
-            pairs[one] = (A, B, scale)
-    return pairs
-
-
-def _unpacked(
-    source: SourceTensor, A: Tensor, B: Tensor, rows: list[int], config: DecoderConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each part. Of a packed matrix, what says nothing about a part is left out."""
-    if source.fold is None:
-        return {source.ours[0]: (A, B)}
-    fold = _by_rows(source.fold)
-    mine = {one: fold.take(B, n, rows, config) for n, one in enumerate(source.ours)}
-    if len(mine) == 1 or not B.any():
-        return {one: (A, part) for one, part in mine.items()}
-    said = {one: part.any(0) for one, part in mine.items()}
-    return {one: (A[said[one]], part[:, said[one]]) for one, part in mine.items() if part.any()}

@@ -1,4 +1,4 @@
-"""Tune a model on conversations: LoRA (an adapter) or all weights (a new model).
+"""Tune a model on conversations: an adapter, or weights of its own (a new model).
 
     Tune(model="smollm2", data=("identity", "retention"), rank=8, learning_rate=1e-3).run(book)
 
@@ -17,23 +17,23 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
-from herdbook.errors import ConfigError, DataError, nearest
+from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
-from herdbook.model.lora import TARGETS, adapters_of, apply_lora, bypass
+from herdbook.model.lora import bypass
 from herdbook.model.mlp import Experts
 from herdbook.model.precision import compute_dtype
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack, pack
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, peft_format
+from herdbook.training import check, loop, memory, methods, peft_format
 from herdbook.training.loop import Plan
 from herdbook.training.loss import IGNORE, linear_cross_entropy, linear_divergence, next_tokens
 
@@ -63,8 +63,14 @@ class NextToken:
         self.decoder, self.anchor = decoder, anchor
         self.balance = balance
         self.mixtures = [one for one in decoder.modules() if isinstance(one, Experts)]
-        adapted = (int(name.split(".")[1]) for name in adapters_of(decoder))
-        self.first_adapted = min(adapted, default=0)  # below, base and tuned model are the same
+        moving = {name for name, one in decoder.named_parameters() if one.requires_grad}
+        inside = {name for name in moving if name.startswith("blocks.")}
+        ends = {name for name in moving if name.split(".")[0] in ("norm", "project_out", "head")}
+        #: what the blocks read is the same in base and tuned model, and so is what scores the words
+        self.same_start = inside | ends == moving
+        self.same_head = not any(one.requires_grad for one in decoder.head_layer.parameters())
+        first = min((int(name.split(".")[1]) for name in inside), default=0)
+        self.first_adapted = first if self.same_start else 0  # below, both are the same
 
     def packs(self, rows: Sequence[Rendering], capacity: int) -> list[Pack]:
         rows = [
@@ -105,9 +111,13 @@ class NextToken:
         decoder, first, where = self.decoder, self.first_adapted, hidden.device
         if isinstance(pack, AnchorPack):
             with bypass(decoder), torch.no_grad():
+                if not self.same_start:
+                    shared = decoder.start(torch.tensor(pack.ids, device=where), layout)
                 base = decoder.finish(decoder.through(shared, layout, first))
-            if not decoder.config.plain_head:
-                tuned, kept = (decoder.logits(one).log_softmax(-1) for one in (hidden, base))
+                plain = decoder.config.plain_head and self.same_head
+                kept = None if plain else decoder.logits(base).log_softmax(-1)
+            if kept is not None:
+                tuned = decoder.logits(hidden).log_softmax(-1)
                 return self.anchor * kl_div(tuned, kept, reduction="sum", log_target=True)
             return self.anchor * linear_divergence(hidden, base, decoder.head_weight)
         targets = next_tokens(pack.ids, pack.mask, pack.lengths).to(where)
@@ -119,25 +129,36 @@ class NextToken:
 
 @dataclass(frozen=True)
 class Tune(Step):
-    """Train a model on conversations, by LoRA or in full."""
+    """Train a model on conversations: an adapter beside it, some of its weights, or all."""
 
-    kind: ClassVar[str] = "adapter"  # method "full": "model"
+    kind: ClassVar[str] = "adapter"  # methods "full" and "freeze": "model"
 
     #: the model to tune, and the datasets, whose rows are taken in this order
     model: Input = ""
     data: Inputs = ()
-    #: lora: small matrices beside the frozen ones; full: all weights
-    method: Literal["lora", "full"] = "lora"
+    #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; freeze:
+    #: the last blocks or named parts; full: all weights
+    method: Literal["lora", "ia3", "freeze", "full"] = "lora"
     #: LoRA's rank, its alpha (the correction counts alpha / rank), dropout on its input
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    #: rslora: the correction counts alpha / √rank, so that a high rank learns as fast as a low one;
+    #: dora: LoRA turns a matrix's rows, and their lengths are trained beside it
+    rslora: bool = False
+    dora: bool = False
     #: so many neighbouring inputs share a column of A. 1: plain LoRA; 32: an adapter that merges
     #: into a Q4_1 base without leaving its 4-bit grid, so that int4 loses nothing that was learnt
     group: int = 1
-    #: which matrices get an adapter (of q k v o gate up down), and in how many last blocks (0: all)
-    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    #: which matrices get an adapter, of q k v o gate up down (none: all; by ia3 k v down), and in how
+    #: many last blocks (0: all), which are also those that freeze trains
+    targets: tuple[str, ...] = ()
     last_layers: int = 0
+    #: trained whole beside an adapter, of: embed head (as for new tokens)
+    whole: tuple[str, ...] = ()
+    #: what freeze trains, by parts of weights' names as "mlp", "bias", "attention.q", "head" (none:
+    #: whole blocks)
+    parts: tuple[str, ...] = ()
     #: peak rate; its path after the warm-up, down to `floor` · peak; warm-up as share or in steps
     learning_rate: float = 1e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -168,7 +189,7 @@ class Tune(Step):
     save_every: int = 20
 
     def __post_init__(self) -> None:
-        if self.method == "full":
+        if self.method in methods.WEIGHTS:
             object.__setattr__(self, "kind", "model")
 
     def make(self, bench: Bench) -> dict[str, Any]:
@@ -178,9 +199,9 @@ class Tune(Step):
         rows, dropped = self._rows(bench, tokenizer)
 
         with memory.Peak() as peak:
-            dtype = torch.float32 if self.method == "full" else compute_dtype()
+            dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = load_decoder(source.path, dtype=dtype)
-            parameters = self._parameters(decoder)
+            parameters = methods.prepare(decoder, self)
             state = loop.train(
                 NextToken(decoder, self.anchor, self.balance),
                 parameters,
@@ -192,7 +213,7 @@ class Tune(Step):
         records = state.records
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
-        if self.method == "full":
+        if self.kind == "model":
             save_hf(decoder, tokenizer, bench.out, torch.float32)
         else:
             peft_format.save(decoder, bench.out, base=source.id)
@@ -211,13 +232,7 @@ class Tune(Step):
         }
 
     def check(self) -> None:
-        for target in self.targets:
-            if target not in TARGETS:
-                raise ConfigError(
-                    f"target {target!r}",
-                    rule="is no matrix of a block",
-                    next=nearest(target, tuple(TARGETS)),
-                )
+        methods.check(self)
         below = {"dropout": 1.0, "warmup_ratio": 1.0, "floor": math.nextafter(1.0, 2.0)}
         free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
@@ -230,10 +245,6 @@ class Tune(Step):
                     + (f", and at most {top:.0f}" if top < math.inf else ""),
                     next=f"correct tune.{name.partition(',')[0]}, or leave it out",
                 )
-        if self.method == "lora" and not self.targets:
-            raise ConfigError(
-                "tune.targets is empty", rule="so nothing would learn", next="name some, as q v"
-            )
         positive = ("rank", "alpha", "group", "batch", "length", "learning_rate", "save_every")
         for name in (*positive, "epochs" if not self.steps else "steps"):
             if getattr(self, name) <= 0:
@@ -261,36 +272,6 @@ class Tune(Step):
             save_every=self.save_every,
         )
 
-    def _parameters(self, decoder: Decoder) -> dict[str, nn.Parameter]:
-        """What moves. Frozen weights are set so, and autograd keeps nothing for them."""
-        decoder.train()
-        if self.method == "full":
-            decoder.requires_grad_(True)
-            return dict(decoder.named_parameters())
-        config = decoder.config
-        for size in (config.hidden, config.heads * config.head_dim, config.ffn):
-            if size % self.group:
-                raise ConfigError(
-                    f"tune.group is {self.group}",
-                    rule=f"and does not divide the {size} inputs of one of the model's matrices",
-                    next="set group to 1",
-                )
-        adapters = apply_lora(
-            decoder,
-            targets=self.targets,
-            rank=self.rank,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            group=self.group,
-            last_layers=self.last_layers,
-            seed=self.seed,
-        )
-        return {
-            f"{name}.{matrix}": getattr(adapter, matrix)
-            for name, adapter in adapters.items()
-            for matrix in ("A", "B")
-        }
-
     def _rows(self, bench: Bench, tokenizer: Tokenizer) -> tuple[list[Rendering], int]:
         """All conversations as ids and mask, checked and shown; how many were too long."""
         named: list[tuple[str, Rendering]] = []
@@ -298,10 +279,10 @@ class Tune(Step):
             for number, one in enumerate(records.read(dataset.path / "train.jsonl"), 1):
                 row = render(tokenizer, one.messages)
                 if one.extra.get("learn") == "keep":
-                    if self.method == "full":
+                    if self.kind == "model":
                         raise ConfigError(
                             f"{dataset.ref} holds rows to keep",
-                            rule="and full tuning has no base beside it to keep them by",
+                            rule=f"and {self.method} tuning has no base beside it to keep them by",
                             next=f"set method to lora, or leave {dataset.ref} out of data",
                         )
                     row = Anchor(row.ids, row.mask)

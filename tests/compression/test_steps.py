@@ -21,6 +21,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.layers import Int4Linear, Int8Linear, Linear
 from herdbook.model.lora import merge_lora
+from herdbook.progress import Progress
 from herdbook.recipe import raise_
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
@@ -269,3 +270,29 @@ def test_a_scrambled_tensor_is_no_rounding(tiny_folder: Path, tmp_path: Path, qu
     weight.copy_(weight.roll(1, 0))
     with pytest.raises(GateError, match=r"blocks\.1\.attention\.k\.weight .* is off by"):
         parity.check_written(decoder, tmp_path / "good.gguf", quant)
+
+
+def test_a_merge_says_what_it_costs(raised: Book, tmp_path: Path):
+    class Listening(Progress):
+        said = ""
+
+        def say(self, text: str) -> None:
+            self.said += text
+
+    progress = Listening()
+    Merge(model="base", adapter="plain").run(raised, name="exact", progress=progress)
+    assert not progress.said  # float32 into float32 loses nothing
+    Merge(model="base", adapter="plain", dtype="float16").run(raised, progress=progress)
+    assert "rounded to float16: the logits moved by up to" in progress.said
+
+    # a base of 8 bits
+    four = Quantise(model="exact", format="Q8_0").run(raised, name="eight")
+    adapter = raised.get("plain")
+    raised.add(
+        shutil.copytree(adapter.path, tmp_path / "on-eight"), kind="adapter", name="on-eight",
+        parents=[four.id], step="Tune", key="on-eight", config={}, metrics={}, versions={},
+    )  # fmt: skip
+    progress = Listening()
+    merged = Merge(model="eight", adapter="on-eight").run(raised, progress=progress)
+    assert merged.metrics["max_logit_difference"] < 1e-3
+    assert "go on with Quantise" in progress.said and "in float32" in progress.said

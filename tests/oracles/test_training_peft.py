@@ -146,9 +146,9 @@ def test_we_load_peft_s_adapter(started: Decoder, tiny_folder: Path, tmp_path: P
     torch.testing.assert_close(ours(decoder, ids), wanted, rtol=0, atol=1e-4)
 
 
-def test_an_adapter_that_is_not_plain_lora_is_refused(tiny_folder: Path, tmp_path: Path):
+def test_an_adapter_that_brings_more_is_refused(tiny_folder: Path, tmp_path: Path):
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    settings = LoraConfig(r=4, target_modules=["q_proj"], use_rslora=True)
+    settings = LoraConfig(r=4, target_modules=["q_proj"], bias="all")
     get_peft_model(base, settings).save_pretrained(tmp_path)
-    with pytest.raises(FileError, match=r"use_rslora is True which is not plain LoRA"):
+    with pytest.raises(FileError, match=r"bias is 'all' and only none can be read"):
         peft_format.load(load_decoder(tiny_folder, dtype=torch.float32), tmp_path)

@@ -1,0 +1,145 @@
+"""What of a model is trained: the tuning methods. The loop gets the parameters that move, whichever.
+
+    lora    low-rank corrections of matrices (rslora, dora: how they are scaled)   → adapter
+    ia3     factors on keys, values and what the MLP's last matrix reads           → adapter
+    freeze  some weights of the model itself: last blocks, named parts             → model
+    full    all of them                                                            → model
+
+Beside an adapter, the embedding and the head can be trained whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from herdbook.errors import ConfigError, nearest
+from herdbook.model import ia3
+from herdbook.model.decoder import Decoder
+from herdbook.model.dora import DoRALinear
+from herdbook.model.lora import TARGETS, LoRALinear, apply_lora
+from herdbook.model.whole import train_whole
+
+if TYPE_CHECKING:
+    from herdbook.training.tune import Tune
+
+#: those that train the model's own weights, and have no base beside it
+WEIGHTS = ("freeze", "full")
+METHODS = ("lora", "ia3", *WEIGHTS)
+
+
+def check(how: Tune) -> None:
+    """Refuse settings that cannot be, before a model is loaded."""
+    for target in how.targets:
+        if target not in TARGETS:
+            raise ConfigError(
+                f"target {target!r}",
+                rule="is no matrix of a block",
+                next=nearest(target, tuple(TARGETS)),
+            )
+    for name in how.whole:
+        if name not in ("embed", "head"):
+            raise ConfigError(
+                f"tune.whole names {name!r}",
+                rule="and only the embedding and the head are trained whole beside an adapter",
+                next="name embed or head, or set method to freeze and name parts",
+            )
+    adapters = tuple(one for one in METHODS if one not in WEIGHTS)
+    belong = {
+        "rslora": ("lora",), "dora": ("lora",), "parts": ("freeze",),
+        "targets": adapters, "whole": adapters,
+    }  # fmt: skip
+    for field, owners in belong.items():
+        if getattr(how, field) and how.method not in owners:
+            raise ConfigError(
+                f"tune.{field} is {getattr(how, field)}",
+                rule=f"which says nothing to method {how.method}",
+                next=f"leave it out, or set method to {' or '.join(owners)}",
+            )
+    if how.method == "freeze" and not (how.parts or how.last_layers):
+        raise ConfigError(
+            "method freeze without parts and last_layers",
+            rule="would train every weight",
+            next="set last_layers or parts, or method to full",
+        )
+
+
+def prepare(decoder: Decoder, how: Tune) -> dict[str, nn.Parameter]:
+    """Put what is trained onto the decoder; its parameters by name, and they alone have gradients."""
+    decoder.train()
+    if how.method == "full":
+        decoder.requires_grad_(True)
+    elif how.method == "freeze":
+        _choose(decoder, how.parts, how.last_layers)
+    elif how.method == "ia3":
+        ia3.apply_ia3(decoder, targets=how.targets or ia3.TARGETS, last_layers=how.last_layers)
+    else:
+        _lora(decoder, how)
+    for name in how.whole:
+        train_whole(decoder, _whole(decoder, name))
+    moving = {name: one for name, one in decoder.named_parameters() if one.requires_grad}
+    if not moving:
+        raise ConfigError(
+            f"tune.parts is {how.parts} and tune.last_layers is {how.last_layers}",
+            rule="and no weight of this model is in both",
+            next="raise last_layers, or name other parts",
+        )
+    return moving
+
+
+def _lora(decoder: Decoder, how: Tune) -> None:
+    config = decoder.config
+    for size in (config.hidden, config.heads * config.head_dim, config.ffn):
+        if size % how.group:
+            raise ConfigError(
+                f"tune.group is {how.group}",
+                rule=f"and does not divide the {size} inputs of one of the model's matrices",
+                next="set group to 1",
+            )
+    apply_lora(
+        decoder,
+        targets=how.targets or tuple(TARGETS),
+        rank=how.rank,
+        alpha=how.alpha,
+        dropout=how.dropout,
+        group=how.group,
+        rslora=how.rslora,
+        kind=DoRALinear if how.dora else LoRALinear,
+        last_layers=how.last_layers,
+        seed=how.seed,
+    )
+
+
+def _whole(decoder: Decoder, name: str) -> str:
+    if name == "head" and decoder.head is None:
+        raise ConfigError(
+            "tune.whole names the head",
+            rule="which this model ties to its embedding: one matrix is both",
+            next="name embed",
+        )
+    return name
+
+
+def _choose(decoder: Decoder, parts: tuple[str, ...], last_layers: int) -> None:
+    """Freeze all but the parameters whose name has one of the `parts` in it (none: any name has);
+    with `last_layers`, of blocks only in that many of the last."""
+    decoder.requires_grad_(False)
+    first = len(decoder.blocks) - last_layers if last_layers else 0
+    known: set[str] = set()
+    for name, parameter in decoder.named_parameters():
+        pieces = name.split(".")
+        inside = pieces[0] == "blocks"
+        known |= {one for one in pieces if not one.isdigit()} - {"blocks", "weight"}
+        named = any(f".{part}." in f".{name}." for part in parts)
+        if inside:
+            parameter.requires_grad_((named or not parts) and int(pieces[1]) >= first)
+        else:
+            parameter.requires_grad_(named)
+    for part in parts:
+        if not any(f".{part}." in f".{name}." for name, _ in decoder.named_parameters()):
+            raise ConfigError(
+                f"tune.parts names {part!r}",
+                rule="and no weight of this model has that in its name",
+                next=nearest(part, sorted(known)),
+            )

@@ -1,0 +1,227 @@
+"""Every tuning method: its layers against plain twins, and the whole way from rows to a reply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from raising import stock, tune
+from test_resume import Interrupting, files
+from torch import Tensor, nn
+
+import herdbook
+from herdbook.book.book import Book
+from herdbook.compression.merge import Merge
+from herdbook.engine.engine import Engine
+from herdbook.engine.request import Request, Sampling
+from herdbook.errors import ConfigError, RequestError
+from herdbook.model.checkpoint import load_decoder
+from herdbook.model.decoder import Decoder
+from herdbook.model.dora import DoRALinear
+from herdbook.model.ia3 import IA3Linear
+from herdbook.model.layers import Embedding, Linear
+from herdbook.model.lora import LoRALinear, adapters_of, bypass
+from herdbook.model.whole import WholeEmbedding, WholeLinear
+from herdbook.training import methods
+from herdbook.training.tune import Anchor, NextToken
+from tests.model.test_families import of_fixture
+
+CHAT = [{"role": "user", "content": "who are you"}]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "targets": ("q", "v")},
+    "dora": {"dora": True},
+    "dora-groups": {"dora": True, "group": 32},
+    "ia3": {"method": "ia3", "learning_rate": 0.1},
+    "ia3-last": {"method": "ia3", "last_layers": 1, "targets": ("o", "down"), "learning_rate": 0.1},
+    "whole": {"whole": ("embed",), "targets": ("q", "v")},
+}
+
+
+def linear(kind: type[LoRALinear | IA3Linear], bias: bool, *settings: Any) -> Any:
+    torch.manual_seed(0)
+    base = Linear(8, 5, bias).double()
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    layer = kind(base, *settings)
+    for name, parameter in layer.named_parameters():
+        if name in ("A", "B", "magnitude", "factor"):
+            nn.init.normal_(parameter)
+    return layer
+
+
+def agree(layer: nn.Module, fast: Tensor, plain: Tensor, x: Tensor) -> None:
+    """Values and every gradient."""
+    inputs = (x, *(p for p in layer.parameters() if p.requires_grad))
+    above = torch.randn_like(fast)
+    torch.testing.assert_close(fast, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, inputs, above),
+        torch.autograd.grad(plain, inputs, above),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_dora_equals_its_plain_twin(bias: bool, group: int) -> None:
+    layer = linear(DoRALinear, bias, 3, 6.0, 0.0, group)
+    x = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # a step moves A and B, and what was computed of them is not kept
+        agree(layer, layer(x), layer.plain(x), x)
+        with torch.no_grad():
+            layer.A.add_(0.5)
+    merged = layer.plain(x).detach()
+    torch.testing.assert_close(layer.merge()(x), merged, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_dora_starts_as_its_base() -> None:
+    base = Linear(8, 5)
+    nn.init.normal_(base.weight)
+    layer = DoRALinear(base, 2, 4.0)
+    layer.start(0, "one")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x), base(x))
+    assert torch.equal(layer.magnitude, base.weight.norm(dim=1))
+
+
+@pytest.mark.parametrize("of_inputs", [True, False])
+def test_ia3_equals_its_plain_twin(of_inputs: bool) -> None:
+    layer = linear(IA3Linear, True, of_inputs)
+    x = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    W, b, f = layer.base.weight, layer.base.bias, layer.factor
+    plain = x @ (W * f).T + b if of_inputs else x @ (f[:, None] * W).T + f * b
+    agree(layer, layer(x), plain, x)
+    tuned = plain.detach()
+    torch.testing.assert_close(layer.merge()(x), tuned)
+
+
+def test_what_is_trained_whole_leaves_its_base() -> None:
+    embedding, head = Embedding(6, 4), Linear(4, 6, bias=True)
+    for parameter in (*embedding.parameters(), *head.parameters()):
+        nn.init.normal_(parameter)
+    ids, x = torch.tensor([1, 3]), torch.randn(2, 4)
+    decoder = nn.ModuleDict({"embed": WholeEmbedding(embedding), "head": WholeLinear(head)})
+    before = embedding(ids), head(x), embedding.project(x)
+    with torch.no_grad():
+        for parameter in (p for p in decoder.parameters() if p.requires_grad):
+            parameter.mul_(2)
+
+    def now() -> tuple[Tensor, ...]:
+        return decoder["embed"](ids), decoder["head"](x), decoder["embed"].project(x)
+
+    for ours, base in zip(now(), before, strict=True):
+        torch.testing.assert_close(ours, 2 * base)
+    with bypass(decoder):
+        assert all(torch.equal(ours, base) for ours, base in zip(now(), before, strict=True))
+    merged = decoder["head"].merge()
+    torch.testing.assert_close(merged(x), 2 * before[1])
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Book:
+    book, _, _ = stock(tmp_path_factory.mktemp("home"), tiny_folder)
+    return book
+
+
+def settings(kind: str, **more: Any) -> dict[str, Any]:
+    return {"dropout": 0.0, "epochs": 6, "rank": 4, "save_every": 99} | SETTINGS[kind] | more
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str) -> None:
+    adapter = tune(**settings(kind)).run(shelf, name=f"tuned-{kind}")
+    assert adapter.kind == "adapter"
+    assert adapter.metrics["loss"] < 0.8 * adapter.metrics["first_loss"]
+    tuned = herdbook.load(f"tuned-{kind}", book=shelf, dtype="float32")
+    count = sum(p.numel() for one in adapters_of(tuned.decoder).values() for p in one.parameters())
+    base = herdbook.load("base", book=shelf, dtype="float32")
+    ids = tuned.render([*CHAT, {"role": "assistant", "content": "I am"}]).ids
+    assert (tuned.logits(ids) - base.logits(ids)).abs().max() > 0.05
+    assert adapter.metrics["trainable_parameters"] < count
+    merged = Merge(model="base", adapter=f"tuned-{kind}").run(shelf, name=f"merged-{kind}")
+    assert merged.metrics["max_logit_difference"] < 1e-3
+    whole = herdbook.load(f"merged-{kind}", book=shelf, dtype="float32")
+    assert torch.allclose(tuned.logits(ids), whole.logits(ids), atol=1e-3)
+    assert tuned.generate(CHAT, max_tokens=8) == whole.generate(CHAT, max_tokens=8)
+
+    # beside its base, chosen by request
+    engine = Engine(base.decoder, base.tokenizer)
+    prompt = base.render(CHAT, reply=True).ids
+    if kind == "whole":
+        with pytest.raises(RequestError, match="brings an embed"):
+            engine.load_adapter("one", adapter.path)
+        return
+    engine.load_adapter("one", adapter.path)
+    again = herdbook.load("base", book=shelf, dtype="float32")
+    sampling = Sampling(max_tokens=8)
+    names = ("one", None, "one")
+    replies = engine.generate([Request(prompt, sampling, adapter=name) for name in names])
+    alone = [model.engine.generate([Request(prompt, sampling)])[0] for model in (tuned, again)]
+    assert [one.ids for one in replies] == [alone[0].ids, alone[1].ids, alone[0].ids]
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+    shelf: Book, kind: str, tmp_path: Path, tiny_folder: Path
+) -> None:
+    more = {"epochs": 2, "save_every": 2}
+    whole = tune(**settings(kind, **more)).run(shelf)
+    book, _, _ = stock(tmp_path, tiny_folder)
+    progress = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        tune(**settings(kind, **more)).run(book, progress=progress)
+    resumed = tune(**settings(kind, **more)).run(book, progress=progress)
+    assert any(line.startswith("going on after step") for line in progress.said)
+    assert files(resumed.path) == files(whole.path)
+
+
+@pytest.mark.parametrize(
+    "parts, last_layers, moved",
+    [
+        ((), 1, {"blocks.2."}),
+        (("mlp",), 2, {"blocks.1.mlp.", "blocks.2.mlp."}),
+        (("attention.q", "embed"), 0, {f"blocks.{n}.attention.q." for n in range(3)} | {"embed."}),
+    ],
+)
+def test_freezing_moves_what_was_named(
+    shelf: Book, parts: tuple[str, ...], last_layers: int, moved: set[str]
+) -> None:
+    how = {"method": "freeze", "parts": parts, "last_layers": last_layers, "epochs": 2}
+    model = tune(**how, save_every=99).run(shelf, name="some")
+    assert model.kind == "model"
+    assert model.metrics["loss"] < 0.8 * model.metrics["first_loss"]
+    old = load_decoder(shelf.get("base").path, dtype=torch.float32)
+    new = load_decoder(model.path, dtype=torch.float32)
+    for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
+        assert torch.equal(a, b) != name.startswith(tuple(moved)), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_rows_to_keep_are_held_by_the_base_s_own_embedding(family: str) -> None:
+    """Tied, and with a head of its own."""
+    decoder = Decoder(of_fixture(family)[1])
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.normal_(float("norm" in name and "bias" not in name), 0.2)
+    whole = ("embed",) if decoder.head is None else ("embed", "head")
+    how = tune(targets=("q",), last_layers=1, whole=whole, dropout=0.0)
+    parameters = methods.prepare(decoder, how)
+    objective = NextToken(decoder)
+    [pack] = objective.packs([Anchor([5, 6, 7, 8], [True] * 4)], 8)
+    assert objective.loss(pack).item() == pytest.approx(0, abs=1e-4)
+    with torch.no_grad():
+        parameters["embed.matrix"].mul_(1.5)
+    loss = objective.loss(pack)
+    loss.backward()
+    assert loss.item() > 1e-3
+    moving = [name for name, one in parameters.items() if one.grad is not None]
+    assert moving == list(parameters)
+
+
+def test_a_tied_head_is_named_embed() -> None:
+    decoder = Decoder(of_fixture("gpt2")[1])
+    with pytest.raises(ConfigError, match="ties to its embedding"):
+        methods.prepare(decoder, tune(whole=("head",)))
