@@ -39,7 +39,9 @@ def test_a_templates_text_ends_chats_but_no_completions(
     tiny_folder: Path, stopping: tuple[Path, str, str]
 ):
     file, whole, left = stopping
-    worker = Worker("tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {}))
+    worker = Worker(
+        "tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {})
+    )
     worker.start()
     try:
         client = Client(app({"tiny": worker.wait(60)}))
@@ -80,7 +82,9 @@ def test_who_is_served_is_told_todays_date(
 ):
     file = tmp_path / "dated.jinja"
     file.write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}", encoding="utf-8")
-    dated = Worker("tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {}))
+    dated = Worker(
+        "tiny", partial(Setup([], template=str(file)).engine, str(tiny_folder), None, {})
+    )
     dated.start()
     asked: list[str] = []
     try:
