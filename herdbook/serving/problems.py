@@ -114,9 +114,15 @@ def _invalid(http: Http, error: Exception) -> Response:
     return JSONResponse(shaped(400, message, param), 400)
 
 
-def _bug(http: Http, error: Exception) -> Response:
+def bug(error: Exception) -> tuple[int, dict[str, Any]]:
+    """An error that nobody expected → (status, body); what it says may be a client's text."""
     message = f"the server failed: {type(error).__name__}; its log has the details"
-    return JSONResponse(shaped(500, message, code="internal_error"), 500)
+    return 500, shaped(500, message, code="internal_error")
+
+
+def _bug(http: Http, error: Exception) -> Response:
+    status, body = bug(error)
+    return JSONResponse(body, status)
 
 
 def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
