@@ -105,3 +105,23 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter for the tiny model, on disk."""
+    import torch
+
+    from herdbook.model.checkpoint import load_decoder
+    from herdbook.model.lora import apply_lora
+    from herdbook.training import peft_format
+
+    folder = tmp_path_factory.mktemp("adapter")
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
+    adapters = apply_lora(decoder, targets=("q", "v", "down"), rank=2, alpha=4.0, seed=1)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for one in adapters.values():
+            one.B.normal_(0, 0.3)
+    peft_format.save(decoder, folder, base=str(tiny_folder))
+    return folder

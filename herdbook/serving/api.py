@@ -159,7 +159,17 @@ async def _answer(
             id = f"{shape.id}-{len(requests)}"
             trim = chat and sampling.grammar is None
             adapter = _adapter(worker, ask)
-            requests.append(Request(ids, sampling, stop=stop, trim=trim, id=id, adapter=adapter))
+            requests.append(
+                Request(
+                    ids,
+                    sampling,
+                    stop=stop,
+                    trim=trim,
+                    priority=ask.priority or 0,
+                    id=id,
+                    adapter=adapter,
+                )
+            )
     # A grammar is read here, in a thread of its own, and found ready by the engine.
     await asyncio.to_thread(worker.engine.intake.matcher, requests[0].sampling)
     usage = visit_of(http.scope).usage = Usage(shape.prompts, ask.draws)

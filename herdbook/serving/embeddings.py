@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from herdbook.engine.reading import embedding
 from herdbook.engine.request import Request
 from herdbook.errors import RequestError
-from herdbook.serving.schema import Prompts
+from herdbook.serving.messages import Prompts
 from herdbook.serving.worker import Worker
 
 MAX_INPUTS = 2048  # OpenAI's limit

@@ -149,7 +149,7 @@ def completion(
         tops.append(best if known else None)
     return {
         "tokens": [
-            token.text if tokenizer or not token.logprob else f"token_id:{token.logprob.id}"
+            token.text if tokenizer or not token.logprob else _nameless(token.logprob.id)
             for token in tokens
         ],
         "token_logprobs": [
@@ -190,15 +190,21 @@ def _number(logprob: float) -> float:
 
 
 def _spelling(tokenizer: Tokenizer, id: int) -> str:
-    return tokenizer.token_bytes(id).decode("utf-8", errors="replace")
+    data = tokenizer.token_bytes(id)
+    return data.decode("utf-8", errors="replace") if data else _nameless(id)
 
 
 def _key(tokenizer: Tokenizer | None, id: int) -> str:
     """A token's name among alternatives: parts of characters keep apart by their bytes."""
     data = tokenizer.token_bytes(id) if tokenizer else b""
-    if not data:  # a row of the head without a token
-        return f"token_id:{id}"
+    if not data:
+        return _nameless(id)
     try:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _nameless(id: int) -> str:
+    """Where there is no tokenizer, and of a row of the head without a token."""
+    return f"token_id:{id}"

@@ -13,6 +13,13 @@ from herdbook.serving.metrics import TYPE, Page
 from herdbook.serving.models import Models
 from herdbook.serving.visits import Counts
 
+#: of `Engine.stats()`, since the model was loaded
+ENGINE_COUNTERS = {
+    "drafted_tokens": "Tokens that speculation guessed.",
+    "accepted_tokens": "Of them, those that were right.",
+    "preemptions": "Requests that gave their pages back for others, and computed them again.",
+}
+
 
 def add(api: FastAPI, models: Models, counts: Counts) -> None:
     """Put both routes into the application."""
@@ -41,9 +48,9 @@ async def _page(models: Models, counts: Counts) -> Page:
     def each(kind: str, name: str, about: str, of: Any) -> None:
         page.metric(kind, name, about, [(labels, of(worker)) for labels, worker in workers])
 
-    def state(name: str, about: str, key: str) -> None:
+    def state(name: str, about: str, key: str, kind: str = "gauge") -> None:
         found = zip(workers, stats, strict=True)
-        page.metric("gauge", name, about, [(labels, s[key]) for (labels, _), s in found if s])
+        page.metric(kind, name, about, [(labels, s[key]) for (labels, _), s in found if s])
 
     numbers = [
         ("prompt_tokens_total", "Tokens of prompts.", "prompt_tokens"),
@@ -79,6 +86,8 @@ async def _page(models: Models, counts: Counts) -> Page:
         "Requests that wait for the model to load.",
         lambda one: models.waiting[one.name],
     )
+    for name, about in ENGINE_COUNTERS.items():
+        state(f"{name}_total", about, name, kind="counter")
     state("requests_running", "Requests in the batch.", "running")
     state("requests_queued", "Requests that wait for pages or a place.", "waiting")
     state("pages", "Pages of the cache of keys and values.", "pages")
@@ -98,6 +107,21 @@ def _visits(page: Page, counts: Counts) -> None:
         ],
     )
     page.metric(
+        "counter",
+        "key_requests_total",
+        "Requests by API key and outcome.",
+        [
+            ({"key": key, "outcome": outcome}, count)
+            for (key, outcome), count in sorted(counts.keys.items())
+        ],
+    )
+    page.metric(
+        "counter",
+        "key_tokens_total",
+        "Tokens of prompts and replies by API key.",
+        [({"key": key}, count) for key, count in sorted(counts.key_tokens.items())],
+    )
+    page.metric(
         "histogram", "request_seconds", "From a request to its end.", [({}, counts.seconds)]
     )
 
@@ -105,7 +129,7 @@ def _visits(page: Page, counts: Counts) -> None:
 def merged(pages: Mapping[str, str], counts: Counts) -> str:
     """The page of a controller: its own visits, and its workers' pages with their number as a label.
 
-    A worker's count of requests is left out: the controller has counted them.
+    A worker's count of visits is left out: the controller has counted them, by its clients' keys.
     """
     page = Page()
     _visits(page, counts)
@@ -120,6 +144,6 @@ def merged(pages: Mapping[str, str], counts: Counts) -> str:
                     head.append(line)
             elif "{" in line:
                 families[name].append(line.replace("{", f'{{worker="{number}",', 1))
-    own = ("herdbook_requests_total", "herdbook_request_seconds")
-    lines = [line for name, lines in families.items() if name not in own for line in lines]
+    own = ("herdbook_requests_total", "herdbook_request_seconds", "herdbook_key_")
+    lines = [line for name, found in families.items() if not name.startswith(own) for line in found]
     return str(page) + "".join(line + "\n" for line in lines)

@@ -8,6 +8,7 @@ The message says what was received, the rule that it breaks and what to do, as i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,7 +18,6 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from herdbook.errors import CapacityError, HerdbookError, RequestError, ServeError
-from herdbook.serving.schema import explain
 from herdbook.serving.worker import Broken, Busy
 
 RETRY_S = 2  # when a refused client may try again, where nothing better is known
@@ -114,6 +114,40 @@ def _invalid(http: Http, error: Exception) -> Response:
     return JSONResponse(shaped(400, message, param), 400)
 
 
-def _bug(http: Http, error: Exception) -> Response:
+def bug(error: Exception) -> tuple[int, dict[str, Any]]:
+    """An error that nobody expected → (status, body); what it says may be a client's text."""
     message = f"the server failed: {type(error).__name__}; its log has the details"
-    return JSONResponse(shaped(500, message, code="internal_error"), 500)
+    return 500, shaped(500, message, code="internal_error")
+
+
+def _bug(http: Http, error: Exception) -> Response:
+    status, body = bug(error)
+    return JSONResponse(body, status)
+
+
+def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """Pydantic's errors → (one sentence, the key that it is about).
+
+    >>> explain([{"loc": ("body", "messages", 0, "role"), "type": "missing"}])
+    ("'messages[0].role' is required", 'messages[0].role')
+    """
+    error = errors[0]
+    path = [part for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        reason = (error.get("ctx") or {}).get("error", "")
+        return f"the body is not valid JSON: {reason} (at character {path[0]})", None
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    param = param.lstrip(".")
+    if not param:
+        if error["type"] == "value_error":  # our own sentence about several keys
+            return str(error["ctx"]["error"]), None
+        return "the body must be a JSON object, sent with Content-Type: application/json", None
+    if error["type"] == "missing":
+        return f"{param!r} is required", param
+    reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    return f"{param!r}: {reason[:1].lower()}{reason[1:]} (received {_short(error['input'])})", param
+
+
+def _short(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from herdbook.engine.engine import Engine
+from herdbook.serving.messages import ChatMessage, Prompt
 from herdbook.serving.problems import Refusal
-from herdbook.serving.schema import ChatMessage, Prompt
 from herdbook.serving.tools import Tool, explained, native
 from herdbook.tokens.chat import render
 from herdbook.tokens.tokenizer import Tokenizer

@@ -20,15 +20,11 @@ Types are strict: `"temperature": "0.5"` is refused, since a client that sends i
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -39,12 +35,12 @@ from pydantic import (
 
 from herdbook.engine.request import MOST_LOGPROBS, Sampling
 from herdbook.errors import RequestError, nearest
+from herdbook.serving.messages import Messages, Prompts, Text
 from herdbook.serving.structured import Structured
-from herdbook.serving.tools import MOST_CALLS, MOST_TOOLS, Call, Choose, Tool, grammar
+from herdbook.serving.tools import MOST_CALLS, Choose, Tool, Tools, grammar
 
 MAX_CHOICES = 16  # n, and n × prompts of one completion request
 MAX_STOPS = 4  # OpenAI's limit
-MAX_MESSAGES = 2048
 
 # Known to OpenAI, would change the reply, not obeyed here: name -> values that ask for nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -76,114 +72,6 @@ HARMLESS = frozenset(
 )
 
 
-def _whole(text: str) -> str:
-    """JSON can spell half a character ("\\ud800"); no tokenizer can read one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"holds half a character (a lone surrogate) at {error.start}") from None
-    return text
-
-
-def _several(prompt: Any) -> Any:
-    """Text, list of texts, list of ids, list of lists of ids → list of prompts."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise ValueError(
-            "must be a string, a list of strings, a list of token ids or a list of such lists"
-        )
-    if all(_is_id(item) for item in prompt):
-        return [prompt]
-    if all(isinstance(item, str) for item in prompt):
-        return prompt
-    for item in prompt:
-        if not isinstance(item, list) or not item or not all(map(_is_id, item)):
-            raise ValueError(
-                "mixes kinds: give strings only, token ids only, or non-empty lists of ids only"
-            )
-    return prompt
-
-
-Text = Annotated[str, AfterValidator(_whole)]
-Prompt = Text | list[int]
-Prompts = Annotated[list[Prompt], BeforeValidator(_several)]
-
-
-class Part(BaseModel):
-    """One element of a `content` list: `{"type": "text", "text": "…"}`."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    type: str
-    text: Text
-
-
-class ChatMessage(BaseModel):
-    """One turn. `developer` is OpenAI's newer word for `system` and is rendered as such.
-
-    A `tool` tells what a call returned; an assistant that calls may say nothing besides.
-    """
-
-    model_config = ConfigDict(strict=True, extra="allow")
-    role: str
-    content: Text
-    tool_calls: list[Call] | None = None
-    tool_call_id: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _calls_may_be_all(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("tool_calls") and given.get("content") is None:
-            return {**given, "content": ""}
-        return given
-
-    @field_validator("role", mode="after")
-    @classmethod
-    def _known_role(cls, role: str) -> str:
-        if role == "function":
-            raise ValueError("role 'function' is not supported; use 'tool'")
-        if role not in ("system", "developer", "user", "assistant", "tool"):
-            raise ValueError(
-                f"role {role!r} is not known; use 'system', 'developer', 'user', 'assistant' or 'tool'"
-            )
-        return "system" if role == "developer" else role
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_of_parts(cls, content: Any) -> Any:
-        """A list of text parts becomes one string; a string stays; all else is refused."""
-        if isinstance(content, str):
-            return content
-        if not isinstance(content, list):
-            raise ValueError("must be a string or a list of text parts")  # noqa: TRY004  pydantic's way
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise ValueError('every part must be like {"type": "text", "text": …}')  # noqa: TRY004
-            if part["type"] != "text":
-                raise ValueError(f"part of type {part['type']!r} is not supported; only 'text' is")
-        return "".join(Part.model_validate(part).text for part in content)
-
-    @model_validator(mode="after")
-    def _calls_where_they_belong(self) -> ChatMessage:
-        for key in ("function_call", "audio"):
-            if (self.model_extra or {}).get(key):
-                raise ValueError(f"{key!r} is not supported yet")
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"'tool_calls' are the assistant's, not those of {self.role!r}")
-        if (self.tool_call_id is None) == (self.role == "tool"):
-            raise ValueError("'tool_call_id' belongs to role 'tool', and is required there")
-        return self
-
-    def row(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        row: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.tool_calls:
-            row["tool_calls"] = [call.row() for call in self.tool_calls]
-        if self.tool_call_id is not None:
-            row["tool_call_id"] = self.tool_call_id
-        return row
-
-
 class StreamOptions(BaseModel):
     """`include_usage`: a last chunk with the sums; `continuous_usage_stats`: sums in each chunk."""
 
@@ -195,6 +83,7 @@ class StreamOptions(BaseModel):
 Alternatives = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # the lower, the more urgent
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 
 
@@ -223,6 +112,7 @@ class Ask(Structured):
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[TokenId] | None = None
     prompt_logprobs: Alternatives | None = None
+    priority: Priority | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -242,7 +132,7 @@ class Ask(Structured):
     def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         for key in bias or ():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ValueError(f"must map token ids to numbers; {_short(key)} is no token id")
+                raise ValueError(f"must map token ids to numbers; {key!a:.80} is no token id")
         return bias
 
     @model_validator(mode="after")
@@ -315,11 +205,11 @@ class Ask(Structured):
 class ChatAsk(Ask):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: Alternatives | None = None
-    tools: list[Tool] | None = Field(None, max_length=MOST_TOOLS)
+    tools: Tools | None = None
     tool_choice: Any = None  # "none", "auto", "required" or a `Choose`
     parallel_tool_calls: bool | None = None
 
@@ -335,19 +225,6 @@ class ChatAsk(Ask):
                 'must be "none", "auto", "required" or '
                 '{"type": "function", "function": {"name": "…"}}'
             ) from None
-
-    @field_validator("tools", mode="after")
-    @classmethod
-    def _whole_tools(cls, tools: list[Tool] | None) -> list[Tool] | None:
-        for tool in tools or ():
-            try:
-                _whole(json.dumps(tool.model_dump(), ensure_ascii=False))
-            except RecursionError:
-                raise ValueError("are nested too deep") from None
-        names = [tool.function.name for tool in tools or ()]
-        if len(set(names)) < len(names):
-            raise ValueError("hold two functions of the same name")
-        return tools
 
     @model_validator(mode="after")
     def _choose_what_is_there(self) -> ChatAsk:
@@ -454,38 +331,6 @@ class CompletionAsk(Ask):
         return 16 if self.max_tokens is None else self.max_tokens
 
 
-def explain(errors: Sequence[Any]) -> tuple[str, str | None]:
-    """Pydantic's errors → (one sentence, the key that it is about).
-
-    >>> explain([{"loc": ("body", "messages", 0, "role"), "type": "missing"}])
-    ("'messages[0].role' is required", 'messages[0].role')
-    """
-    error = errors[0]
-    path = [part for part in error["loc"] if part != "body"]
-    if error["type"] == "json_invalid":
-        reason = (error.get("ctx") or {}).get("error", "")
-        return f"the body is not valid JSON: {reason} (at character {path[0]})", None
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    param = param.lstrip(".")
-    if not param:
-        if error["type"] == "value_error":  # our own sentence about several keys
-            return str(error["ctx"]["error"]), None
-        return "the body must be a JSON object, sent with Content-Type: application/json", None
-    if error["type"] == "missing":
-        return f"{param!r} is required", param
-    reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
-    return f"{param!r}: {reason[:1].lower()}{reason[1:]} (received {_short(error['input'])})", param
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _hint(key: str, known: list[str]) -> str:
     hint = nearest(key, known)
     return hint if hint.startswith("did you mean") else "it had no effect"
-
-
-def _short(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -16,13 +16,13 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict
 
 import uvicorn
 from fastapi import FastAPI
-from rich.console import Console
 
 from herdbook.book.book import Book
 from herdbook.book.keys import Keys
@@ -207,15 +207,20 @@ async def _announce(
     models: Models, url: str | None, with_key: bool, server: uvicorn.Server
 ) -> None:
     """Say how to call the server once all models are there; stop it when one cannot be loaded."""
-    console = Console(stderr=True, highlight=False, quiet=url is None)
-    if not models.on_demand:
-        console.print(f"loading {', '.join(models)} …", markup=False)
+    if url is not None and not models.on_demand:
+        _tell(f"loading {', '.join(models)} …")
     while not models.healthy:
         if any(worker.failure for worker in models.values()):
             server.should_exit = True
             return
         await asyncio.sleep(0.05)
-    console.print(how_to_call(url or "", next(iter(models)), with_key), markup=False)
+    if url is not None:
+        _tell(how_to_call(url, next(iter(models)), with_key))
+
+
+def _tell(text: str) -> None:
+    """On stderr, unwrapped: what it shows is meant to be copied."""
+    print(text, file=sys.stderr, flush=True)
 
 
 async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing, url: str) -> None:
@@ -230,12 +235,11 @@ async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing,
     server = uvicorn.Server(_config(api))
 
     async def announce() -> None:
-        console = Console(stderr=True, highlight=False)
-        console.print(f"starting {len(cluster.members)} workers …", markup=False)
+        _tell(f"starting {len(cluster.members)} workers …")
         while not all(member.ready for member in cluster.members) and not cluster.failure:
             await asyncio.sleep(0.05)
         if not cluster.failure:
-            console.print(how_to_call(url, cluster.names[0], ring.needed), markup=False)
+            _tell(how_to_call(url, cluster.names[0], ring.needed))
         while not cluster.failure:
             await asyncio.sleep(1)
         server.should_exit = True

@@ -11,7 +11,7 @@ import torch
 
 from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import DTYPES, CacheType, adapter_folder, load
+from herdbook.engine.loaded import CacheType, adapter_folder, load
 from herdbook.engine.memory import estimated_bytes
 from herdbook.errors import ServeError
 from herdbook.model.references import resolve
@@ -50,7 +50,8 @@ class Setup:
 
     @property
     def _cache_dtype(self) -> torch.dtype | None:
-        return None if self.cache is None else DTYPES[self.cache]
+        found: torch.dtype | None = self.cache and getattr(torch, self.cache)
+        return found
 
     def engine(self, ref: str, book: Book | None, adapters: Mapping[str, Path]) -> Engine:
         model = load(ref, book=book, template=self.template)

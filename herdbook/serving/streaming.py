@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
@@ -12,10 +13,12 @@ from fastapi.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from herdbook.errors import HerdbookError
-from herdbook.serving.problems import problem
+from herdbook.serving.problems import bug, problem
 from herdbook.serving.visits import visit_of
 
 T = TypeVar("T")
+
+log = logging.getLogger("herdbook.serving")
 
 
 def data(body: dict[str, Any]) -> str:
@@ -58,6 +61,10 @@ class EventStream(Response):
                     await send(_body(event))
             except HerdbookError as error:
                 visit_of(scope).status, body = problem(error)
+                await send(_body(data(body)))
+            except Exception as error:
+                log.exception("a stream failed")
+                visit_of(scope).status, body = bug(error)
                 await send(_body(data(body)))
         usage = visit_of(scope).usage
         if usage is not None and b"x-herdbook-usage" in dict(scope["headers"]):

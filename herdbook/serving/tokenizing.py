@@ -15,24 +15,26 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi import Request as Http
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from herdbook.engine.engine import Engine
+from herdbook.serving.messages import Messages, Text
 from herdbook.serving.problems import Refusal
 from herdbook.serving.prompts import decoded, encoded, rendered, tokenizer_of
-from herdbook.serving.schema import MAX_MESSAGES, ChatMessage, Text
+from herdbook.serving.tools import Tools
 from herdbook.serving.worker import Worker
 
 Served = Callable[[Http, str], Awaitable[Worker]]
 
 
 class TokenizeAsk(BaseModel):
-    """A text or a conversation. add_generation_prompt: up to where the reply begins."""
+    """A text or a conversation, with the tools that it may call. add_generation_prompt: up to where the reply begins."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     model: str | None = None
     prompt: Text | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages | None = None
+    tools: Tools | None = None
     add_special_tokens: bool = True  # of a text: what the tokenizer puts in front of it
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -41,6 +43,8 @@ class TokenizeAsk(BaseModel):
     def _one(self) -> TokenizeAsk:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give 'prompt' or 'messages', one of them")
+        if self.tools and self.messages is None:
+            raise ValueError("'tools' belong to 'messages'")
         return self
 
 
@@ -88,4 +92,4 @@ def _ids(engine: Engine, ask: TokenizeAsk) -> list[int]:
     if ask.prompt is not None:
         whole = ask.add_special_tokens
         return tokenizer.prompt(ask.prompt) if whole else tokenizer.encode(ask.prompt)
-    return rendered(engine, ask.messages or (), reply=ask.add_generation_prompt)
+    return rendered(engine, ask.messages or (), ask.tools or (), reply=ask.add_generation_prompt)

@@ -20,10 +20,11 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from herdbook.engine.grammar import BLANKS, Grammar
 from herdbook.engine.text import held
+from herdbook.serving.messages import Name, json_object, whole
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MOST_TOOLS = 128
@@ -40,8 +41,6 @@ To call a function, write its name and its arguments as JSON:
 {{"name": "…", "arguments": {{…}}}}
 </tool_call>"""
 
-Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-
 
 class Function(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
@@ -56,6 +55,21 @@ class Tool(BaseModel):
     function: Function
 
 
+def _whole_tools(tools: list[Tool]) -> list[Tool]:
+    for tool in tools:
+        try:
+            whole(json.dumps(tool.model_dump(), ensure_ascii=False))
+        except RecursionError:
+            raise ValueError("are nested too deep") from None
+    names = [tool.function.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise ValueError("hold two functions of the same name")
+    return tools
+
+
+Tools = Annotated[list[Tool], Field(max_length=MOST_TOOLS), AfterValidator(_whole_tools)]
+
+
 class Wanted(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     name: str
@@ -67,35 +81,6 @@ class Choose(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     type: Literal["function"]
     function: Wanted
-
-
-class Called(BaseModel):
-    """What a call says: `arguments` is the text of a JSON object."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    name: Name
-    arguments: str
-
-    @model_validator(mode="after")
-    def _arguments_are_an_object(self) -> Called:
-        if _object(self.arguments) is None:
-            raise ValueError("'arguments' must be the text of a JSON object")
-        return self
-
-
-class Call(BaseModel):
-    """A call in an assistant's earlier turn."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-    id: str
-    type: Literal["function"]
-    function: Called
-
-    def row(self) -> dict[str, Any]:
-        """As templates take it: arguments as an object."""
-        arguments = _object(self.function.arguments)
-        function = {"name": self.function.name, "arguments": arguments}
-        return {"id": self.id, "type": "function", "function": function}
 
 
 def native(template: str | None) -> bool:
@@ -194,12 +179,12 @@ class Calls:
         return content, self.calls[count:]
 
     def _read(self, body: str) -> dict[str, Any] | None:
-        said = _object(body)
+        said = json_object(body)
         if said is None or said.get("name") not in self._names:
             return None
         arguments = said.get("arguments", {})
         if isinstance(arguments, str):
-            arguments = _object(arguments)
+            arguments = json_object(arguments)
         if not isinstance(arguments, dict):
             return None
         function = {
@@ -207,13 +192,3 @@ class Calls:
             "arguments": json.dumps(arguments, ensure_ascii=False),
         }
         return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is, if it is one of whole characters."""
-    try:
-        found = json.loads(text)
-        json.dumps(found, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # half a character is a ValueError too
-        return None
-    return found if isinstance(found, dict) else None

@@ -1,6 +1,6 @@
 """Each HTTP request is a visit: what it asked for, how it ended, one line in the log, no contents.
 
-    id=chatcmpl-5f… model=cria key=alice in=12 out=34 ms=512 status=200 outcome=ok
+    id=chatcmpl-5f… model=cria key=alice in=12 out=34 cached=8 ms=512 status=200 outcome=ok
 
 The log `herdbook.requests` gets that line, `Counts` the same in numbers for /metrics. What a visit
 holds (its model, which must not be unloaded meanwhile) is let go when it ends, whatever happened.
@@ -45,11 +45,12 @@ class Visit:
     begun: float = field(default_factory=time.perf_counter)
 
     @property
-    def tokens(self) -> tuple[int, int]:
-        """(of the prompt, of the reply), as far as they were computed."""
+    def tokens(self) -> tuple[int, int, int]:
+        """(of the prompt, of the reply, of the prompt from the cache), as far as they were computed."""
         counts = self.usage() if self.usage else {}
         asked, said = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
-        return (asked, said) if said or self.outcome in ("ok", "gone") else (0, 0)
+        cached = counts.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+        return (asked, said, cached) if said or self.outcome in ("ok", "gone") else (0, 0, 0)
 
     @property
     def outcome(self) -> str:
@@ -64,10 +65,13 @@ class Visit:
 
 
 class Counts:
-    """Visits in numbers: by model and outcome, and how long they took in seconds."""
+    """Visits in numbers: by model and outcome, by key and outcome, the tokens of each key, and how
+    long they took in seconds."""
 
     def __init__(self) -> None:
         self.visits: Counter[tuple[str, str]] = Counter()
+        self.keys: Counter[tuple[str, str]] = Counter()
+        self.key_tokens: Counter[str] = Counter()
         self.seconds = Histogram((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300))
 
 
@@ -107,17 +111,20 @@ class Visits:
             self._ended(visit, scope["path"])
 
     def _ended(self, visit: Visit, path: str) -> None:
-        asked, said = visit.tokens
+        asked, said, cached = visit.tokens
         if visit.key is not None:
             visit.key.used(asked + said)
         if path in QUIET:
             return
+        if visit.key is not None:
+            self.counts.keys[visit.key.name, visit.outcome] += 1
+            self.counts.key_tokens[visit.key.name] += asked + said
         seconds = time.perf_counter() - visit.begun
         self.counts.visits[visit.model, visit.outcome] += 1
         self.counts.seconds.observe(seconds)
         name = visit.key.name if visit.key else "-"
         log.info(
-            "id=%s model=%s key=%s in=%d out=%d ms=%.0f status=%d outcome=%s",
-            *(visit.id, visit.model or "-", name, asked, said),
+            "id=%s model=%s key=%s in=%d out=%d cached=%d ms=%.0f status=%d outcome=%s",
+            *(visit.id, visit.model or "-", name, asked, said, cached),
             *(1000 * seconds, visit.status, visit.outcome),
         )

@@ -11,18 +11,14 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 from fastapi import FastAPI
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import load
 from herdbook.engine.request import Request, Sampling
-from herdbook.model.checkpoint import load_decoder
-from herdbook.model.lora import apply_lora
 from herdbook.serving.api import app
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
-from herdbook.training import peft_format
 
 
 def tiny_engine(folder: Path) -> Engine:
@@ -35,20 +31,6 @@ def worker(tiny_folder: Path) -> Iterator[Worker]:
     one.start()
     yield one.wait(60)
     one.stop(grace_s=0)
-
-
-@pytest.fixture(scope="session")
-def adapter(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter for the tiny model, on disk."""
-    folder = tmp_path_factory.mktemp("adapter")
-    decoder = load_decoder(tiny_folder, dtype=torch.float32)
-    adapters = apply_lora(decoder, targets=("q", "v", "down"), rank=2, alpha=4.0, seed=1)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for one in adapters.values():
-            one.B.normal_(0, 0.3)
-    peft_format.save(decoder, folder, base=str(tiny_folder))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -341,22 +341,38 @@ def test_each_response_has_an_id(server: Server):
     assert answer[1]["x-request-id"] == json.loads(answer[2])["id"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_frees_the_pages(server: Server, worker: Worker, stream: bool):
-    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": True}
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"n": 3},
+        {"n": 3, "stream": True},
+        {"best_of": 4},
+        {"guided_regex": "[ab]{400}", "ignore_eos": None},
+        {"logprobs": 3, "echo": True, "stream": True},
+        {"input": [[at % 300] * 500 for at in range(600)]},
+    ],
+)
+def test_hanging_up_frees_the_pages(server: Server, worker: Worker, keys: dict[str, Any]):
+    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": True} | keys
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     kind = {"Content-Type": "application/json"}
-    line.request("POST", COMPLETE, json.dumps(body | {"stream": stream, "n": 3}), kind)
-    if stream:
+    path = "/v1/embeddings" if "input" in keys else COMPLETE
+    before = worker.engine.stats()
+    line.request("POST", path, json.dumps(body), kind)
+    if body.get("stream"):
         line.getresponse().read(20)
-    else:
-        time.sleep(0.1)
+    end = time.monotonic() + 20
+    while not worker.open and time.monotonic() < end:
+        time.sleep(0.001)
+    assert worker.open
     assert line.sock is None or line.sock.close() is None
     line.close()
-    end = time.monotonic() + 20
     while time.monotonic() < end:
         stats = worker.engine.stats()
         if not (worker.open or stats["running"] or stats["waiting"] or stats["pages_used"]):
+            draws = body.get("n", body.get("best_of", 1))
+            assert stats["completion_tokens"] - before["completion_tokens"] < 480 * draws
+            assert stats["requests"] - before["requests"] < 600
             return
         time.sleep(0.01)
     raise AssertionError(f"still busy: {worker.open=} {stats}")

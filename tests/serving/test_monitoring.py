@@ -11,6 +11,8 @@ import pytest
 
 from herdbook.serving.api import app
 from herdbook.serving.metrics import Histogram, Page
+from herdbook.serving.monitoring import merged
+from herdbook.serving.visits import Counts
 from herdbook.serving.worker import Worker
 
 from .conftest import Client, tiny_engine
@@ -67,6 +69,25 @@ def test_metrics_count_what_was_served(own: Worker):
     assert found[f"herdbook_pages_used{{{label}}}"] == 0
     assert found[f"herdbook_pages_cached{{{label}}}"] > 0
     assert found[f"herdbook_pages{{{label}}}"] == own.engine.stats()["pages"]
+    assert found[f"herdbook_drafted_tokens_total{{{label}}}"] == 0
+    assert not any("key" in name for name in found)
+
+
+def test_keys_are_counted_apart_and_a_controller_counts_its_own(worker: Worker):
+    client = Client(app({"tiny": worker}, key="s3cret"))
+    headers = {"Authorization": "Bearer s3cret"}
+    body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}
+    client("POST", "/v1/completions", json=body, headers=headers)
+    client("POST", "/v1/completions", json=body | {"n": 0}, headers=headers)
+    client("POST", "/v1/embeddings", json={"model": "tiny", "input": [5, 6, 7]}, headers=headers)
+    client("POST", "/v1/completions", json=body)
+    page = client("GET", "/metrics", headers=headers).text
+    assert 'herdbook_key_requests_total{key="server",outcome="ok"} 2' in page
+    assert 'herdbook_key_requests_total{key="server",outcome="refused"} 1' in page
+    assert 'herdbook_key_tokens_total{key="server"} 8' in page
+    both = merged({"0": page}, Counts())
+    assert "key=" not in both and "requests_total" not in both
+    assert 'herdbook_pages{worker="0",model="tiny"}' in both
 
 
 def test_metrics_while_the_engine_is_in_a_long_step(own: Worker):
@@ -105,7 +126,7 @@ def test_one_line_a_request_and_no_contents(worker: Worker, caplog: pytest.LogCa
     assert len(lines) == 4
     asked = whole["usage"]["prompt_tokens"]
     assert re.fullmatch(
-        rf"id={whole['id']} model=tiny key=server in={asked} out=3 ms=\d+ status=200 outcome=ok",
+        rf"id={whole['id']} model=tiny key=server in={asked} out=3 cached=0 ms=\d+ status=200 outcome=ok",
         lines[0],
     )
     assert f"in={asked} out=3" in lines[1]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from herdbook.engine.request import Sampling
-from herdbook.serving.schema import UNSUPPORTED, ChatAsk, CompletionAsk, explain
+from herdbook.serving.problems import explain
+from herdbook.serving.schema import UNSUPPORTED, ChatAsk, CompletionAsk
 
 HI = [{"role": "user", "content": "Hi"}]
 CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}

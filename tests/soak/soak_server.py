@@ -1,8 +1,9 @@
 """make soak: a server under 64 clients for SOAK_SECONDS, some of them rude.
 
 They stream or not, hang up at random, send bodies that are too large or no JSON, and prompts that do
-not fit. In the end every request was answered or refused, no page is held, and memory has not grown
-since the warm-up.
+not fit; they want logprobs, grammars, several choices, the best of some, embeddings, an adapter. In the
+end every request was answered or refused, no page is held, and memory has not grown since the warm-up.
+So for a model of float32, and for one of 4 bits that the native step computes.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.serving.setup import served_name
+from herdbook.tokens.tokenizer import Tokenizer
+
 SECONDS = float(os.environ.get("SOAK_SECONDS", "60"))
 WORKERS = int(os.environ.get("SOAK_WORKERS", "1"))
 CLIENTS = 64
+ADAPTER = "luna"
 GROWTH_BYTES = 32 * 2**20  # after the warm-up; a leak of a kilobyte a request shows
 START = (
     "import sys; from herdbook.serving.server import serve; "
-    "serve(sys.argv[1:2], port=0, workers=int(sys.argv[2]))"
+    "serve(sys.argv[1:2], port=0, workers=int(sys.argv[2]), adapters={'luna': sys.argv[3]})"
 )
 
 
@@ -58,23 +66,11 @@ class Soak:
             return self.large(dice)
         line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         try:
-            body: Any = {
-                "model": self.model,
-                "prompt": [dice.randrange(3, 380) for _ in range(dice.choice([1, 20, 200]))],
-                "max_tokens": dice.choice([1, 8, 60]),
-                "temperature": dice.choice([0, 1.0]),
-                "n": dice.choice([1, 1, 2]),
-                "stream": kind in ("stream", "leave") and dice.random() < 0.8,
-                "ignore_eos": True,
-            }
-            if dice.random() < 0.5:  # prompts that begin alike
-                body["prompt"] = [7] * 64 + body["prompt"]
-            if kind == "long":
-                body["prompt"] = [5] * 5000
+            path, body = self.ask(dice, kind)
             sent = json.dumps(body).encode()
             if kind == "wrong":
                 sent = sent[: dice.randrange(len(sent))] + dice.choice([b"", b"\xff", b"[" * 999])
-            line.request("POST", "/v1/completions", sent, {"Content-Type": "application/json"})
+            line.request("POST", path, sent, {"Content-Type": "application/json"})
             if kind == "leave":
                 time.sleep(dice.random() * 0.3)
                 if dice.random() < 0.5 and line.sock is not None:
@@ -89,6 +85,37 @@ class Soak:
             with self._lock:
                 self.strange.append(f"{kind}: {answer.status} {text[-300:]}")
         return f"{kind}: {answer.status}"
+
+    def ask(self, dice: random.Random, kind: str) -> tuple[str, dict[str, Any]]:
+        """(path, body) of a request that is right, but for one that is too long."""
+        prompt = [dice.randrange(3, 280) for _ in range(dice.choice([1, 20, 200]))]
+        if dice.random() < 0.5:  # prompts that begin alike
+            prompt = [7] * 64 + prompt
+        if kind == "long":
+            prompt = [5] * 5000
+        name = dice.choice([self.model, self.model, ADAPTER])
+        if kind in ("whole", "leave") and dice.random() < 0.2:
+            return "/v1/embeddings", {"model": name, "input": [prompt, prompt[:5]]}
+        body: dict[str, Any] = {
+            "model": name,
+            "prompt": prompt,
+            "max_tokens": dice.choice([1, 8, 60]),
+            "temperature": dice.choice([0, 1.0]),
+            "n": dice.choice([1, 1, 2, 3]),
+            "stream": kind in ("stream", "leave") and dice.random() < 0.8,
+        }
+        form = dice.choice(["free", "free", "free", "regex", "json"])
+        if form == "free":
+            body["ignore_eos"] = True
+        elif form == "regex":
+            body["guided_regex"] = f"[ab]{{{dice.randrange(1, 40)}}}"
+        else:
+            body["guided_json"] = {"enum": [dice.randrange(99), "yes", None]}
+        if dice.random() < 0.3:
+            body |= {"logprobs": dice.randrange(6), "echo": dice.random() < 0.5}
+        elif not body["stream"] and dice.random() < 0.3:
+            body["best_of"] = 3
+        return "/v1/completions", body
 
     def large(self, dice: random.Random) -> str:
         with socket.create_connection(("127.0.0.1", self.port), timeout=120) as line:
@@ -108,9 +135,10 @@ class Soak:
 
     @staticmethod
     def whole(status: int, text: str, body: Any) -> bool:
-        if status == 200 and body["stream"]:
+        if status == 200 and body.get("stream"):
             return text.endswith("data: [DONE]\n\n")
-        return bool(json.loads(text)["choices" if status == 200 else "error"])
+        told = "data" if "input" in body else "choices"
+        return bool(json.loads(text)[told if status == 200 else "error"])
 
 
 def resident_bytes(pid: int) -> int:
@@ -130,10 +158,16 @@ def metrics(port: int) -> dict[str, float]:
     return {name: float(value) for name, _, value in pairs}
 
 
-def test_soak(tiny_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-u", "-c", START, str(tiny_folder), str(WORKERS)]
-    # float32: in bfloat16 torch compiles a kernel for each new shape of attention and keeps it
-    env = {"HERDBOOK_HOME": os.devnull, **os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+@pytest.mark.parametrize("quantised", [False, True])
+def test_soak(tiny_folder: Path, adapter: Path, tmp_path: Path, quantised: bool) -> None:
+    env = {"HERDBOOK_HOME": os.devnull, **os.environ}
+    model = tiny_folder
+    if quantised:
+        model = tmp_path / "tiny.gguf"
+        save_gguf(load_decoder(tiny_folder), Tokenizer.load(tiny_folder), model, "Q4_1")
+    else:  # in bfloat16 torch compiles a kernel for each new shape of attention and keeps it
+        env["ATEN_CPU_CAPABILITY"] = "avx2"
+    command = [sys.executable, "-u", "-c", START, str(model), str(WORKERS), str(adapter)]
     file = tmp_path / "log"
     with file.open("w") as log, subprocess.Popen(command, stderr=log, env=env) as server:
         try:
@@ -143,7 +177,7 @@ def test_soak(tiny_folder: Path, tmp_path: Path) -> None:
                     url = found[1]
                     break
                 time.sleep(0.1)
-            soak = Soak(url, tiny_folder.name)
+            soak = Soak(url, served_name(str(model)))
             threads = [
                 threading.Thread(target=soak.client, args=[number]) for number in range(CLIENTS)
             ]
