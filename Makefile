@@ -39,10 +39,13 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Hostile files by the thousand against every loader, for so many seconds.
+# Hostile files by the thousand against every loader, for so many seconds; then so many random
+# schedules of requests against every way in which the engine computes.
 FUZZ_SECONDS ?= 300
+FUZZ_EXAMPLES ?= 300
 fuzz: $(VENV)/.tested
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_loaders.py
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/engine/test_identity.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested
