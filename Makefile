@@ -39,10 +39,13 @@ lint: $(VENV)/.tested
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Hostile files by the thousand against every loader, for so many seconds.
+# Hostile files by the thousand against every loader, for so many seconds; then so many random
+# schedules of requests against every way in which the engine computes.
 FUZZ_SECONDS ?= 300
+FUZZ_EXAMPLES ?= 300
 fuzz: $(VENV)/.tested
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_*.py
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/engine/test_identity.py
 
 # A server under 64 clients, some of them rude, for so many seconds.
 SOAK_SECONDS ?= 120

@@ -48,8 +48,8 @@ class Runner:
 
         Where there is a native step, what a sequence gets does not depend on who else is served, to
         the last bit. Those with an adapter go the PyTorch way beside it: into the same cache, but into
-        pages that are no others' (Sequence.hash_pages), with inputs that are not rounded to 8 bits,
-        and alike up to the rounding of a batch's products.
+        pages that are no others' (Sequence.hash_pages), with inputs rounded as PyTorch's layers do it
+        (bfloat16, or in a large batch not at all), so alike only up to that.
         """
         if self._native is None:
             return self._pass(batch)
