@@ -280,7 +280,7 @@ def delta_make(base: str, tuned: str, path: Path, /, *, json: Json = False) -> N
     path
         the folder to write; must not be there yet
     """
-    _delta("make", base, tuned, path, json)
+    _delta("make", base, tuned, path, json, called=Path(base).name)
 
 
 @delta.command(name="apply")
@@ -318,11 +318,13 @@ def delta_apply(
         of another tool's delta, what its rows of words new to the base were taken from: zeros
         (FastChat's: Vicuna, ExpertLLaMA) or the mean of the base's rows (Stanford Alpaca's)
     """
-    more: dict[str, Any] = {"unchecked": unchecked, "expect": expect, "new_rows": new_rows}
-    _delta("apply", base, difference, path, json, **more)
+    _delta(
+        "apply", base, difference, path, json,
+        unchecked=unchecked, expect=expect, new_rows=new_rows,
+    )  # fmt: skip
 
 
-def _delta(what: str, base: str, other: str, path: Path, as_json: bool, **more: bool | str) -> None:
+def _delta(what: str, base: str, other: str, path: Path, as_json: bool, **more: Any) -> None:
     from herdbook.model import delta as deltas
     from herdbook.model.references import resolve
     from herdbook.progress import for_terminal

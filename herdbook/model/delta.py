@@ -51,6 +51,7 @@ from herdbook.model.difference import Difference, difference, restore
 from herdbook.model.family import SourceTensor
 from herdbook.model.fetch import BESIDE
 from herdbook.progress import Progress
+from herdbook.tokens.reading import files as tokenizers
 
 RECORD = "delta.safetensors"
 
@@ -64,9 +65,13 @@ def make(
     path: Path,
     *,
     progress: Progress,
+    called: str = "",
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Write the delta of the model at `tuned_path` from the one at `base_path`; what was written."""
+    """Write the delta of the model at `tuned_path` from the one at `base_path`; what was written.
+
+    called: the base's name for who applies it (default: its folder's).
+    """
     path = _free(path)
     base, tuned = open_checkpoint(base_path), open_checkpoint(tuned_path)
     if not (tuned.path / "config.json").is_file():
@@ -111,7 +116,7 @@ def make(
             return memoryview(spool.read(count))
 
         write_weights(desk, plan, one, shard_bytes=shard_bytes, mark={DELTA_MARK: "1"})
-        record = {"base": base_path.name, "tensors": records}
+        record = {"base": called or base_path.name, "tensors": records}
         safetensors.write(desk / RECORD, kept, spooled, {DELTA_MARK: json.dumps(record)})
         _copy_beside(tuned.path, desk)
         size = _size(desk)
@@ -342,7 +347,8 @@ def _free(path: Path) -> Path:
 
 def _copy_beside(source: Path, target: Path) -> None:
     """Configuration and tokenizer. config.json comes last."""
-    for name in sorted(BESIDE, key="config.json".__eq__):
+    names = {*BESIDE, *(path.name for path in tokenizers(source))}
+    for name in sorted(names, key="config.json".__eq__):
         if name not in (INDEX, LEGACY_INDEX) and (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 

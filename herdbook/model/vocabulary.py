@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from herdbook.book.book import Artifact, Book
 from herdbook.book.step import Bench, Input, Step, require
-from herdbook.errors import ConfigError
+from herdbook.errors import ConfigError, UnknownName, nearest
 from herdbook.files import gguf
 from herdbook.model.checkpoint import (
     Checkpoint,
@@ -32,7 +32,7 @@ from herdbook.model.checkpoint import (
 )
 from herdbook.model.decoder import Decoder
 from herdbook.model.fetch import Fetch
-from herdbook.model.references import resolve
+from herdbook.model.references import EMBEDDED, may_be_name, resolve
 from herdbook.progress import Progress
 from herdbook.tokens import rwkv
 from herdbook.tokens.extend import ExtendTokenizer
@@ -136,7 +136,7 @@ def bring(ref: str, book: Book, progress: Progress | None = None) -> Artifact:
                 next="see: herd list",
             )
         return artifact
-    path = Path(ref).expanduser()
+    path = _outside(ref, book)
     if path.exists() and not _holds_weights(path):
         return FetchTokenizer(path=str(path)).run(book, progress=progress)
     return Fetch(ref=ref).run(book, progress=progress)
@@ -153,19 +153,29 @@ def _holds_weights(path: Path) -> bool:
 def tokenizer_of(ref: str, book: Book) -> Tokenizer:
     """The tokenizer that any reference leads to."""
     artifact = book.find(ref)
+    path = artifact.path if artifact is not None else _outside(ref, book)
+    return Tokenizer.load(path if path.exists() else resolve(ref, book))
+
+
+def _outside(ref: str, book: Book) -> Path:
+    """Where a reference that is not in the book leads; of what is to be fetched, where nothing is."""
     path = Path(ref).expanduser()
-    if artifact is not None:
-        path = artifact.path
-    elif not path.exists():
-        path = resolve(ref, book)
-    return Tokenizer.load(path)
+    if not path.exists() and may_be_name(ref):
+        known = [one.name for kind in ("model", "tokenizer") for one in book.entries(kind)]
+        raise UnknownName(
+            f"{ref!r}",
+            rule="is no model and no tokenizer of the book, no folder or file, not smollm2 and not "
+            "hf:org/name",
+            next=nearest(ref, list(dict.fromkeys([*known, *EMBEDDED]))),
+        )
+    return path
 
 
 def extend(
     ref: str, pieces: str, book: Book, *, name: str = "", progress: Progress | None = None
 ) -> Artifact:
     """A model (or a tokenizer alone) with the pieces of a second SentencePiece tokenizer."""
-    base, more = (bring(one, book, progress) for one in (ref, pieces))
+    more, base = (bring(one, book, progress) for one in (pieces, ref))  # the smaller one first
     step = ExtendTokenizer(tokenizer=base.id, pieces=more.id)
     return _fit(step, base, book, name or f"{base.name}-extended", progress)
 

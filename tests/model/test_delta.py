@@ -305,6 +305,17 @@ def test_an_alpaca_delta(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], want[name], atol=1e-6, rtol=0)
 
 
+def test_a_tokenizer_of_its_own_kind_goes_with_it(base: Path, tmp_path: Path) -> None:
+    """ice_text.model, spiece.model, a vocabulary file …; and the base's name, not its folder's."""
+    tuned = tune(base, tmp_path / "t", torch.float16)
+    (tuned / "ice_text.model").write_bytes(b"of ChatGLM-6B's kind")
+    delta.make(base, tuned, tmp_path / "d", progress=SILENT, called="llama-7b")
+    delta.apply(base, tmp_path / "d", tmp_path / "a", progress=SILENT)
+    assert (tmp_path / "a" / "ice_text.model").read_bytes() == b"of ChatGLM-6B's kind"
+    with pytest.raises(FileError, match=r"made from \('llama-7b', "):
+        delta.apply(tuned, tmp_path / "d", tmp_path / "b", progress=SILENT)
+
+
 def test_a_delta_of_ours_without_its_record(base: Path, tmp_path: Path) -> None:
     tuned, path = tune(base, tmp_path / "t", torch.float16), tmp_path / "d"
     delta.make(base, tuned, path, progress=SILENT)

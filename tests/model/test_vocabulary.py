@@ -217,7 +217,7 @@ def test_tokenizers_alone(book: Book, llama: Path, pieces: Path, tmp_path: Path)
 def test_what_cannot_be(book: Book, llama: Path, tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="is no SentencePiece model"):
         vocabulary.extend(str(tiny_folder), str(llama), book)
-    with pytest.raises(UnknownName, match="'nobody' is no model in the book"):
+    with pytest.raises(UnknownName, match="'nobody' is no model and no tokenizer"):
         vocabulary.bring("nobody", book)
     (tmp_path / "x.txt").write_text("<html>")
     with pytest.raises(FileError, match="is no line of an RWKV vocabulary"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def ours(decoder: Decoder, ids: list[int]) -> Tensor:
 @torch.inference_mode()
 def theirs(model: Any, ids: list[int]) -> Tensor:
     return model(torch.tensor([ids])).logits[0]
+
+
+@torch.inference_mode()
+def theirs_padded(model: Any, prompts: list[list[int]]) -> list[Tensor]:
+    """The logits of each prompt, of all in one batch that is padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(one)) + one for one in prompts])
+    mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)
+    logits = model(**inputs).logits
+    return [logits[row, longest - len(one) :] for row, one in enumerate(prompts)]
 
 
 def prompt(length: int, seed: int = 7) -> list[int]:

@@ -14,6 +14,7 @@ from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_gguf, save_hf
 from herdbook.model.families import families
+from herdbook.model.layout import Packed
 from tests.oracles.peers import (
     again,
     cached_replies_agree,
@@ -23,6 +24,7 @@ from tests.oracles.peers import (
     prompt,
     saved_bytes_agree,
     theirs,
+    theirs_padded,
 )
 from tests.oracles.shapes import IN_GGUF, NOT_IN_GGUF, SHAPES
 
@@ -57,6 +59,20 @@ def test_logits_and_what_we_save(shape: str, tmp_path: Path) -> None:
 def test_cached_replies(shape: str, tmp_path: Path) -> None:
     model = make(shape, tmp_path)
     cached_replies_agree(load_decoder(tmp_path, dtype=torch.float32), model)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_batch_of_different_lengths(shape: str, tmp_path: Path) -> None:
+    """Theirs padded on the left, ours end to end without padding."""
+    model = make(shape, tmp_path)
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    prompts = [prompt(length, length) for length in (1, 37, 5, 18)]
+    lengths = [len(one) for one in prompts]
+    ids = torch.tensor([id for one in prompts for id in one])
+    with torch.inference_mode():
+        got = decoder.logits(decoder(ids, Packed(lengths)))
+    for mine, want in zip(got.split(lengths), theirs_padded(model, prompts), strict=True):
+        assert differ(mine, want) <= 1e-4
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -627,6 +627,9 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(FileError, match="is no UTF-8"):
         templates.read(str(file))
+    file.write_text("my notes")
+    with pytest.raises(FileError, match=r"is no chat template.*\n.*herd templates vicuna"):
+        templates.read(str(file))
 
 
 @pytest.mark.parametrize(

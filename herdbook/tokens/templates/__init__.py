@@ -89,9 +89,16 @@ def read(name: str) -> str:
             next=nearest(name, known),
         )
     try:
-        return path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{path}", rule=f"is no UTF-8: {error}", next="save it as UTF-8") from error
+    if "messages" not in template:
+        raise FileError(
+            f"{path}",
+            rule="is no chat template: it does not mention `messages`, the conversation's turns",
+            next="see one that is: herd templates vicuna",
+        )
+    return template
 
 
 def about(template: str) -> str:
