@@ -67,7 +67,8 @@ class Shape:
     def __init__(self, engine: Engine, ask: Ask, prompts: Sequence[list[int]], id: str) -> None:
         self.tokenizer, self.top, self.ask = engine.tokenizer, ask.told, ask
         self.prompts = prompts  # the ids of each
-        self._ends = engine.stop_ids.union(ask.stop_token_ids or ())
+        own = frozenset[int]() if ask.ignore_eos else engine.stop_ids
+        self._ends = own.union(ask.stop_token_ids or ())
         self._escaped = bool(engine.escapes)
         self.id = f"{id}-{uuid.uuid4().hex}"
         self.head = {"id": self.id, "created": int(time.time()), "model": ask.model}

@@ -104,7 +104,7 @@ def test_forms_tools_adapters_and_embeddings_come_through(cluster: Cluster):
     assert status == 400 and "grammar cannot be used" in text
     call = {"type": "function", "function": {"name": "now"}}
     body = {"model": "luna", "messages": [{"role": "user", "content": "Hi"}], "tools": [call]}
-    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 400}
+    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 100}
     status, text = cluster("/v1/chat/completions", body)
     (made,) = json.loads(text)["choices"][0]["message"]["tool_calls"]
     assert made["function"] == {"name": "now", "arguments": "{}"}

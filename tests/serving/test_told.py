@@ -152,6 +152,17 @@ def test_best_of_is_the_likeliest_of_its_draws(client: Client) -> None:
     assert [one["text"] for one in quiet] == [ranked[0]["text"]] and quiet[0]["logprobs"] is None
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_ends_that_are_ignored_are_listed(client: Client, worker: Worker, stream: bool) -> None:
+    end = max(worker.engine.stop_ids)
+    keys = {"logit_bias": {str(end): 100}, "ignore_eos": True, "max_tokens": 5, "logprobs": True}
+    answer = client.chat(stream=stream, **keys)
+    bodies = chunks(answer) if stream else [answer.json()]
+    told = [one["choices"][0]["logprobs"] for one in bodies]
+    listed = [token for one in told for token in (one or {"content": []})["content"]]
+    assert [(one["token"], one["bytes"]) for one in listed] == [("", None)] * 5
+
+
 def test_alternatives_that_are_no_text_have_a_name(client: Client, worker: Worker) -> None:
     tokenizer = worker.engine.tokenizer
     assert tokenizer is not None and tokenizer.size < worker.engine.vocab
