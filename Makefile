@@ -47,7 +47,7 @@ fuzz: $(VENV)/.tested
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -s tests/fuzz/fuzz_*.py
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/engine/test_identity.py
 
-# A server under 64 clients, some of them rude, for so many seconds.
+# A server under 64 clients, some of them rude, for so many seconds; of float32, then of 4 bits.
 SOAK_SECONDS ?= 120
 soak: $(VENV)/.tested
 	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/soak/soak_server.py

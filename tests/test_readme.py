@@ -1,4 +1,5 @@
-"""The documents' examples are run: every `herd` line parses, every Python block runs."""
+"""The documents' examples are run: every `herd` line parses, every Python block of the README runs
+(those of the server's page: tests/oracles/test_server_page.py)."""
 
 from __future__ import annotations
 
@@ -9,22 +10,14 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "README.zh.md")
+from tests.documents import ROOT, blocks, commands
+
+README = ("README.md", "README.zh.md")
+SERVER = ("docs/server.md", "docs/server.zh.md")
 
 
-def blocks(document: str, language: str) -> list[str]:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
-
-
-def commands(document: str) -> list[str]:
-    lines = [line.strip() for block in blocks(document, "sh") for line in block.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_command_of_the_readme_parses(document: str) -> None:
+@pytest.mark.parametrize("document", [*README, *SERVER])
+def test_every_command_parses(document: str) -> None:
     from herdbook import cli, config
     from herdbook.recipe import Recipe
 
@@ -42,15 +35,16 @@ def test_every_command_of_the_readme_parses(document: str) -> None:
                 flags = config.parse_flags(settings)
                 flags.pop("json", None)
                 assert Recipe.read(recipe).resolve(flags), line
-    assert seen >= 10, "the README shows the commands"
+    assert seen >= (10 if document in README else 6), "it shows the commands"
 
 
-def test_both_languages_show_the_same_commands() -> None:
-    plain = [[shlex.split(line, comments=True) for line in commands(one)] for one in DOCUMENTS]
+@pytest.mark.parametrize("documents", [README, SERVER])
+def test_both_languages_show_the_same_commands(documents: tuple[str, str]) -> None:
+    plain = [[shlex.split(line, comments=True) for line in commands(one)] for one in documents]
     assert [words[:2] for words in plain[0]] == [words[:2] for words in plain[1]]
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", README)
 def test_the_python_of_the_readme_runs(
     document: str, smollm2_path: Path, home: Path, tmp_path: Path
 ) -> None:

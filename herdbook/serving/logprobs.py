@@ -68,8 +68,10 @@ class Listing:
         if self._tokenizer is None:
             return self._all()
         out: list[Token] = []
-        # What has no text yet waits for more: the rest of a character, or the end.
-        while self._waiting and self._waiting[0].start < self._shown:
+        # What has no text yet waits for more: the rest of a character, or the end. A stop string ends
+        # a reply before its own tokens, a limit behind the last one.
+        cut_off = piece.finish == "length"
+        while self._waiting and (cut_off or self._waiting[0].start < self._shown):
             if self._waiting[0].end > self._shown:
                 if piece.finish is None:
                     break

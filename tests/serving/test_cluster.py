@@ -20,16 +20,16 @@ import pytest
 
 START = (
     "import sys; from herdbook.serving.server import serve; "
-    "serve(sys.argv[1:], port=0, workers=2, key='s3cret')"
+    "serve(sys.argv[1:2], port=0, workers=2, key='s3cret', adapters=dict([sys.argv[2:]]))"
 )
 
 
 class Cluster:
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, adapter: Path, log: Path) -> None:
         self.model, self.log = folder.name, log
         env = {"HERDBOOK_HOME": os.devnull, **os.environ}
         with log.open("w") as out:
-            command = [sys.executable, "-u", "-c", START, str(folder)]
+            command = [sys.executable, "-u", "-c", START, str(folder), "luna", str(adapter)]
             self.process = subprocess.Popen(command, stderr=out, env=env)
         for _ in range(1200):
             if found := re.search(r"^ready: http://127.0.0.1:(\d+)", self.output, re.MULTILINE):
@@ -69,10 +69,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(
+    tiny_folder: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Cluster]:
     if not Path("/proc/self/task").exists():
         pytest.skip("the workers are found in /proc")
-    one = Cluster(tiny_folder, tmp_path_factory.mktemp("cluster") / "log")
+    one = Cluster(tiny_folder, adapter, tmp_path_factory.mktemp("cluster") / "log")
     yield one
     one.process.kill()
     one.process.wait(30)
@@ -92,6 +94,29 @@ def test_replies_errors_and_usage_come_through(cluster: Cluster):
     assert json.loads(cluster("/v1/models")[1])["data"][0]["id"] == cluster.model
     assert cluster("/nothing")[0] == 404
     cluster.until(lambda: cluster.output.count("key=server in=3 out=8") == 2)
+
+
+def test_forms_tools_adapters_and_embeddings_come_through(cluster: Cluster):
+    status, text = cluster.complete([5], guided_grammar='start: "a"{5,5}', ignore_eos=False)
+    assert status == 200 and json.loads(text)["choices"][0]["text"] == "aaaaa"
+    wrong = {"guided_grammar": "start: (((", "ignore_eos": False, "stream": True}
+    status, text = cluster.complete([5], **wrong)
+    assert status == 400 and "grammar cannot be used" in text
+    call = {"type": "function", "function": {"name": "now"}}
+    body = {"model": "luna", "messages": [{"role": "user", "content": "Hi"}], "tools": [call]}
+    body |= {"tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 100}
+    status, text = cluster("/v1/chat/completions", body)
+    (made,) = json.loads(text)["choices"][0]["message"]["tool_calls"]
+    assert made["function"] == {"name": "now", "arguments": "{}"}
+    told = []
+    for name in (cluster.model, "luna"):
+        choice = json.loads(cluster.complete([5, 6], model=name, logprobs=1, echo=True)[1])
+        told.append(choice["choices"][0]["logprobs"]["token_logprobs"])
+    assert len(told[0]) == len(told[1]) == 10 and told[0] != told[1]
+    status, text = cluster("/v1/embeddings", {"model": "luna", "input": [5, 6, 7]})
+    assert status == 200 and len(json.loads(text)["data"][0]["embedding"]) == 64
+    cluster.until(lambda: "model=luna key=server in=3 out=0" in cluster.output)
+    assert 'herdbook_requests_total{model="luna",outcome="ok"} 3' in cluster("/metrics")[1]
 
 
 def test_both_work_and_prompts_that_begin_alike_share_one(cluster: Cluster):
@@ -164,8 +189,10 @@ def test_a_clean_end(cluster: Cluster):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-def test_workers_do_not_outlive_a_killed_controller(tiny_folder: Path, tmp_path: Path):
-    cluster = Cluster(tiny_folder, tmp_path / "log")
+def test_workers_do_not_outlive_a_killed_controller(
+    tiny_folder: Path, adapter: Path, tmp_path: Path
+):
+    cluster = Cluster(tiny_folder, adapter, tmp_path / "log")
     workers = cluster.workers()
     assert len(workers) == 2
     cluster.process.kill()

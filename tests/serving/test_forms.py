@@ -165,6 +165,15 @@ def test_a_call_is_made(client: Client, choice: Any, parallel: bool) -> None:
     assert [call["function"] for call in parts] == [call["function"] for call in calls]
 
 
+def test_tools_count_as_tokens_and_tokenize_shows_them(client: Client) -> None:
+    used = client.chat(tools=[WEATHER], max_tokens=1).json()["usage"]["prompt_tokens"]
+    body: dict[str, Any] = {"messages": HI, "tools": [WEATHER], "return_token_strs": True}
+    shown = client("POST", "/tokenize", json=body).json()
+    assert shown["count"] == used and "weather" in "".join(shown["token_strs"])
+    for wrong in ({"prompt": "x", "tools": [WEATHER]}, body | {"tools": [WEATHER, WEATHER]}):
+        assert "tools" in error(client("POST", "/tokenize", json=wrong), 400)["message"]
+
+
 def test_a_call_that_is_cut_off_stays_text(client: Client) -> None:
     keys = WARM | {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 20}
     text, end = said(client.chat(**keys))

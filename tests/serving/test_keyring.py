@@ -85,6 +85,17 @@ def test_tokens_of_a_stream_are_charged_too(worker: Worker, book: Book):
     assert ask(client, key).status_code == 429
 
 
+def test_tokens_of_embeddings_are_charged_too(worker: Worker, book: Book):
+    key = Keys(book).add("alice", tokens_per_minute=10)
+    client = Client(app({"tiny": worker}, ring=KeyRing(keys=Keys(book), clock=Time())))
+    body = {"model": "tiny", "input": [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]}
+    first = client("POST", "/v1/embeddings", json=body, headers=bearer(key))
+    assert first.status_code == 200 and first.json()["usage"]["total_tokens"] == 10
+    second = client("POST", "/v1/embeddings", json=body, headers=bearer(key))
+    assert second.status_code == 429
+    assert second.headers["x-ratelimit-remaining-tokens"] == "0"
+
+
 def test_a_revoked_key_is_refused_within_seconds_and_the_door_stays_shut(
     worker: Worker, book: Book
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.memory import estimated_bytes, held_bytes
 from herdbook.serving.api import app
 from herdbook.serving.models import Models
 from herdbook.serving.problems import Refusal
+from herdbook.serving.setup import Setup
 from herdbook.serving.visits import Visit
 from herdbook.serving.worker import Worker
 
@@ -175,3 +178,32 @@ def test_replies_are_the_same_after_an_unloading(make: Callable[..., Models]):
     client = Client(app(models))
     texts = {ask(client, name).json()["choices"][0]["text"] for name in ("a", "b", "a", "b")}
     assert len(texts) == 1
+
+
+def test_adapters_come_back_with_their_model(tiny_folder: Path, adapter: Path):
+    models = Setup([str(tiny_folder)], adapters={"luna": str(adapter)}, idle_s=60).models(None)
+    client, base = Client(app(models)), models[tiny_folder.name]
+    keys: dict[str, Any] = {"max_tokens": 6, "logprobs": 2, "echo": True}
+    said = []
+    for _ in range(2):
+        names = ("luna", base.name)
+        said.append(
+            [client.complete("hello", model=one, **keys).json()["choices"] for one in names]
+        )
+        base.stop(grace_s=0)
+        assert base.state == "unloaded"
+    assert said[0] == said[1] and said[0][0] != said[0][1]
+
+
+@pytest.mark.parametrize("cache", [None, "float32", "bfloat16", "int8"])
+def test_the_cache_and_the_guesses_that_were_asked_for(tiny_folder: Path, cache: Any):
+    models = Setup([str(tiny_folder)], idle_s=60, cache=cache, speculate=True).models(None)
+    client, worker = Client(app(models)), models[tiny_folder.name]
+    prompt = [5, 6, 7, 8] * 20
+    reply = client.complete(prompt, model=worker.name, ignore_eos=True, max_tokens=60)
+    assert reply.json()["usage"]["completion_tokens"] == 60
+    assert cache is None or worker.engine.runner.cache.dtype == getattr(torch, cache)
+    page = client("GET", "/metrics").text
+    drafted = re.search(rf'drafted_tokens_total{{model="{worker.name}"}} (\d+)', page)
+    assert drafted and int(drafted[1]) > 0
+    worker.stop(grace_s=0)

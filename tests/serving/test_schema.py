@@ -54,7 +54,9 @@ def test_every_setting_reaches_the_engine():
         stop_token_ids=[9],
         logprobs=True,
         top_logprobs=4,
+        priority=-1,
     )
+    assert ask.priority == -1 and not ask.warnings
     assert ask.sampling(max_tokens=5, choice=2) == Sampling(
         max_tokens=5,
         temperature=0.5,
@@ -179,6 +181,7 @@ def test_malformed_messages(messages: Any, param: str, part: str):
         ({"logit_bias": {"a": 1.0}}, "logit_bias"),
         ({"logit_bias": {"-1": 1.0}}, "logit_bias"),
         ({"logit_bias": {"1": 101.0}}, "logit_bias.1"),
+        ({"priority": "high"}, "priority"),
     ],
 )
 def test_wrong_values_name_their_key(keys: dict[str, Any], param: str):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from herdbook.engine.request import Logprob, Piece
-from herdbook.serving.logprobs import Listing
+from herdbook.serving.logprobs import Listing, Token, chat
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
 
@@ -150,6 +150,27 @@ def test_best_of_is_the_likeliest_of_its_draws(client: Client) -> None:
     del keys["logprobs"]
     quiet = client.complete("hello", best_of=5, **keys).json()["choices"]
     assert [one["text"] for one in quiet] == [ranked[0]["text"]] and quiet[0]["logprobs"] is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_ends_that_are_ignored_are_listed(client: Client, worker: Worker, stream: bool) -> None:
+    end = max(worker.engine.stop_ids)
+    keys = {"logit_bias": {str(end): 100}, "ignore_eos": True, "max_tokens": 5, "logprobs": True}
+    answer = client.chat(stream=stream, **keys)
+    bodies = chunks(answer) if stream else [answer.json()]
+    told = [one["choices"][0]["logprobs"] for one in bodies]
+    listed = [token for one in told for token in (one or {"content": []})["content"]]
+    assert [(one["token"], one["bytes"]) for one in listed] == [("", None)] * 5
+
+
+def test_alternatives_that_are_no_text_have_a_name(client: Client, worker: Worker) -> None:
+    tokenizer = worker.engine.tokenizer
+    assert tokenizer is not None and tokenizer.size < worker.engine.vocab
+    last = [(worker.engine.vocab - 1, -0.5)]  # a row of the head without a token
+    told = chat([Token("a", 0, Logprob(5, -1.0, 2, tuple(last)), b"a")], 1, tokenizer)
+    assert told["content"][0]["top_logprobs"][0]["token"] == f"token_id:{last[0][0]}"
+    seen = client.chat(logprobs=True, top_logprobs=20).json()["choices"][0]["logprobs"]["content"]
+    assert all(other["token"] for one in seen for other in one["top_logprobs"])
 
 
 def test_a_seed_gives_the_same_in_every_way(client: Client) -> None:
