@@ -24,6 +24,7 @@ its twin.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -50,6 +51,8 @@ TARGETS = {
 class LoRALinear(nn.Module):
     """A linear layer (weight [O, I], optional bias), frozen, and its trained correction.
 
+    A base in few bits (`dense` gives its weight) stays so: its weight is made for each product.
+
     group: so many neighbouring inputs share a column of A, so A is [r, I / group].
     """
 
@@ -57,17 +60,20 @@ class LoRALinear(nn.Module):
         self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, group: int = 1
     ) -> None:
         super().__init__()
-        weight = base.weight
-        assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
-        outputs, inputs = self.outputs, self.inputs = weight.shape
+        layer: Any = base
+        weight: Tensor | None = getattr(base, "weight", None)
+        held = next(itertools.chain(base.parameters(), base.buffers()))
+        outputs, inputs = (layer.outputs, layer.inputs) if weight is None else weight.shape
+        self.outputs, self.inputs = outputs, inputs
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.scale = rank, alpha, alpha / rank
         self.dropout, self.group = dropout, group
         self.bypassed = False
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=weight.device))
+        computed = layer.dtype if weight is None else weight.dtype
+        exact = torch.promote_types(computed, torch.float32)
+        self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=held.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=held.device))
 
     def start(self, seed: int, name: str) -> None:
         """A uniform in ±1/√I (as nn.Linear starts), B zero; decided by the seed and the name."""
@@ -88,7 +94,7 @@ class LoRALinear(nn.Module):
             return self.plain(x)
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _LoRA.apply(  # type: ignore[no-untyped-call]
-            rows, base.weight, base.bias, self.A, self.B, self.scale, self.group
+            rows, base, self.A, self.B, self.scale, self.group
         )
         return y.view(*x.shape[:-1], -1)
 
@@ -111,7 +117,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> nn.Module:
         """The base with the correction added in float32, kept in the base's own precision."""
         weight = self.base.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor), "only a dense matrix takes a correction"
         weight.copy_((weight.float() + self.correction()).to(weight.dtype))
         return self.base
 
@@ -121,13 +127,19 @@ def _pooled(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(-1)  # type: ignore[no-untyped-call]
 
 
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """The frozen matrix [O, I]; of a base in few bits in memory of its own."""
+    weight: Tensor | None = getattr(base, "weight", None)
+    found: Tensor = base.dense(dtype) if weight is None else weight
+    return found
+
+
 class _LoRA(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        base: Any,
         A: Tensor,
         B: Tensor,
         scale: float,
@@ -136,28 +148,29 @@ class _LoRA(torch.autograd.Function):
         A, B = A.to(x.dtype), B.to(x.dtype)
         seen = _pooled(x, group)
         down = seen @ A.T  # [T, r]
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, _weight(base, x.dtype), base.bias)
         y.addmm_(down, B.T, alpha=scale)
-        ctx.save_for_backward(seen, down, weight, A, B)
-        ctx.scale, ctx.group = scale, group
+        ctx.save_for_backward(seen, down, A, B)
+        ctx.base, ctx.scale, ctx.group = base, scale, group
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (above,) = grads  # [T, O]
-        seen, down, weight, A, B = ctx.saved_tensors
+        seen, down, A, B = ctx.saved_tensors
         grad_down = (above @ B).mul_(ctx.scale)  # [T, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = above @ weight
+            grad_x = above @ _weight(ctx.base, above.dtype)
             if ctx.group == 1:
                 grad_x.addmm_(grad_down, A)
             else:
-                grad_x.unflatten(1, (-1, ctx.group)).add_((grad_down @ A)[..., None])
+                groups = grad_x.view(len(grad_x), -1, ctx.group)
+                groups.add_((grad_down @ A)[..., None])
         grad_A = grad_down.T @ seen
         grad_B = (down.T @ above).mul_(ctx.scale).T  # [O, r]; down.T @ above reads `above` in order
-        return grad_x, None, None, grad_A, grad_B, None, None
+        return grad_x, None, grad_A, grad_B, None, None
 
 
 def apply_lora(

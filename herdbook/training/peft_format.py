@@ -55,8 +55,9 @@ PLAIN: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save(decoder: Decoder, folder: Path, *, base: str) -> None:
-    """Write the adapters that the decoder carries. base: what they were trained on (its id)."""
+def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> None:
+    """Write the adapters that the decoder carries. base: what they were trained on (its id); kept: in
+    which form its weights were (`Tune.base`), which is written down unless they were dense."""
     adapters = adapters_of(decoder)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}  # of packed matrices
@@ -79,6 +80,7 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
                 other.name for mine, other in matrices.items() if mine.startswith(f"{block}.")
             }
             targets[source.name] = _target(source.name, beside - set(taken))
+    computed = str(decoder.dtype).removeprefix("torch.")
     rank_pattern = {targets[name]: rank for name, rank in ranks.items()}
     atomic.write_json(
         folder / CONFIG,
@@ -101,7 +103,8 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
             "inference_mode": True,
             "modules_to_save": None,
             "use_rslora": False,
-        },
+        }
+        | ({} if kept == "dense" else {"base_kept": kept, "base_computed": computed}),
     )
     with atomic.replacing(folder / WEIGHTS) as new:
         save_file(tensors, new, metadata={"format": "pt"})

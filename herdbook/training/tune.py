@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
+from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.errors import ConfigError, DataError, nearest
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
+from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import TARGETS, adapters_of, apply_lora, bypass
 from herdbook.model.mlp import Experts
@@ -85,7 +87,7 @@ class NextToken:
         return int((next_tokens(pack.ids, pack.mask, pack.lengths) >= 0).sum())
 
     def loss(self, pack: Pack) -> Tensor:
-        where = self.decoder.head_weight.device
+        where = self.decoder.device
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
         layout = Packed(pack.lengths, device=where)
         decoder, first = self.decoder, self.first_adapted
@@ -128,6 +130,10 @@ class Tune(Step):
     data: Inputs = ()
     #: lora: small matrices beside the frozen ones; full: all weights
     method: Literal["lora", "full"] = "lora"
+    #: how the frozen weights beside an adapter are kept. dense: in the format that is computed in;
+    #: packaged: in the 4 or 8 bits of the file that they come from (a GGUF, compressed-tensors), which
+    #: changes nothing but memory; nf4: the blocks' matrices rounded to 4 bits (QLoRA)
+    base: Literal["dense", "packaged", "nf4"] = "dense"
     #: LoRA's rank, its alpha (the correction counts alpha / rank), dropout on its input
     rank: int = 8
     alpha: float = 16.0
@@ -179,7 +185,8 @@ class Tune(Step):
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.method == "full" else compute_dtype()
-            decoder = load_decoder(source.path, dtype=dtype)
+            decoder = self._load(source, dtype)
+            held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             parameters = self._parameters(decoder)
             state = loop.train(
                 NextToken(decoder, self.anchor, self.balance),
@@ -195,7 +202,7 @@ class Tune(Step):
         if self.method == "full":
             save_hf(decoder, tokenizer, bench.out, torch.float32)
         else:
-            peft_format.save(decoder, bench.out, base=source.id)
+            peft_format.save(decoder, bench.out, base=source.id, kept=self.base)
         return {
             "loss": records[-1]["loss"],
             "first_loss": records[0]["loss"],
@@ -207,6 +214,7 @@ class Tune(Step):
             "tokens_per_s": round(self._tokens_seen(rows) / max(state.seconds, 1e-9), 1),
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
+            "weights_bytes": held,
             "trainable_parameters": sum(p.numel() for p in parameters.values()),
         }
 
@@ -230,6 +238,12 @@ class Tune(Step):
                     + (f", and at most {top:.0f}" if top < math.inf else ""),
                     next=f"correct tune.{name.partition(',')[0]}, or leave it out",
                 )
+        if self.method == "full" and self.base != "dense":
+            raise ConfigError(
+                f"tune.base is {self.base} and tune.method is full",
+                rule="but weights that move cannot be kept in few bits",
+                next="set method to lora, or base to dense",
+            )
         if self.method == "lora" and not self.targets:
             raise ConfigError(
                 "tune.targets is empty", rule="so nothing would learn", next="name some, as q v"
@@ -242,6 +256,21 @@ class Tune(Step):
                     rule="but must be above 0",
                     next=f"set {name}",
                 )
+
+    def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
+        kept = {"quantised": self.base == "packaged", "nf4": self.base == "nf4"}
+        decoder = load_decoder(source.path, dtype=dtype, **kept)
+        few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
+        if self.base == "packaged" and not few:
+            raise ConfigError(
+                f"tune.base is packaged, and {source.ref} keeps no matrix in 4 or 8 bits",
+                rule="so nothing would be saved",
+                next="set base to nf4, or leave it out",
+            )
+        for layer in few:
+            if isinstance(layer, Int4Linear):
+                layer.has_kernel = False  # it rounds otherwise than what the adapter learns beside
+        return decoder
 
     def _plan(self) -> Plan:
         return Plan(
