@@ -150,10 +150,21 @@ class Tune(Step):
     floor: float = 0.0
     warmup_ratio: float = 0.03
     warmup_steps: int = 0
-    #: AdamW, and the largest norm of a gradient (0: any)
+    #: adamw; adamw8, the same with moments of 8 bits; lion and adafactor, whose rates mean something
+    #: else (see their modules; adafactor has no betas)
+    optimiser: Literal["adamw", "adamw8", "lion", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    #: the largest norm of a gradient (0: any)
     clip: float = 1.0
+    #: decay of the running average that is the result in place of the last step's weights (0: none)
+    average: float = 0.0
+    #: of all weights in full tuning. float32: throughout; mixed: computed in bfloat16, moved in
+    #: float32; bfloat16: no more than that, rounded stochastically (the least memory)
+    precision: Literal["float32", "mixed", "bfloat16"] = "float32"
+    #: keep of a pack no more than what enters each block, and compute the rest again on the way back:
+    #: a third more arithmetic for a fraction of the memory
+    recompute: bool = False
     #: passes over the data, or exactly so many optimiser steps (0: by epochs)
     epochs: int = 1
     steps: int = 0
@@ -185,7 +196,8 @@ class Tune(Step):
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.method == "full" else compute_dtype()
-            decoder = self._load(source, dtype)
+            decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
+            decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             parameters = self._parameters(decoder)
             state = loop.train(
@@ -200,7 +212,7 @@ class Tune(Step):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
         if self.method == "full":
-            save_hf(decoder, tokenizer, bench.out, torch.float32)
+            save_hf(decoder, tokenizer, bench.out, decoder.dtype)
         else:
             peft_format.save(decoder, bench.out, base=source.id, kept=self.base)
         return {
@@ -226,7 +238,12 @@ class Tune(Step):
                     rule="is no matrix of a block",
                     next=nearest(target, tuple(TARGETS)),
                 )
-        below = {"dropout": 1.0, "warmup_ratio": 1.0, "floor": math.nextafter(1.0, 2.0)}
+        below = {
+            "dropout": 1.0,
+            "warmup_ratio": 1.0,
+            "average": 1.0,
+            "floor": math.nextafter(1.0, 2.0),
+        }
         free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
         given |= {f"betas, {beta:g} of {self.betas},": (beta, 1.0) for beta in self.betas}
@@ -238,6 +255,18 @@ class Tune(Step):
                     + (f", and at most {top:.0f}" if top < math.inf else ""),
                     next=f"correct tune.{name.partition(',')[0]}, or leave it out",
                 )
+        if self.method == "lora" and self.precision != "float32":
+            raise ConfigError(
+                f"tune.precision is {self.precision} and tune.method is lora",
+                rule="but an adapter's weights are float32, and so few that it costs nothing",
+                next="leave precision out, or set method to full",
+            )
+        if self.precision != "float32" and not hasattr(Tensor, "grad_dtype"):
+            raise ConfigError(
+                f"tune.precision is {self.precision}",
+                rule=f"and torch {torch.__version__} keeps no float32 gradient of bfloat16 weights",
+                next="pip install -U torch, or leave precision out",
+            )
         if self.method == "full" and self.base != "dense":
             raise ConfigError(
                 f"tune.base is {self.base} and tune.method is full",
@@ -286,6 +315,9 @@ class Tune(Step):
             weight_decay=self.weight_decay,
             betas=self.betas,
             clip=self.clip,
+            optimiser=self.optimiser,
+            average=self.average,
+            precision=self.precision,
             seed=self.seed,
             save_every=self.save_every,
         )

@@ -66,7 +66,7 @@ def test_steps_equal_peft_s(started: Decoder, tiny_folder: Path, tmp_path: Path)
     plan = Plan(
         batch=BATCH, epochs=1, steps=STEPS, pack=64, learning_rate=RATE, schedule="constant",
         floor=0.0, warmup_ratio=0.0, warmup_steps=0, weight_decay=0.01, betas=(0.9, 0.999),
-        clip=1.0, seed=5, save_every=100,
+        clip=1.0, optimiser="adamw", average=0.0, precision="float32", seed=5, save_every=100,
     )  # fmt: skip
     theirs = peft_model(tiny_folder, started).train()
     parameters = {
