@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from herdbook.errors import FileError, RequestError
 from herdbook.model.attention import Look, alibi_slopes
@@ -124,6 +125,8 @@ class Decoder(nn.Module):
     memory: Literal["pages", "state"] = "pages"
     #: whether a prompt has to be computed in one step
     whole_prompts = False
+    #: training keeps what enters each block, and computes the rest again for its gradient
+    recompute = False
     #: what PEFT calls its task
     peft_task = "CAUSAL_LM"
 
@@ -209,7 +212,10 @@ class Decoder(nn.Module):
             self.local_rotary(layout.positions, x.dtype) if self.local_rotary else None,
         )
         for block in self.blocks[first:last]:
-            x = block(x, ropes, layout)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, ropes, layout, use_reentrant=False)
+            else:
+                x = block(x, ropes, layout)
         return x
 
     def finish(self, x: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
         if self.bypassed or (self.training and self.dropout):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = low_rank(rows, self._weight, None, self.A, self.B, self.scale, self.group)
+        y = low_rank(rows, self.base, None, self.A, self.B, self.scale, self.group)
         y = y * (self.magnitude / self.norm()).to(x.dtype)
         return self._biased(y).view(*x.shape[:-1], -1)
 

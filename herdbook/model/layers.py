@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.frozen import frozen_linear
 
 BLOCK = 32
 #: up to so many rows the int4 kernel beats dequantising and a float product
@@ -100,12 +101,9 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.inputs
-        if (
-            not self.has_kernel
-            or rows > INT4_KERNEL_ROWS
-            or (x.requires_grad and torch.is_grad_enabled())
-        ):
-            return F.linear(x, self.dense(x.dtype), self.bias)
+        learns = x.requires_grad and torch.is_grad_enabled()
+        if learns or not self.has_kernel or rows > INT4_KERNEL_ROWS:
+            return frozen_linear(x, self)
         if self._packed is None:
             self._packed = self._pack()
         codes, scale_and_zero = self._packed
@@ -138,7 +136,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A strip of rows is dequantised at a time, so that it stays in the cache."""
         if x.requires_grad and torch.is_grad_enabled():
-            return F.linear(x, self.dense(x.dtype), self.bias)
+            return frozen_linear(x, self)
         strips = range(0, self.outputs, INT8_ROWS)
         rows = (self._rows(slice(at, at + INT8_ROWS)).to(x.dtype) for at in strips)
         y = torch.cat([F.linear(x, some) for some in rows], -1)

@@ -24,6 +24,7 @@ its twin.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -61,6 +62,8 @@ class Adapter(nn.Module):
 class LoRALinear(Adapter):
     """A linear layer (weight [O, I], optional bias), frozen, and its trained correction.
 
+    A base in few bits (`dense` gives its weight) stays so: its weight is made for each product.
+
     group: so many neighbouring inputs share a column of A, so A is [r, I / group]. rslora: the
     correction counts alpha / √r, which keeps its size whatever the rank is. Kalajdzievski, "rsLoRA",
     2023 (arXiv:2312.03732).
@@ -76,17 +79,20 @@ class LoRALinear(Adapter):
         rslora: bool = False,
     ) -> None:
         super().__init__()
-        weight = base.weight
-        assert isinstance(weight, Tensor) and weight.ndim == 2, "an adapter needs a dense matrix"
-        outputs, inputs = self.outputs, self.inputs = weight.shape
+        layer: Any = base
+        weight: Tensor | None = getattr(base, "weight", None)
+        held = next(itertools.chain(base.parameters(), base.buffers()))
+        outputs, inputs = (layer.outputs, layer.inputs) if weight is None else weight.shape
+        self.outputs, self.inputs = outputs, inputs
         assert inputs % group == 0, f"{inputs} inputs do not make groups of {group}"
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout, self.group = dropout, group
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=weight.device))
+        computed = layer.dtype if weight is None else weight.dtype
+        exact = torch.promote_types(computed, torch.float32)
+        self.A = nn.Parameter(torch.zeros(rank, inputs // group, dtype=exact, device=held.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, dtype=exact, device=held.device))
 
     def start(self, seed: int, name: str) -> None:
         """A uniform in ±1/√I (as nn.Linear starts), B zero; decided by the seed and the name."""
@@ -106,7 +112,7 @@ class LoRALinear(Adapter):
         if self.training and self.dropout:
             return self.plain(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = low_rank(rows, base.weight, base.bias, self.A, self.B, self.scale, self.group)
+        y = low_rank(rows, base, base.bias, self.A, self.B, self.scale, self.group)
         return y.view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -127,13 +133,13 @@ class LoRALinear(Adapter):
     def merged(self) -> Tensor:
         """The matrix that both together are, float32 [O, I]."""
         weight = self.base.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor), "only a dense matrix takes a correction"
         return weight.float() + self.correction()
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
         weight = self.base.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor), "only a dense matrix takes a correction"
         weight.copy_(self.merged().to(weight.dtype))
         return self.base
 
@@ -143,10 +149,18 @@ def pooled(x: Tensor, group: int) -> Tensor:
     return x if group == 1 else x.unflatten(1, (-1, group)).sum(-1)  # type: ignore[no-untyped-call]
 
 
-def low_rank(x: Tensor, weight: Any, bias: Any, A: Tensor, B: Tensor, *how: float) -> Tensor:
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ for rows x [T, I] → [T, O]; how: the scale, and the group."""
-    y: Tensor = _LoRA.apply(x, weight, bias, A, B, *how)  # type: ignore[no-untyped-call]
+def low_rank(x: Tensor, base: Any, bias: Any, A: Tensor, B: Tensor, *how: float) -> Tensor:
+    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ for rows x [T, I] → [T, O], W that of `base`; how: the scale, and
+    the group."""
+    y: Tensor = _LoRA.apply(x, base, bias, A, B, *how)  # type: ignore[no-untyped-call]
     return y
+
+
+def _weight(base: Any, dtype: torch.dtype) -> Tensor:
+    """The frozen matrix [O, I]; of a base in few bits in memory of its own."""
+    weight: Tensor | None = getattr(base, "weight", None)
+    found: Tensor = base.dense(dtype) if weight is None else weight
+    return found
 
 
 class _LoRA(torch.autograd.Function):
@@ -154,8 +168,8 @@ class _LoRA(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        base: Any,
+        bias: Any,
         A: Tensor,
         B: Tensor,
         scale: float,
@@ -164,25 +178,26 @@ class _LoRA(torch.autograd.Function):
         A, B = A.to(x.dtype), B.to(x.dtype)
         seen = pooled(x, group)
         down = seen @ A.T  # [T, r]
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, _weight(base, x.dtype), bias)
         y.addmm_(down, B.T, alpha=scale)
-        ctx.save_for_backward(seen, down, weight, A, B)
-        ctx.scale, ctx.group = scale, group
+        ctx.save_for_backward(seen, down, A, B)
+        ctx.base, ctx.scale, ctx.group = base, scale, group
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (above,) = grads  # [T, O]
-        seen, down, weight, A, B = ctx.saved_tensors
+        seen, down, A, B = ctx.saved_tensors
         grad_down = (above @ B).mul_(ctx.scale)  # [T, r]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = above @ weight
+            grad_x = above @ _weight(ctx.base, above.dtype)
             if ctx.group == 1:
                 grad_x.addmm_(grad_down, A)
             else:
-                grad_x.unflatten(1, (-1, ctx.group)).add_((grad_down @ A)[..., None])
+                groups = grad_x.view(len(grad_x), -1, ctx.group)
+                groups.add_((grad_down @ A)[..., None])
         grad_A = grad_down.T @ seen
         grad_B = (down.T @ above).mul_(ctx.scale).T  # [O, r]; down.T @ above reads `above` in order
         return grad_x, None, None, grad_A, grad_B, None, None

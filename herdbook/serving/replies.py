@@ -67,14 +67,9 @@ class Shape:
     def __init__(self, engine: Engine, ask: Ask, prompts: Sequence[list[int]], id: str) -> None:
         self.tokenizer, self.top, self.ask = engine.tokenizer, ask.told, ask
         self.prompts = prompts  # the ids of each
-<<<<<<< HEAD
-        self._ends = engine.intake.stop_ids.union(ask.stop_token_ids or ())
-        self._escaped = bool(engine.intake.escapes)
-=======
-        own = frozenset[int]() if ask.ignore_eos else engine.stop_ids
+        own = frozenset[int]() if ask.ignore_eos else engine.intake.stop_ids
         self._ends = own.union(ask.stop_token_ids or ())
-        self._escaped = bool(engine.escapes)
->>>>>>> w-serve2
+        self._escaped = bool(engine.intake.escapes)
         self.id = f"{id}-{uuid.uuid4().hex}"
         self.head = {"id": self.id, "created": int(time.time()), "model": ask.model}
         # The worker runs the first of equal prompts ahead of the others: so each one's are known.

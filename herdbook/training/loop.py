@@ -36,6 +36,7 @@ from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import Pack
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
+from herdbook.training.moved import Moved
 from herdbook.training.state import State
 
 
@@ -55,6 +56,9 @@ class Plan:
     weight_decay: float
     betas: tuple[float, float]
     clip: float
+    optimiser: str
+    average: float
+    precision: str
     seed: int
     save_every: int
 
@@ -106,7 +110,7 @@ def train(
     work: Path,
     progress: Progress | None = None,
 ) -> State:
-    """Take all steps that are still to be taken; the state at the end.
+    """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
     work: folder for the state. Ctrl-C finishes the pack at hand, saves, and raises on.
     """
@@ -114,14 +118,18 @@ def train(
     progress = progress or Progress()
     total = plan.total(len(rows))
     warmup = optimisers.warmup_steps(total, ratio=plan.warmup_ratio, steps=plan.warmup_steps)
-    adamw = optimisers.adamw(
-        parameters,
+    mark = fingerprint(rows, plan, parameters)
+    moved = Moved(parameters, plan.precision)
+    weights = moved.weights
+    optimiser = optimisers.make(
+        plan.optimiser,
+        weights,
         learning_rate=plan.learning_rate,
         betas=plan.betas,
         weight_decay=plan.weight_decay,
     )
-    mark = fingerprint(rows, plan, parameters)
-    state = states.load(work, parameters, adamw, mark)
+    state = states.load(work, weights, optimiser, mark)
+    moved.show()
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
 
@@ -148,13 +156,13 @@ def train(
                 loss += part.item()
                 if interrupted:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, parameters, adamw, mark)
+                        states.save(work, state, weights, optimiser, mark)
                     raise KeyboardInterrupt
                 bar.advance(len(one.ids), loss=loss / trained)
             share = optimisers.rate(
                 state.step, total, schedule=plan.schedule, warmup=warmup, floor=plan.floor
             )
-            for group in adamw.param_groups:
+            for group in optimiser.param_groups:
                 group["lr"] = plan.learning_rate * share
             norm = optimisers.clip(parameters.values(), plan.clip)
             if not norm < float("inf"):  # also catches not-a-number
@@ -163,8 +171,9 @@ def train(
                     rule="so the weights would be lost",
                     next="lower learning_rate, or look at these rows",
                 )
-            adamw.step()
-            adamw.zero_grad(set_to_none=True)
+            moved.step(optimiser)
+            if plan.average:
+                optimisers.average(optimiser, plan.average)
             state.step += 1
             state.seconds += time.monotonic() - began
             state.records.append(
@@ -177,10 +186,13 @@ def train(
                 }
             )
             if state.step % plan.save_every == 0 or state.step == total or interrupted:
-                states.save(work, state, parameters, adamw, mark)
+                states.save(work, state, weights, optimiser, mark)
                 saved_at = state.step
             if interrupted and state.step < total:
                 raise KeyboardInterrupt
+    if plan.average:
+        optimisers.take_average(optimiser)
+    moved.finish()
     return state
 
 

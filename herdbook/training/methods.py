@@ -57,6 +57,19 @@ def check(how: Tune) -> None:
                 rule=f"which says nothing to method {how.method}",
                 next=f"leave it out, or set method to {' or '.join(owners)}",
             )
+    if how.method != "full" and how.precision != "float32":
+        raise ConfigError(
+            f"tune.precision is {how.precision} and tune.method is {how.method}",
+            rule="but only full tuning moves so many weights that their precision costs anything",
+            next="leave precision out, or set method to full",
+        )
+    if how.base != "dense" and (how.method != "lora" or how.dora or how.whole):
+        beside = "dora" if how.dora else "whole" if how.whole else how.method
+        raise ConfigError(
+            f"tune.base is {how.base} beside {beside}",
+            rule="but only plain LoRA is trained beside weights in few bits",
+            next="set method to lora, without dora and whole, or base to dense",
+        )
     if how.method == "freeze" and not (how.parts or how.last_layers):
         raise ConfigError(
             "method freeze without parts and last_layers",

@@ -67,8 +67,9 @@ class Found:
     whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
-def save(decoder: Decoder, folder: Path, *, base: str) -> None:
-    """Write the adapters that the decoder carries. base: what they were trained on (its id)."""
+def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> None:
+    """Write the adapters that the decoder carries. base: what they were trained on (its id); kept: in
+    which form its weights were (`Tune.base`), which is written down unless they were dense."""
     adapters = adapters_of(decoder)
     lora = {name: one for name, one in adapters.items() if isinstance(one, LoRALinear)}
     ia3 = {name: one for name, one in adapters.items() if isinstance(one, IA3Linear)}
@@ -87,6 +88,9 @@ def save(decoder: Decoder, folder: Path, *, base: str) -> None:
         "inference_mode": True,
         "modules_to_save": sorted(whole) or None,
     }
+    if kept != "dense":
+        computed = str(decoder.dtype).removeprefix("torch.")
+        about |= {"base_kept": kept, "base_computed": computed}
     atomic.write_json(folder / CONFIG, about)
     with atomic.replacing(folder / WEIGHTS) as new:
         save_file(tensors, new, metadata={"format": "pt"})

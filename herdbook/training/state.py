@@ -1,6 +1,6 @@
 """What a run needs to go on after a kill: one file, whole or not there.
 
-Weights, both moments of AdamW, and what was recorded so far, in `state.safetensors`, written
+Weights, what the optimiser keeps of each (all of it tensors), and what was recorded so far, in `state.safetensors`, written
 beside itself and renamed. The random state is not in it: every step seeds its own (see `loop`),
 and the order of the rows follows from seed and epoch. So a run that goes on takes the very steps
 that it would have taken.

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
+from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import bypass
 from herdbook.model.mlp import Experts
@@ -91,7 +93,7 @@ class NextToken:
         return int((next_tokens(pack.ids, pack.mask, pack.lengths) >= 0).sum())
 
     def loss(self, pack: Pack) -> Tensor:
-        where = self.decoder.head_weight.device
+        where = self.decoder.device
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
         layout = Packed(pack.lengths, device=where)
         decoder, first = self.decoder, self.first_adapted
@@ -139,6 +141,10 @@ class Tune(Step):
     #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; freeze:
     #: the last blocks or named parts; full: all weights
     method: Literal["lora", "ia3", "freeze", "full"] = "lora"
+    #: how the frozen weights beside LoRA are kept. dense: in the format that is computed in;
+    #: packaged: in the 4 or 8 bits of the file that they come from (a GGUF, compressed-tensors), which
+    #: changes nothing but memory; nf4: the blocks' matrices rounded to 4 bits (QLoRA)
+    base: Literal["dense", "packaged", "nf4"] = "dense"
     #: LoRA's rank, its alpha (the correction counts alpha / rank), dropout on its input
     rank: int = 8
     alpha: float = 16.0
@@ -165,10 +171,21 @@ class Tune(Step):
     floor: float = 0.0
     warmup_ratio: float = 0.03
     warmup_steps: int = 0
-    #: AdamW, and the largest norm of a gradient (0: any)
+    #: adamw; adamw8, the same with moments of 8 bits; lion and adafactor, whose rates mean something
+    #: else (see their modules; adafactor has no betas)
+    optimiser: Literal["adamw", "adamw8", "lion", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    #: the largest norm of a gradient (0: any)
     clip: float = 1.0
+    #: decay of the running average that is the result in place of the last step's weights (0: none)
+    average: float = 0.0
+    #: of all weights in full tuning. float32: throughout; mixed: computed in bfloat16, moved in
+    #: float32; bfloat16: no more than that, rounded stochastically (the least memory)
+    precision: Literal["float32", "mixed", "bfloat16"] = "float32"
+    #: keep of a pack no more than what enters each block, and compute the rest again on the way back:
+    #: a third more arithmetic for a fraction of the memory
+    recompute: bool = False
     #: passes over the data, or exactly so many optimiser steps (0: by epochs)
     epochs: int = 1
     steps: int = 0
@@ -200,7 +217,9 @@ class Tune(Step):
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
-            decoder = load_decoder(source.path, dtype=dtype)
+            decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
+            decoder.recompute = self.recompute
+            held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             parameters = methods.prepare(decoder, self)
             state = loop.train(
                 NextToken(decoder, self.anchor, self.balance),
@@ -214,9 +233,9 @@ class Tune(Step):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
         if self.kind == "model":
-            save_hf(decoder, tokenizer, bench.out, torch.float32)
+            save_hf(decoder, tokenizer, bench.out, decoder.dtype)
         else:
-            peft_format.save(decoder, bench.out, base=source.id)
+            peft_format.save(decoder, bench.out, base=source.id, kept=self.base)
         return {
             "loss": records[-1]["loss"],
             "first_loss": records[0]["loss"],
@@ -228,12 +247,18 @@ class Tune(Step):
             "tokens_per_s": round(self._tokens_seen(rows) / max(state.seconds, 1e-9), 1),
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
+            "weights_bytes": held,
             "trainable_parameters": sum(p.numel() for p in parameters.values()),
         }
 
     def check(self) -> None:
         methods.check(self)
-        below = {"dropout": 1.0, "warmup_ratio": 1.0, "floor": math.nextafter(1.0, 2.0)}
+        below = {
+            "dropout": 1.0,
+            "warmup_ratio": 1.0,
+            "average": 1.0,
+            "floor": math.nextafter(1.0, 2.0),
+        }
         free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
         given |= {f"betas, {beta:g} of {self.betas},": (beta, 1.0) for beta in self.betas}
@@ -245,6 +270,12 @@ class Tune(Step):
                     + (f", and at most {top:.0f}" if top < math.inf else ""),
                     next=f"correct tune.{name.partition(',')[0]}, or leave it out",
                 )
+        if self.precision != "float32" and not hasattr(Tensor, "grad_dtype"):
+            raise ConfigError(
+                f"tune.precision is {self.precision}",
+                rule=f"and torch {torch.__version__} keeps no float32 gradient of bfloat16 weights",
+                next="pip install -U torch, or leave precision out",
+            )
         positive = ("rank", "alpha", "group", "batch", "length", "learning_rate", "save_every")
         for name in (*positive, "epochs" if not self.steps else "steps"):
             if getattr(self, name) <= 0:
@@ -253,6 +284,21 @@ class Tune(Step):
                     rule="but must be above 0",
                     next=f"set {name}",
                 )
+
+    def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
+        kept = {"quantised": self.base == "packaged", "nf4": self.base == "nf4"}
+        decoder = load_decoder(source.path, dtype=dtype, **kept)
+        few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
+        if self.base == "packaged" and not few:
+            raise ConfigError(
+                f"tune.base is packaged, and {source.ref} keeps no matrix in 4 or 8 bits",
+                rule="so nothing would be saved",
+                next="set base to nf4, or leave it out",
+            )
+        for layer in few:
+            if isinstance(layer, Int4Linear):
+                layer.has_kernel = False  # it rounds otherwise than what the adapter learns beside
+        return decoder
 
     def _plan(self) -> Plan:
         return Plan(
@@ -268,6 +314,9 @@ class Tune(Step):
             weight_decay=self.weight_decay,
             betas=self.betas,
             clip=self.clip,
+            optimiser=self.optimiser,
+            average=self.average,
+            precision=self.precision,
             seed=self.seed,
             save_every=self.save_every,
         )

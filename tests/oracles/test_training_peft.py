@@ -66,7 +66,7 @@ def test_steps_equal_peft_s(started: Decoder, tiny_folder: Path, tmp_path: Path)
     plan = Plan(
         batch=BATCH, epochs=1, steps=STEPS, pack=64, learning_rate=RATE, schedule="constant",
         floor=0.0, warmup_ratio=0.0, warmup_steps=0, weight_decay=0.01, betas=(0.9, 0.999),
-        clip=1.0, seed=5, save_every=100,
+        clip=1.0, optimiser="adamw", average=0.0, precision="float32", seed=5, save_every=100,
     )  # fmt: skip
     theirs = peft_model(tiny_folder, started).train()
     parameters = {
@@ -130,6 +130,24 @@ def test_peft_loads_our_adapter_with_the_same_logits(
     back = load_decoder(tiny_folder, dtype=torch.float32)
     assert peft_format.load(back, tmp_path).keys() == adapters.keys()
     torch.testing.assert_close(ours(back, ids), ours(decoder, ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments ..base_computed', 'base_kept'")
+def test_peft_loads_an_adapter_that_learnt_beside_nf4(tiny_folder: Path, tmp_path: Path):
+    """It warns of the two keys that say so, and leaves them out. On the base's own weights both are
+    the same; beside NF4, where it learnt, the model says something else."""
+    beside = load_decoder(tiny_folder, dtype=torch.float32, nf4=True)
+    for adapter in apply_lora(beside, targets=TARGETS, rank=4, alpha=8).values():
+        torch.nn.init.normal_(adapter.B, std=0.2)
+    peft_format.save(beside, tmp_path, base="base", kept="nf4")
+    ids = rows()[4].ids
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, tmp_path).eval()(torch.tensor([ids])).logits[0]
+    back = load_decoder(tiny_folder, dtype=torch.float32)
+    peft_format.load(back, tmp_path)
+    torch.testing.assert_close(ours(back, ids), theirs, rtol=0, atol=1e-4)
+    assert (ours(beside, ids) - theirs).abs().max() > 1e-3
 
 
 def test_we_load_peft_s_adapter(started: Decoder, tiny_folder: Path, tmp_path: Path):

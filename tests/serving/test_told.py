@@ -154,7 +154,7 @@ def test_best_of_is_the_likeliest_of_its_draws(client: Client) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_ends_that_are_ignored_are_listed(client: Client, worker: Worker, stream: bool) -> None:
-    end = max(worker.engine.stop_ids)
+    end = max(worker.engine.intake.stop_ids)
     keys = {"logit_bias": {str(end): 100}, "ignore_eos": True, "max_tokens": 5, "logprobs": True}
     answer = client.chat(stream=stream, **keys)
     bodies = chunks(answer) if stream else [answer.json()]
@@ -165,8 +165,8 @@ def test_ends_that_are_ignored_are_listed(client: Client, worker: Worker, stream
 
 def test_alternatives_that_are_no_text_have_a_name(client: Client, worker: Worker) -> None:
     tokenizer = worker.engine.tokenizer
-    assert tokenizer is not None and tokenizer.size < worker.engine.vocab
-    last = [(worker.engine.vocab - 1, -0.5)]  # a row of the head without a token
+    assert tokenizer is not None and tokenizer.size < worker.engine.intake.vocab
+    last = [(worker.engine.intake.vocab - 1, -0.5)]  # a row of the head without a token
     told = chat([Token("a", 0, Logprob(5, -1.0, 2, tuple(last)), b"a")], 1, tokenizer)
     assert told["content"][0]["top_logprobs"][0]["token"] == f"token_id:{last[0][0]}"
     seen = client.chat(logprobs=True, top_logprobs=20).json()["choices"][0]["logprobs"]["content"]

@@ -35,6 +35,9 @@ PLAN = Plan(
     weight_decay=0.01,
     betas=(0.9, 0.999),
     clip=1.0,
+    optimiser="adamw",
+    average=0.0,
+    precision="float32",
     seed=0,
     save_every=100,
 )
@@ -78,8 +81,15 @@ def whole(decoder: Decoder) -> dict[str, torch.nn.Parameter]:
     return dict(decoder.requires_grad_(True).named_parameters())
 
 
-def run(plan: Plan, work: Path, full: bool = False, data: list[Rendering] | None = None):
+def run(
+    plan: Plan,
+    work: Path,
+    full: bool = False,
+    data: list[Rendering] | None = None,
+    recompute: bool = False,
+):
     decoder = toy()
+    decoder.recompute = recompute
     parameters = whole(decoder) if full else adapted(decoder)
     state = loop.train(NextToken(decoder), parameters, data or rows(), plan, work)
     return parameters, [record["loss"] for record in state.records]
@@ -191,11 +201,12 @@ def test_clipping():
     assert float(parameter.grad.norm()) == pytest.approx(1.0, rel=1e-5)
 
 
-def test_only_matrices_decay():
+@pytest.mark.parametrize("name", optimiser.OPTIMISERS)
+def test_only_matrices_decay(name: str):
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    adamw = optimiser.adamw(
-        {"m": matrix, "v": vector}, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5
+    made = optimiser.make(
+        name, {"m": matrix, "v": vector}, learning_rate=0.1, betas=(0.9, 0.99), weight_decay=0.5
     )
     matrix.grad, vector.grad = torch.zeros(2, 2), torch.zeros(2)
-    adamw.step()
+    made.step()
     assert torch.allclose(matrix, torch.tensor(0.95)) and torch.equal(vector, torch.ones(2))

@@ -106,3 +106,29 @@ def test_another_run_s_state_is_not_continued(tmp_path: Path, tiny_folder: Path)
     assert foreign.metrics["steps"] == 10
     clean, _, _ = stock(tmp_path / "clean", tiny_folder)
     assert files(foreign.path) == files(other.run(clean).path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimiser": "adamw8", "method": "full", "precision": "bfloat16", "average": 0.9},
+        {"optimiser": "lion", "method": "full", "precision": "mixed", "schedule": "linear"},
+        {"optimiser": "adafactor", "method": "full", "recompute": True},
+        {"optimiser": "adamw8", "rank": 64, "base": "nf4", "recompute": True, "average": 0.5},
+    ],
+    ids=lambda changes: changes["optimiser"],
+)
+def test_every_optimiser_and_format_goes_on_to_the_same_bytes(
+    changes: dict[str, Any], tmp_path: Path, tiny_folder: Path
+):
+    step = tune(learning_rate=1e-3, **changes)
+    book, _, _ = stock(tmp_path / "whole", tiny_folder)
+    whole = step.run(book)
+    assert whole.metrics["loss"] < whole.metrics["first_loss"]
+    book, _, _ = stock(tmp_path / "cut", tiny_folder)
+    progress = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        step.run(book, progress=progress)
+    resumed = step.run(book, progress=progress)
+    assert any(line.startswith("going on after step") for line in progress.said)
+    assert files(resumed.path) == files(whole.path)

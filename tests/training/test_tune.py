@@ -121,6 +121,8 @@ def test_a_row_that_teaches_nothing_is_refused_by_name(shelf: Book, monkeypatch)
         ({"dropout": 2.0}, "tune.dropout is 2.0 but must be at least 0 and finite, and at most 1"),
         ({"learning_rate": math.nan}, "tune.learning_rate is nan but must be at least 0"),
         ({"clip": -1.0}, "tune.clip is -1.0 but must be at least 0"),
+        ({"average": 1.0}, "tune.average is 1.0 but must be at least 0 and finite, and at most 1"),
+        ({"precision": "mixed"}, "tune.precision is mixed and tune.method is lora"),
         ({"betas": (0.9, 1.0)}, "tune.betas, 1 of .* is 1.0 but must be"),
         ({"floor": math.nan}, "tune.floor is nan"),
         ({"last_layers": -2}, "tune.last_layers is -2"),

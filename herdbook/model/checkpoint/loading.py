@@ -12,16 +12,21 @@ from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, Linear
 from herdbook.model.modules import build
+from herdbook.model.nf4 import NF4Linear
 from herdbook.model.precision import compute_dtype
 
 
 def load_decoder(
-    path: Path | str, dtype: torch.dtype | None = None, quantised: bool = False
+    path: Path | str,
+    dtype: torch.dtype | None = None,
+    quantised: bool = False,
+    nf4: bool = False,
 ) -> Decoder:
     """The decoder at `path`, frozen (no gradients), in `dtype` (default: what the machine computes).
 
     quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0, or a folder as compressed-tensors,
-    stay so; the rest is in `dtype`.
+    stay so; the rest is in `dtype`. nf4: instead, the blocks' matrices are rounded to NF4 one by one
+    as they are read.
     """
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
@@ -36,7 +41,11 @@ def load_decoder(
         may = quantised and leaf == "weight"
         may = may and (isinstance(module, Linear) or module is decoder.embed)
         may = may and not name.endswith(".router.weight")  # which is multiplied in float32
-        if may and (made := _quantised(checkpoint, name, dtype)):
+        rounds = nf4 and isinstance(module, Linear) and name.startswith("blocks.")
+        if rounds and leaf == "weight" and not name.endswith(".router.weight"):
+            weight = checkpoint.read(name, torch.float32)
+            _replace(decoder, module_name, NF4Linear(weight, _bias(checkpoint, name, dtype), dtype))
+        elif may and (made := _quantised(checkpoint, name, dtype)):
             _replace(decoder, module_name, made)
         elif leaf in dict(module.named_parameters(recurse=False)):
             places[name] = torch.empty(shape, dtype=dtype)
