@@ -150,12 +150,14 @@ def test_a_found_template_goes_into_the_book(tiny_folder: Path, book: Book, tmp_
     over = Fetch(str(tiny_folder), template="baize").run(book, name="over")
     assert Tokenizer.load(over.path).chat_template == templates.read("baize"), "the user's choice"
     file = tmp_path / "own.jinja"
-    file.write_text("one")
+    file.write_text("one {{ messages }}")
     first = Fetch(str(tiny_folder), template=str(file)).run(book, name="first")
-    file.write_text("two")
+    file.write_text("two {{ messages }}")
     second = Fetch(str(tiny_folder), template=str(file)).run(book, name="second")
-    assert Tokenizer.load(first.path).chat_template == "one"
-    assert Tokenizer.load(second.path).chat_template == "two", "its bytes count, not its name"
+    assert Tokenizer.load(first.path).chat_template == "one {{ messages }}"
+    assert Tokenizer.load(second.path).chat_template == "two {{ messages }}", (
+        "its bytes count, not its name"
+    )
     with pytest.raises(UnknownName, match="template 'vicunna'"):
         Fetch(str(tiny_folder), template="vicunna").check()
 
