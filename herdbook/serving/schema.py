@@ -4,8 +4,8 @@ The shapes are OpenAI's (https://platform.openai.com/docs/api-reference). A requ
 of three drawers:
 
 - keys that Herdbook obeys: the fields of `ChatAsk` and `CompletionAsk`, with `top_k`, `min_p`,
-  `repetition_penalty`, `min_tokens`, `stop_token_ids`, `prompt_logprobs`, `structured_outputs` and
-  `guided_…` as extensions (vLLM's);
+  `repetition_penalty`, `min_tokens`, `stop_token_ids`, `prompt_logprobs`, `priority`,
+  `structured_outputs` and `guided_…` as extensions (vLLM's);
 - OpenAI's keys that would change the reply, but that Herdbook cannot obey yet (`audio`,
   `functions` …): refused with status 400, unless their value asks for nothing (`"functions": []`);
 - anything else: ignored, and the response says so in the header `X-Herdbook-Warning`.

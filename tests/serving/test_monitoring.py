@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import re
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import Response
 
 from herdbook.serving.api import app
 from herdbook.serving.metrics import Histogram, Page
 from herdbook.serving.monitoring import merged
-from herdbook.serving.visits import Counts
+from herdbook.serving.streaming import EventStream, data
+from herdbook.serving.visits import Counts, Visits
 from herdbook.serving.worker import Worker
 
 from .conftest import Client, tiny_engine
@@ -168,3 +173,23 @@ def test_the_log_says_when_a_client_left(worker: Worker, caplog: pytest.LogCaptu
     asyncio.run(asyncio.wait_for(go(), 20))
     (line,) = [record.getMessage() for record in caplog.records]
     assert "status=200 outcome=gone" in line and "model=tiny" in line and "in=2 " in line
+
+
+def test_a_bug_in_a_stream_is_told_and_counted(caplog: pytest.LogCaptureFixture):
+    counts, api = Counts(), FastAPI()
+    api.add_middleware(Visits, counts=counts)
+
+    async def events() -> AsyncGenerator[str, None]:
+        yield data({"first": 1})
+        raise KeyError("my secret text")
+
+    @api.get("/stream")
+    async def stream() -> Response:
+        return EventStream(events(), {})
+
+    text = Client(api)("GET", "/stream").text
+    first, last, rest = text.split("\n\n")
+    assert first == 'data: {"first":1}' and rest == ""
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert "secret" not in text and "a stream failed" in caplog.text
+    assert counts.visits == {("", "failed"): 1}
