@@ -71,8 +71,11 @@ def _nothing(name: str, weight: Tensor) -> dict[str, Tensor]:
     size, where = weight.numel(), weight.device
     if size < SMALL:
         return {name: torch.zeros(size, device=where)}
-    codes, scale = blockwise.encode(torch.zeros(size, device=where), signed=name == "first")
-    return {name: codes, f"{name}_scale": scale}
+    (zero,), _ = blockwise.encode(torch.zeros(1), signed=name == "first")
+    return {
+        name: torch.full((size,), int(zero), dtype=torch.uint8, device=where),
+        f"{name}_scale": torch.zeros(-(-size // blockwise.BLOCK), device=where),
+    }
 
 
 def _blocks(some: slice) -> slice:

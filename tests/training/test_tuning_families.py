@@ -11,11 +11,13 @@ import torch
 
 from herdbook.compression.quantise import round_to_q4_1
 from herdbook.errors import FamilyError, FileError
-from herdbook.model.checkpoint import load_decoder, save_gguf
+from herdbook.model.checkpoint import load_decoder, save_gguf, save_hf
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
+from herdbook.model.layers import Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import TARGETS, adapters_of, apply_lora, merge_lora
+from herdbook.model.nf4 import NF4Linear
 from herdbook.tokens.packing import Pack
 from herdbook.training import peft_format
 from herdbook.training.tune import NextToken
@@ -80,6 +82,42 @@ def test_adapters_train_and_merge(decoder: Decoder, tmp_path: Path) -> None:
     merge_lora(decoder)
     assert not adapters_of(decoder)
     torch.testing.assert_close(logits(decoder), tuned, atol=1e-3, rtol=1e-3)
+
+
+def test_recomputed_blocks_give_the_same_gradients(decoder: Decoder) -> None:
+    gradients = []
+    pack = Pack(ids_of(decoder), [True] * sum(LENGTHS), LENGTHS)
+    decoder.requires_grad_(True).train()
+    for decoder.recompute in (False, True):
+        decoder.zero_grad()
+        NextToken(decoder, balance=0.1).loss(pack).backward()
+        gradients.append({n: p.grad for n, p in decoder.named_parameters() if p.grad is not None})
+    for name, one in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], one, msg=name)
+
+
+def test_adapters_train_beside_nf4(decoder: Decoder, tmp_path: Path) -> None:
+    """Every matrix of a block is rounded but routers; loss and gradients are the dense twin's."""
+    save_hf(decoder, None, tmp_path, torch.float32)
+    pack = Pack(ids_of(decoder), [True] * sum(LENGTHS), LENGTHS)
+    found = []
+    for nf4 in (True, False):
+        one = load_decoder(tmp_path, torch.float32, nf4=nf4)
+        if nf4:
+            rounded = {n: m for n, m in one.named_modules() if isinstance(m, NF4Linear)}
+            left = [n for n, m in one.blocks.named_modules() if isinstance(m, Linear)]
+            assert rounded and all(name.endswith("router") for name in left)
+        else:
+            for name, layer in rounded.items():
+                one.get_submodule(name).weight.copy_(layer.plain())
+        adapters = apply_lora(one.train(), targets=TARGETS, rank=4, alpha=8)
+        loss = NextToken(one).loss(pack)
+        loss.backward()
+        found.append((loss.item(), {name: a.B.grad for name, a in adapters.items()}))
+    (ours, mine), (theirs, wanted) = found
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for name, one in mine.items():
+        torch.testing.assert_close(one, wanted[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("targets", [("q", "v"), tuple(TARGETS)])
