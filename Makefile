@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak large bench clean
+.PHONY: install demo test lint fuzz soak ray large bench clean
 
 install: $(VENV)/.installed
 
@@ -51,6 +51,11 @@ fuzz: $(VENV)/.tested
 SOAK_SECONDS ?= 120
 soak: $(VENV)/.tested
 	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/soak/soak_server.py
+
+# Workers on a Ray cluster of this machine; `make test` runs this too from then on.
+ray: $(VENV)/.tested
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[cluster]"
+	$(BIN)/python -m pytest tests/serving/test_ray.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested

@@ -145,6 +145,7 @@ def serve(
     memory: str = "",
     idle: str = "",
     workers: int = 1,
+    cluster: bool = False,
     template: Template = None,
     lora: list[str] | None = None,
     cache: Literal["float32", "bfloat16", "int8"] | None = None,
@@ -171,12 +172,19 @@ def serve(
         unload a model after so long without a request, such as 10m
     workers
         so many processes share the requests, each with the models in its own memory
+    cluster
+        spread the workers over the machines of the Ray cluster that RAY_ADDRESS names; --memory is
+        then for each of them
     cache
         how keys and values are kept (default: as the model computes, or in less where room is short)
     speculate
         guess the next tokens from the text so far and check several at once: the same replies, sooner
         where texts repeat themselves
     """
+    # Prompts hardly ever have the same length twice: kernels kept for each (a thousand by default) are
+    # memory that only grows. Read when torch is imported.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     from herdbook import config
     from herdbook.serving.server import serve as run
     from herdbook.serving.setup import named
@@ -191,6 +199,7 @@ def serve(
         memory_bytes=config.size(memory, where="--memory") if memory else None,
         idle_s=config.duration(idle, where="--idle") if idle else None,
         workers=workers,
+        cluster=cluster,
         cache=cache,
         speculate=speculate,
     )

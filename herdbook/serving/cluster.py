@@ -1,7 +1,7 @@
 """`herd serve MODEL --workers N`: one door, N processes behind it.
 
     clients ── controller ──┬── worker 0    an ordinary server on a loopback port
-                            ├── worker 1
+                            ├── worker 1    (with --cluster on another machine: `on_ray`)
                             └── …
 
 The controller keeps the keys, the limits and the log; it computes nothing. It starts the workers, and
@@ -23,9 +23,9 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from fastapi import FastAPI
@@ -51,6 +51,25 @@ USAGE = b": usage "  # a comment at the end of a worker's stream, for the contro
 log = logging.getLogger("herdbook.serving")
 
 
+class Process(Protocol):
+    """A worker as the cluster handles it, wherever it runs."""
+
+    async def url(self) -> str | None:
+        """Where it listens; None: it ends."""
+
+    async def wait(self) -> object:
+        """Until it has ended; how it did."""
+
+    def terminate(self) -> None:
+        """Ask it to end once it has answered what it has."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+Spawn = Callable[[dict[str, Any]], Awaitable[Process]]  # of what a worker is told
+
+
 @dataclass
 class Member:
     """One worker process, or the place of the next."""
@@ -59,7 +78,7 @@ class Member:
     http: httpx.AsyncClient | None = None
     ready: bool = False
     open: int = 0
-    process: asyncio.subprocess.Process | None = None
+    process: Process | None = None
     prefixes: dict[int, None] = field(default_factory=dict)  # of prompts that it saw, latest last
 
     def saw(self, prefix: int) -> None:
@@ -70,11 +89,13 @@ class Member:
 
 
 class Cluster:
-    """Starts, watches and chooses workers. settings: what each one's `serve` gets."""
+    """Has workers started by `spawn`, watches and chooses them. settings: a `Setup` as a dict."""
 
-    def __init__(self, workers: int, names: Sequence[str], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, workers: int, names: Sequence[str], settings: dict[str, Any], spawn: Spawn
+    ) -> None:
         self.names = list(names)
-        self.settings, self.secret = settings, secrets.token_urlsafe(32)
+        self.settings, self.secret, self.spawn = settings, secrets.token_urlsafe(32), spawn
         self.failure: str | None = None
         self._stopping = False
         self.members = [Member(number) for number in range(workers)]
@@ -92,7 +113,7 @@ class Cluster:
         finally:
             self._stopping = True
             for member in self.members:
-                if member.process is not None and member.process.returncode is None:
+                if member.process is not None:
                     member.process.terminate()
             await asyncio.gather(*keepers)
 
@@ -100,42 +121,27 @@ class Cluster:
         """One worker after the other in this place."""
         deaths = 0
         while not self._stopping and deaths < MOST_DEATHS:
-            process = member.process = await self._spawn(member)
+            process = await self.spawn({**self.settings, "secret": self.secret})
+            member.process = process
             watching = asyncio.create_task(self._watch(member, process))
-            await process.wait()
+            ended = await process.wait()
+            member.process = None
             deaths = 0 if member.ready else deaths + 1
             member.ready = False
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
             member.prefixes.clear()
             if not self._stopping:
-                log.warning("worker %d ended with %s", member.number, process.returncode)
+                log.warning("worker %d ended with %s", member.number, ended)
         if not self._stopping:
             self.failure = f"worker {member.number} died {deaths} times before it was ready"
 
-    async def _spawn(self, member: Member) -> asyncio.subprocess.Process:
-        cores = max(1, (os.cpu_count() or 1) // len(self.members))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "herdbook.serving.member"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env={"OMP_NUM_THREADS": str(cores), **os.environ},
-            start_new_session=True,  # Ctrl-C is for the controller, which then stops the workers
-        )
-        told = {**self.settings, "secret": self.secret}
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(told).encode() + b"\n")
-        with contextlib.suppress(ConnectionError):  # it died at once; its end tells
-            await process.stdin.drain()
-        return process
-
-    async def _watch(self, member: Member, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
-        port = await process.stdout.readline()
-        if not port:  # it ends
+    async def _watch(self, member: Member, process: Process) -> None:
+        url = await process.url()
+        if url is None:
             return
         async with httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{int(port)}",
+            base_url=url,
             timeout=httpx.Timeout(None, connect=5),
             limits=httpx.Limits(max_connections=None),
             headers={"Authorization": f"Bearer {self.secret}"},
@@ -163,6 +169,47 @@ class Cluster:
         chosen = min(near or ready, key=lambda one: one.open)
         chosen.saw(prefix)
         return chosen
+
+
+class LocalProcess:
+    """A worker on this machine."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process, self.wait = process, process.wait
+
+    async def url(self) -> str | None:
+        assert self._process.stdout is not None
+        port = await self._process.stdout.readline()
+        return f"http://127.0.0.1:{int(port)}" if port else None
+
+    def terminate(self) -> None:
+        if self._process.returncode is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        if self._process.returncode is None:
+            self._process.kill()
+
+
+def local(workers: int) -> Spawn:
+    """Starts workers that share this machine's cores."""
+    cores = max(1, (os.cpu_count() or 1) // workers)
+
+    async def spawn(told: dict[str, Any]) -> LocalProcess:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "herdbook.serving.member"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={"OMP_NUM_THREADS": str(cores), **os.environ},
+            start_new_session=True,  # Ctrl-C is for the controller, which then stops the workers
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps({**told, "host": "127.0.0.1"}).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # it died at once; its end tells
+            await process.stdin.drain()
+        return LocalProcess(process)
+
+    return spawn
 
 
 def app(cluster: Cluster, ring: KeyRing) -> FastAPI:

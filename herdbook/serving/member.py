@@ -26,7 +26,8 @@ def main() -> int:
 
     threading.Thread(target=watch, daemon=True).start()
     try:
-        serve_member(secret=settings.pop("secret"), setup=Setup(**settings))
+        secret, host = settings.pop("secret"), settings.pop("host")
+        serve_member(Setup(**settings), secret, host)
     except HerdbookError as error:
         print(f"herd: {error}", file=sys.stderr)
         return error.exit_code

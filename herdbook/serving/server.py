@@ -29,8 +29,9 @@ from herdbook.book.keys import Keys
 from herdbook.engine.loaded import CacheType
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name
+from herdbook.serving import on_ray
 from herdbook.serving.api import app
-from herdbook.serving.cluster import Cluster
+from herdbook.serving.cluster import Cluster, local
 from herdbook.serving.cluster import app as cluster_app
 from herdbook.serving.guard import LOCAL_NAMES
 from herdbook.serving.keyring import KeyRing
@@ -52,6 +53,7 @@ def serve(
     memory_bytes: int | None = None,
     idle_s: float | None = None,
     workers: int = 1,
+    cluster: bool = False,
     cache: CacheType | None = None,
     speculate: bool = False,
 ) -> None:
@@ -62,8 +64,9 @@ def serve(
     by its name or its file. adapters: name → reference; clients choose one as if it were a model. They
     sit on the one model that is served. memory_bytes, idle_s: load models when they are asked for, and
     unload them to stay within the budget or when they were idle for so long. workers: so many
-    processes, each with the models and its share of the budget, behind one door (`cluster`). cache,
-    speculate: of the engines, see `Engine`.
+    processes, each with the models and its share of the budget, behind one door (`cluster`).
+    cluster: spread them over the machines of the Ray cluster at RAY_ADDRESS, each with the whole
+    budget (`on_ray`). cache, speculate: of the engines, see `Engine`.
     """
     adapters = adapters or {}
     if adapters and len(refs) != 1:
@@ -91,26 +94,29 @@ def serve(
         templates.read(template)
     if workers < 1:
         raise ServeError(f"--workers {workers}", rule="must be at least 1", next="leave it out")
-    share = None if memory_bytes is None else memory_bytes // workers
+    share = None if memory_bytes is None else memory_bytes // (1 if cluster else workers)
     setup = Setup([*map(str, refs)], template, dict(adapters), share, idle_s, cache, speculate)
     models = setup.models(book)
     _log_requests()
-    # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
-    with listen(host, port) as listener, _stoppable():
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(listen(host, port))
         place = f"[{host}]" if ":" in host else host
         url = f"http://{place}:{listener.getsockname()[1]}"
-        if workers == 1:
+        spawn = held.enter_context(on_ray.connected(workers)) if cluster else local(workers)
+        # Uvicorn raises the signal again once it has stopped; stopping is what was asked for.
+        held.enter_context(_stoppable())
+        if workers == 1 and not cluster:
             asyncio.run(_run(models, listener, ring, url))
         else:
-            cluster = Cluster(workers, known, asdict(setup))
-            asyncio.run(_run_cluster(cluster, listener, ring, url))
+            door = Cluster(workers, known, asdict(setup), spawn)
+            asyncio.run(_run_cluster(door, listener, ring, url))
 
 
-def serve_member(setup: Setup, secret: str) -> None:
+def serve_member(setup: Setup, secret: str, host: str) -> None:
     """One worker of a cluster: the same server for who knows the secret. Its port goes to stdout."""
     named = any(may_be_name(ref) for ref in (*setup.refs, *setup.adapters.values()))
     models = setup.models(Book() if named else None)
-    with listen("127.0.0.1", 0) as listener, _stoppable():
+    with listen(host, 0) as listener, _stoppable():
         print(listener.getsockname()[1], flush=True)
         asyncio.run(_run(models, listener, KeyRing(secret), None))
 
@@ -235,7 +241,7 @@ async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing,
     server = uvicorn.Server(_config(api))
 
     async def announce() -> None:
-        _tell(f"starting {len(cluster.members)} workers …")
+        _tell(f"starting workers: {len(cluster.members)} …")
         while not all(member.ready for member in cluster.members) and not cluster.failure:
             await asyncio.sleep(0.05)
         if not cluster.failure:
@@ -249,7 +255,7 @@ async def _run_cluster(cluster: Cluster, listener: socket.socket, ring: KeyRing,
         await server.serve(sockets=[listener])
         if cluster.failure:
             raise ServeError(
-                cluster.failure, next="its message stands above; try without --workers"
+                cluster.failure, next="its message stands above; try one process: herd serve MODEL"
             )
     finally:
         announcing.cancel()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,19 @@ START = (
 
 
 class Cluster:
-    def __init__(self, folder: Path, adapter: Path, log: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        start: str = START,
+        adapter: Path | None = None,
+        **environment: str,
+    ) -> None:
         self.model, self.log = folder.name, log
-        env = {"HERDBOOK_HOME": os.devnull, **os.environ}
+        env = {"HERDBOOK_HOME": os.devnull, **os.environ, **environment}
         with log.open("w") as out:
-            command = [sys.executable, "-u", "-c", START, str(folder), "luna", str(adapter)]
+            luna = [] if adapter is None else ["luna", str(adapter)]
+            command = [sys.executable, "-u", "-c", start, str(folder), *luna]
             self.process = subprocess.Popen(command, stderr=out, env=env)
         for _ in range(1200):
             if found := re.search(r"^ready: http://127.0.0.1:(\d+)", self.output, re.MULTILINE):
@@ -62,7 +70,7 @@ class Cluster:
         return self("/v1/completions", body | keys)
 
     def until(self, true: Any, seconds: float = 60) -> None:
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 6
         while not true():
             assert time.monotonic() < end, self.output
             time.sleep(0.05)
@@ -74,7 +82,7 @@ def cluster(
 ) -> Iterator[Cluster]:
     if not Path("/proc/self/task").exists():
         pytest.skip("the workers are found in /proc")
-    one = Cluster(tiny_folder, adapter, tmp_path_factory.mktemp("cluster") / "log")
+    one = Cluster(tiny_folder, tmp_path_factory.mktemp("cluster") / "log", adapter=adapter)
     yield one
     one.process.kill()
     one.process.wait(30)
@@ -140,8 +148,8 @@ def test_both_work_and_prompts_that_begin_alike_share_one(cluster: Cluster):
         assert f"herdbook_pages_used{{{label}}} 0" in page
 
 
-def test_kill_9_in_the_middle_of_the_load(cluster: Cluster):
-    """Whole replies all come, from the other worker; streams end whole or with an error that says so."""
+def loaded(cluster: Cluster, blow: Callable[[], None]) -> Counter[str]:
+    """How the requests of 8 clients end, half of them streams, with a blow in the middle."""
     outcomes: Counter[str] = Counter()
     lock = threading.Lock()
     end = time.monotonic() + 6
@@ -163,15 +171,21 @@ def test_kill_9_in_the_middle_of_the_load(cluster: Cluster):
             with lock:
                 outcomes[outcome] += 1
 
-    before = cluster.workers()
     threads = [threading.Thread(target=client, args=[number]) for number in range(8)]
     for thread in threads:
         thread.start()
     time.sleep(1.5)
-    os.kill(before[0], signal.SIGKILL)
+    blow()
     for thread in threads:
         thread.join(90)
     assert not any(thread.is_alive() for thread in threads)
+    return outcomes
+
+
+def test_kill_9_in_the_middle_of_the_load(cluster: Cluster):
+    """Whole replies all come, from the other worker; streams end whole or with an error that says so."""
+    before = cluster.workers()
+    outcomes = loaded(cluster, lambda: os.kill(before[0], signal.SIGKILL))
     assert set(outcomes) <= {"whole", "stream", "told"}, outcomes
     assert outcomes["whole"] and outcomes["stream"]
     assert outcomes["told"] <= 4  # at most the streams that were under way
@@ -192,12 +206,41 @@ def test_a_clean_end(cluster: Cluster):
 def test_workers_do_not_outlive_a_killed_controller(
     tiny_folder: Path, adapter: Path, tmp_path: Path
 ):
-    cluster = Cluster(tiny_folder, adapter, tmp_path / "log")
+    cluster = Cluster(tiny_folder, tmp_path / "log", adapter=adapter)
     workers = cluster.workers()
     assert len(workers) == 2
     cluster.process.kill()
     cluster.process.wait(30)
     cluster.until(lambda: not any(_lives(pid) for pid in workers), seconds=20)
+
+
+def test_a_worker_answers_on_its_address_to_who_knows_the_secret(tiny_folder: Path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "herdbook.serving.member"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    told = {"refs": [str(tiny_folder)], "secret": "w0rd", "host": "127.0.0.2"}
+    process.stdin.write(json.dumps(told).encode() + b"\n")
+    process.stdin.flush()
+    port = int(process.stdout.readline())
+
+    def status(host: str, **headers: str) -> int:
+        line = http.client.HTTPConnection(host, port, timeout=60)
+        line.request("GET", "/v1/models", headers=headers)
+        found = line.getresponse().status
+        line.close()
+        return found
+
+    assert status("127.0.0.2") == 401
+    assert status("127.0.0.2", Authorization="Bearer other") == 401
+    assert status("127.0.0.2", Authorization="Bearer w0rd") == 200
+    with pytest.raises(ConnectionRefusedError):
+        status("127.0.0.1", Authorization="Bearer w0rd")
+    process.stdin.close()
+    assert process.wait(30) == 1
+    process.stdout.close()
 
 
 def _lives(pid: int) -> bool:
