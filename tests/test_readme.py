@@ -52,3 +52,22 @@ def test_the_python_of_the_readme_runs(
     script = tmp_path / "block.py"
     script.write_text(block, encoding="utf-8")
     assert runpy.run_path(str(script))["reply"]
+
+
+@pytest.mark.parametrize("document", ["docs/engine.md", "docs/engine.zh.md"])
+def test_the_python_of_the_engine_runs(
+    document: str,
+    smollm2_path: Path,
+    home: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (block,) = blocks(document, "python")
+    script = tmp_path / "block.py"
+    script.write_text(block, encoding="utf-8")
+    known = runpy.run_path(str(script))
+    assert len(known["reply"].logprobs) == 4
+    said = capsys.readouterr().out.splitlines()
+    assert said[1] in ("red", "green", "blue")
+    paris, rome = map(float, said[3].strip("[]").split(","))
+    assert paris > rome
