@@ -168,6 +168,23 @@ def test_lora_learns_merges_and_goes_to_peft(shelf: Book, tmp_path: Path) -> Non
         assert (found.logits[0] - ours).abs().max() <= 1e-3
 
 
+def test_it_learns_beside_nf4_recomputed_as_kept(shelf: Book) -> None:
+    settings = {"rank": 8, "alpha": 16.0, "epochs": 8, "learning_rate": 2e-2, "save_every": 99}
+    kept, again = (
+        tune(**settings, dropout=0.0, base="nf4", recompute=r).run(shelf, name=f"nf4-{r}")
+        for r in (False, True)
+    )
+    assert kept.metrics["loss"] < 0.6 * kept.metrics["first_loss"]
+    assert again.metrics["loss"] == pytest.approx(kept.metrics["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bfloat16"])
+def test_full_tuning_in_bfloat16(shelf: Book, precision: str) -> None:
+    settings = {"learning_rate": 3e-3, "epochs": 8, "save_every": 99, "recompute": True}
+    model = tune(method="full", precision=precision, **settings).run(shelf, name=precision)
+    assert model.metrics["loss"] < 0.6 * model.metrics["first_loss"]
+
+
 def test_full_tuning_moves_every_weight_and_exports(shelf: Book, tmp_path: Path) -> None:
     model = tune(method="full", learning_rate=3e-3, epochs=8, save_every=99).run(shelf, name="all")
     assert model.metrics["loss"] < 0.6 * model.metrics["first_loss"]
