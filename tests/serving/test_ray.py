@@ -122,13 +122,13 @@ def test_two_replicas_and_kill_9_in_the_middle_of_the_load(
         assert set(outcomes) <= {"whole", "stream", "told"}, outcomes
         assert outcomes["whole"] and outcomes["stream"]
         assert outcomes["told"] <= 4  # at most the streams that were under way
-        cluster.until(lambda: cluster("/health")[1].count('"ready":true') == 2)
+        cluster.until(lambda: cluster("/health")[1].count('"ready":true') == 2, 120)
         assert len(head.members()) == 2 and before[0] not in head.members()
 
         os.kill(head.actors()[0], signal.SIGKILL)  # its worker ends with it
         cluster.until(lambda: cluster("/health")[1].count('"ready":true') < 2)
         assert cluster.complete([5, 6, 7])[0] == 200
-        cluster.until(lambda: cluster("/health")[1].count('"ready":true') == 2)
+        cluster.until(lambda: cluster("/health")[1].count('"ready":true') == 2, 120)
         assert len(head.members()) == 2
 
         cluster.process.terminate()
