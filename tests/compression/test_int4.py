@@ -30,7 +30,8 @@ def spread(inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, int4.factor(x.T @ x)
 
 
-@given(st.integers(0, 1000), st.floats(1e-4, 10))
+# below 1e-3 a step is a subnormal float16, with fewer digits than the extremes need
+@given(st.integers(0, 1000), st.floats(1e-3, 10))
 @settings(max_examples=30, deadline=None)
 def test_the_file_holds_exactly_what_was_rounded(seed: int, size: float):
     weight = matrix(16, 96, seed) * size
