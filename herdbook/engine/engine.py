@@ -182,16 +182,21 @@ class Engine:
             )
         self.check_ids(sampling.stop_token_ids, self.vocab, "stop_token_ids: ")
         self.check_ids([id for id, _ in sampling.logit_bias], self.vocab, "logit_bias: ")
-        reading = reading_for(request, self.decoder)
+        adapter = None if request.adapter is None else self.adapters[request.adapter]
+        soft = self.decoder.soft if adapter is None else adapter.soft
+        front = (
+            list(range(-soft.tokens, 0)) if soft else []
+        )  # virtual tokens: where others have ids
+        reading = reading_for(replace(request, ids=[*front, *ids]), self.decoder, len(front))
         given = ids
         if reading is None:
             ids = self.decoder.prompt(ids)
         if sampling.prompt_logprobs is not None:
             self._check_causal(given, ids)
-        request = replace(request, ids=ids)
-        room = self.most_tokens - len(ids)
+        request = replace(request, ids=[*front, *ids])
+        room = self.most_tokens - len(request.ids)
         if room < (1 if reading is None else 0):
-            raise self._too_long(len(ids))
+            raise self._too_long(len(request.ids))
         config = self.decoder.config
         own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
         ends = own.union(sampling.stop_token_ids)
@@ -207,10 +212,11 @@ class Engine:
                 trim=request.trim,
                 escaped=None if sampling.grammar else self.escapes,
             ),
-            context=find_context(ids, config) if config.prefix else None,
+            context=find_context(ids, config).behind(len(front)) if config.prefix else None,
             whole=self.decoder.whole_prompts,
             reading=reading,
-            adapter=None if request.adapter is None else self.adapters[request.adapter],
+            adapter=adapter,
+            soft=soft,
         )
 
     def step(self) -> list[Piece]:

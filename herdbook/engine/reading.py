@@ -51,13 +51,13 @@ class Pooled:
     first = 0
     error: Exception | None = None
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, front: int) -> None:
+        self.tokens, self.front = tokens - front, front  # the first ones are virtual
         self._sum: Tensor | None = None
 
     def add(self, hidden: Tensor, start: int) -> None:
         """The next tokens' [n, hidden]; from the beginning again after a preemption."""
-        more = hidden.float().sum(0)
+        more = hidden[max(0, self.front - start) :].float().sum(0)
         self._sum = more if self._sum is None or not start else self._sum + more
 
     @property
@@ -71,8 +71,10 @@ Reading: TypeAlias = Likelihoods | Pooled
 Through: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def reading_for(request: Request, decoder: Decoder) -> Reading | None:
-    """What a request reads; None where it has tokens drawn. Refuses what the model cannot give."""
+def reading_for(request: Request, decoder: Decoder, front: int = 0) -> Reading | None:
+    """What a request reads; None where it has tokens drawn. Refuses what the model cannot give.
+
+    front: so many of its tokens, the first ones, are virtual."""
     if request.embed:
         if decoder.whole_prompts:
             raise RequestError(
@@ -80,7 +82,7 @@ def reading_for(request: Request, decoder: Decoder) -> Reading | None:
                 rule="is not one: it reads a prompt and its reply in different ways",
                 next="embed with a decoder such as smollm2",
             )
-        return Pooled(len(request.ids))
+        return Pooled(len(request.ids), front)
     decoder.need_head()
     if not request.targets:
         return None

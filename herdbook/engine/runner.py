@@ -27,6 +27,7 @@ from herdbook.model.carried import Carried
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Layout
+from herdbook.model.soft import Prefix, Prompt, Soft
 
 
 class Cache:
@@ -225,12 +226,34 @@ class Paged:
             self._decoding = _Decoding(decoding, cache.page_tokens, device)
             self._spans = [span for span in self._spans if span.n > 1 or not span.start]
         self._slots = torch.tensor(slots, device=device)
+        #: virtual tokens of this step: whose, their rows, and which of them they are
+        self._virtual: list[tuple[Soft, slice, slice]] = []
+        at = 0
+        for one in batch:
+            if one.soft is not None and one.computed < one.front:
+                last = min(one.front, one.computed + one.scheduled)
+                rows = slice(at, at + last - one.computed)
+                self._virtual.append((one.soft, rows, slice(one.computed, last)))
+            at += one.scheduled
+
+    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
+        """Virtual tokens are tokens of the sequences here, each with its own, in pages like all."""
+        for its, rows, which in self._virtual:
+            if isinstance(its, Prompt):
+                x[rows] = its.rows[which].to(x.dtype)
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        return x
 
     def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
         """The engine found them when the prompts came; a step has only some of their tokens."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
+        for its, rows, which in self._virtual:
+            if isinstance(its, Prefix):  # what was computed there counts for nothing
+                k[rows], v[rows] = (one[which] for one in its.before(layer, k.dtype))
         self._cache.write(layer, self._slots, k, v)
         window = look.window
         result = torch.empty_like(q)
@@ -339,7 +362,8 @@ class Runner:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
             layout = Carried(lengths, states, self.device)
         with applied(batch):
-            hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
+            known = torch.tensor(ids, device=self.device).clamp_min_(0)  # a virtual token: any
+            hidden = self.decoder(known, layout)  # [T, hidden]
         read(batch, hidden, lambda rows: rows, self.decoder.logits)
         if not wanted:
             return None

@@ -159,6 +159,7 @@ class DraftModel:
     def _shadow(self, sequence: Sequence) -> Sequence:
         """The sequence as this model sees it: what it has read of it, and its own next tokens."""
         shadow = copy(sequence)  # the list of pages is the same
+        shadow.soft = None  # virtual tokens are of the other model
         shadow.ids, shadow.chooser = list(sequence.ids), sequence.chooser.fork()
         shadow.computed = self._computed(sequence)
         shadow.scheduled = shadow.remaining
