@@ -55,6 +55,8 @@ class Adapter:
         for file in (peft_format.CONFIG, peft_format.WEIGHTS):
             digest.update(hashlib.blake2b((folder / file).read_bytes()).digest())
         self.key = digest.digest()
+        #: virtual tokens, which are the first of its sequences
+        self.soft = found.soft
         self.device = decoder.device
         self.rows: slice | Tensor | None = None  # of this pass
         self._hooks = []

@@ -75,19 +75,25 @@ class Intake:
         self.check_ids(sampling.stop_token_ids, self.vocab, "stop_token_ids: ")
         self.check_ids([id for id, _ in sampling.logit_bias], self.vocab, "logit_bias: ")
         ids = request.ids
-        reading: Reading | None = reading_for(request, self.decoder)
+        adapter = None if request.adapter is None else self.adapters[request.adapter]
+        soft = self.decoder.soft if adapter is None else adapter.soft
+        front = (
+            list(range(-soft.tokens, 0)) if soft else []
+        )  # virtual tokens: others have ids there
+        virtual = replace(request, ids=[*front, *ids])
+        reading: Reading | None = reading_for(virtual, self.decoder, len(front))
         if reading is None:
             ids = self.decoder.prompt(ids)
             if sampling.prompt_logprobs is not None:
                 self._check_causal(request.ids, ids)
-                reading = PromptLogprobs(ids, sampling.prompt_logprobs)
-        room = self.most_tokens - len(ids)
+                reading = PromptLogprobs(ids, sampling.prompt_logprobs, len(front))
+        room = self.most_tokens - len(front) - len(ids)
         if room < (0 if request.embed or request.targets else 1):
-            raise self._too_long(len(ids))
+            raise self._too_long(len(front) + len(ids))
         own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
         ends = own.union(sampling.stop_token_ids)
         return Sequence(
-            replace(request, ids=ids),
+            replace(request, ids=[*front, *ids]),
             limit=min(sampling.max_tokens, room),
             chooser=Chooser(
                 sampling, [id % self.vocab for id in ids], self.vocab, ends, self.matcher(sampling)
@@ -98,10 +104,11 @@ class Intake:
                 trim=request.trim,
                 escaped=None if sampling.grammar else self.escapes,
             ),
-            context=find_context(ids, config) if config.prefix else None,
+            context=find_context(ids, config).behind(len(front)) if config.prefix else None,
             whole=self.decoder.whole_prompts,
             reading=reading,
-            adapter=None if request.adapter is None else self.adapters[request.adapter],
+            adapter=adapter,
+            soft=soft,
         )
 
     def check_ids(self, ids: Many[int], vocab: int, of: str = "") -> None:

@@ -341,7 +341,9 @@ def step_for(decoder: Decoder) -> Step | None:
 
 
 def _fits(decoder: Decoder) -> bool:
-    if type(decoder) is not Decoder or decoder.headless:  # RWKV, T5 … are modules of their own
+    if (
+        type(decoder) is not Decoder or decoder.headless or decoder.soft is not None
+    ):  # RWKV, T5 … are modules of their own
         return False
     c = decoder.config
     plain = DecoderConfig(

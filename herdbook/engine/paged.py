@@ -15,6 +15,7 @@ from herdbook.engine.cache import Cache
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
 from herdbook.model.config import DecoderConfig
+from herdbook.model.soft import Prefix, Prompt, Soft
 
 
 class _Span:
@@ -145,12 +146,34 @@ class Paged:
             self._spans = [span for span in self._spans if span.n > 1 or not span.start]
         self._slots = torch.tensor(slots, device=device)
         self._begun = torch.tensor(begun, device=device) if begun else None
+        #: virtual tokens of this step: whose, their rows, and which of them they are
+        self._virtual: list[tuple[Soft, slice, slice]] = []
+        at = 0
+        for one in batch:
+            if one.soft is not None and one.computed < one.front:
+                last = min(one.front, one.computed + one.scheduled)
+                rows = slice(at, at + last - one.computed)
+                self._virtual.append((one.soft, rows, slice(one.computed, last)))
+            at += one.scheduled
+
+    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
+        """Virtual tokens are tokens of the sequences here, each with its own, in pages like all."""
+        for its, rows, which in self._virtual:
+            if isinstance(its, Prompt):
+                x[rows] = its.rows[which].to(x.dtype)
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        return x
 
     def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
         """The engine found them when the prompts came; a step has only some of their tokens."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
+        for its, rows, which in self._virtual:
+            if isinstance(its, Prefix):  # what was computed there counts for nothing
+                k[rows], v[rows] = (one[which] for one in its.before(layer, k.dtype))
         if self._begun is not None:
             self._cache.start(layer, self._begun)
         self._cache.write(layer, self._slots, k, v)

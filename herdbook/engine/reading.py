@@ -66,14 +66,14 @@ class Pooled:
 
     error: Exception | None = None
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, front: int) -> None:
+        self.tokens, self.front = tokens - front, front  # the first ones are virtual
         self.rest = range(tokens)
         self._sum: Tensor | None = None
 
     def add(self, hidden: Tensor) -> None:
         """The next tokens' [n, hidden]."""
-        more = hidden.float().sum(0)
+        more = hidden[max(0, self.front - self.rest.start) :].float().sum(0)
         self._sum = more if self._sum is None else self._sum + more
         self.rest = self.rest[len(hidden) :]
 
@@ -87,14 +87,14 @@ class Pooled:
 class PromptLogprobs:
     """Of each token of a prompt that is to be gone on from: how probable it was after those before."""
 
-    def __init__(self, ids: Many[int], top: int) -> None:
-        self.ids, self.top = ids, top
-        self.rest = range(len(ids) - 1)
+    def __init__(self, ids: Many[int], top: int, front: int) -> None:
+        self.ids, self.top, self.front = ids, top, front  # so many virtual tokens stand before ids
+        self.rest = range(front, front + len(ids) - 1)
         self.told: list[Logprob | None] = [None]  # nothing is before the first
 
     def take(self, table: Tensor, best: Many[int]) -> None:
         """The next rows of log-probabilities [n, V]."""
-        first = self.rest.start + 1
+        first = self.rest.start - self.front + 1
         self.told += logprobs(table, self.ids[first : first + len(table)], self.top)
         self.rest = self.rest[len(table) :]
 
@@ -103,8 +103,10 @@ Reading: TypeAlias = Likelihoods | Pooled | PromptLogprobs
 Through: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def reading_for(request: Request, decoder: Decoder) -> Likelihoods | Pooled | None:
-    """What a request reads instead of drawing; None where it draws. Refuses what the model lacks."""
+def reading_for(request: Request, decoder: Decoder, front: int = 0) -> Likelihoods | Pooled | None:
+    """What a request reads instead of drawing; None where it draws. Refuses what the model lacks.
+
+    front: so many of its tokens, the first ones, are virtual."""
     if request.embed:
         if decoder.whole_prompts:
             raise RequestError(
@@ -112,7 +114,7 @@ def reading_for(request: Request, decoder: Decoder) -> Likelihoods | Pooled | No
                 rule="is not one: it reads a prompt and its reply in different ways",
                 next="embed with a decoder such as smollm2",
             )
-        return Pooled(len(request.ids))
+        return Pooled(len(request.ids), front)
     decoder.need_head()
     if not request.targets:
         return None

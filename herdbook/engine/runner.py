@@ -97,7 +97,8 @@ class Runner:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
             layout = Carried(lengths, states, self.device)
         with applied(batch):
-            hidden = self.decoder(torch.tensor(ids, device=self.device), layout)  # [T, hidden]
+            known = torch.tensor(ids, device=self.device).clamp_min_(0)  # a virtual token: any
+            hidden = self.decoder(known, layout)  # [T, hidden]
         read(batch, hidden, lambda rows: rows, self.decoder.logits)
         if not wanted:
             return None

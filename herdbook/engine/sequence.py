@@ -18,6 +18,7 @@ from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
 from herdbook.model.carried import State
 from herdbook.model.prefix import Context
+from herdbook.model.soft import Soft
 
 
 class Sequence:
@@ -33,6 +34,7 @@ class Sequence:
         whole: bool = False,
         reading: Reading | None = None,
         adapter: Adapter | None = None,
+        soft: Soft | None = None,
     ) -> None:
         self.request = request
         self.context = context  # of a prefix model's prompt; it is computed in one step
@@ -40,6 +42,8 @@ class Sequence:
         self.reading = reading  # takes what it wants from the hidden states
         self.draws = reading is None or isinstance(reading, PromptLogprobs)
         self.adapter = adapter
+        self.soft = soft  # its virtual tokens are the first `front` of the ids, and negative
+        self.front = soft.tokens if soft else 0
         self.ids = list(request.ids)
         self.prompt_tokens = len(self.ids)
         self.limit = limit  # most tokens that the reply may have
@@ -129,8 +133,8 @@ class Sequence:
             text=self.out.text,
             ids=tuple(self.ids[self.prompt_tokens :]),
             finish=self.finish,
-            prompt_tokens=self.prompt_tokens,
-            cached_tokens=self.cached_tokens or 0,
+            prompt_tokens=self.prompt_tokens - self.front,
+            cached_tokens=max(0, (self.cached_tokens or 0) - self.front),
             waiting_s=(self.first_at or time.perf_counter()) - self.submitted_at,
             decoding_s=self.last_at - self.first_at,
             error=self.error,

@@ -159,7 +159,7 @@ class DraftModel:
     def _shadow(self, sequence: Sequence) -> Sequence:
         """The sequence as this model sees it: what it has read of it, and its own next tokens."""
         shadow = copy(sequence)  # the list of pages is the same
-        shadow.adapter = None  # which sits on the other model
+        shadow.adapter = shadow.soft = None  # which are of the other model
         shadow.ids, shadow.chooser = list(sequence.ids), sequence.chooser.fork()
         shadow.computed = self._computed(sequence)
         shadow.scheduled = shadow.remaining

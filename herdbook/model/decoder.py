@@ -35,6 +35,7 @@ from herdbook.model.layers import (
 )
 from herdbook.model.layout import Layout
 from herdbook.model.mlp import MLP, Experts
+from herdbook.model.soft import Soft
 
 #: cos and sin of the layers that see all, and of those with a window where they have their own
 Ropes = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
@@ -150,6 +151,8 @@ class Decoder(nn.Module):
         turning = c.position.startswith("rope")
         self.rotary = Rotary(c) if turning else None
         self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
+        #: virtual tokens that were trained to stand before every document
+        self.soft: Soft | None = None
 
     def make_block(self, layer: int) -> nn.Module:
         return Block(self.config, layer)
@@ -197,6 +200,8 @@ class Decoder(nn.Module):
         x: Tensor = self.embed(ids)
         if self.config.embed_scale != 1.0:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
+        soft = None if self.soft is None or self.soft.bypassed else self.soft
+        x = layout.begin(x, soft, shift=self.config.prefix is None)
         if self.project_in is not None:
             x = self.project_in(x)
         if self.embed_norm is not None:
@@ -216,7 +221,7 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, ropes, layout, use_reentrant=False)
             else:
                 x = block(x, ropes, layout)
-        return x
+        return layout.end(x) if last is None else x
 
     def finish(self, x: Tensor) -> Tensor:
         """The last block's [T, hidden] after the final norm (where there is one)."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from herdbook.model.attention import Look, attend
 from herdbook.model.config import DecoderConfig
 from herdbook.model.prefix import find_context
+from herdbook.model.soft import Prefix, Prompt, Soft
 
 
 class Layout(Protocol):
@@ -32,8 +33,17 @@ class Layout(Protocol):
         """ids [T]: called first, for prefix models alone."""
         ...
 
+    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
+        """x [T, width], the tokens' rows of the embedding: called behind find_contexts, with what
+        stands before every document. shift: it takes places. → what the decoder goes on with."""
+        ...
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         """q [T, H, D], k and v [T, KV, D] (rotated) → [T, H, D]."""
+        ...
+
+    def end(self, x: Tensor) -> Tensor:
+        """What the last block gives → [T, hidden], of the tokens that were asked for."""
         ...
 
 
@@ -55,7 +65,13 @@ class Packed:
 
     Documents of equal length share one call of the attention kernel; each call does only its own
     L² work, so a pack of many short documents costs what they cost singly.
+
+    Virtual tokens stand before every document, and once in a pack: of a trained prefix each document
+    sees the keys and values, and those of a trained prompt, which depend on nothing behind it, are
+    computed once, as rows of their own before all documents.
     """
+
+    soft: Soft | None = None
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         assert lengths and min(lengths) > 0, "a document has at least one token"
@@ -84,7 +100,7 @@ class Packed:
         taken = torch.cat([order[g.rows] for g in self.groups])
         # where each token's result lies once the groups' results are put end to end
         self.back = None if torch.equal(taken, order) else torch.argsort(taken)
-        self._masks: dict[tuple[int, int, Look], Tensor] = {}
+        self._masks: dict[tuple[int, int, Look, int], Tensor] = {}
 
     def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
         documents = torch.split(ids, list(self.lengths))
@@ -94,8 +110,31 @@ class Packed:
         self.positions = torch.cat(list(places))
         self._arrange([one.tokens for one in found])
 
+    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
+        self.soft = soft
+        if soft is not None and shift:
+            self.positions = self.positions + soft.tokens
+        if not isinstance(soft, Prompt):
+            return x
+        self.positions = torch.cat([torch.arange(soft.tokens, device=x.device), self.positions])
+        return torch.cat([soft.rows.to(x.dtype), x])
+
+    def end(self, x: Tensor) -> Tensor:
+        return x[self.soft.tokens :] if isinstance(self.soft, Prompt) else x
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
+        if isinstance(self.soft, Prefix):
+            return self._attend(q, k, v, look, *self.soft.before(layer, k.dtype))
+        if isinstance(self.soft, Prompt):
+            n = self.soft.tokens
+            prompt = Packed([n], q.device)._attend(q[:n], k[:n], v[:n], look)
+            return torch.cat([prompt, self._attend(q[n:], k[n:], v[n:], look, k[:n], v[:n])])
+        return self._attend(q, k, v, look)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, look: Look, *before: Tensor) -> Tensor:
+        """before: keys and values [n, KV, D] that each document sees in front of its own."""
         parts = []
+        n = len(before[0]) if before else 0
         for g in self.groups:
             # [n·L, heads, D] → [n, heads, L, D]
             qg, kg, vg = (
@@ -103,26 +142,31 @@ class Packed:
             )
             mask = None
             windowed = look.window is not None and look.window < g.length
-            if look.slopes or windowed or g.context:
-                mask = self._mask(g.length, g.context, look, q)
+            if look.slopes or windowed or g.context or n:
+                mask = self._mask(g.length, g.context, look, q, n)
+            if before:
+                front = (one.transpose(0, 1).expand(g.count, -1, -1, -1) for one in before)
+                kg, vg = (torch.cat(two, 2) for two in zip(front, (kg, vg), strict=True))
             out = attend(qg, kg, vg, look, mask, causal=mask is None)
             parts.append(out.transpose(1, 2).flatten(0, 1))
         if self.back is None:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         return torch.cat(parts)[self.back]
 
-    def _mask(self, length: int, context: int, look: Look, q: Tensor) -> Tensor:
-        """What the row's token sees of the column's: bool [L, L], or with ALiBi [H, L, L] to add."""
-        if (length, context, look) not in self._masks:
-            at = torch.arange(length, device=q.device)
-            back = at[:, None] - at
-            mask = (back >= 0) | (at < context)
+    def _mask(self, length: int, context: int, look: Look, q: Tensor, n: int) -> Tensor:
+        """What the row's token sees of the column's, the first n of which are virtual: bool [L, n + L],
+        or with ALiBi [H, L, n + L] to add."""
+        if (length, context, look, n) not in self._masks:
+            keys = torch.arange(n + length, device=q.device)
+            queries = keys[n:]
+            back = queries[:, None] - keys
+            mask = (back >= 0) | (keys < n + context)
             if look.window is not None:
                 mask &= back < look.window
             if look.slopes:
-                mask = look.bias(at, at, q.dtype).masked_fill(~mask, float("-inf"))
-            self._masks[length, context, look] = mask
-        return self._masks[length, context, look]
+                mask = look.bias(queries, keys, q.dtype).masked_fill(~mask, float("-inf"))
+            self._masks[length, context, look, n] = mask
+        return self._masks[length, context, look, n]
 
 
 class Masked:
@@ -141,6 +185,13 @@ class Masked:
             self.context[self.document == i] = torch.arange(n) < found.tokens
             places.append(found.places(0, n))
         self.positions = torch.cat(places)
+
+    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
+        assert soft is None, "the twin knows no virtual tokens"
+        return x
+
+    def end(self, x: Tensor) -> Tensor:
+        return x
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         at = torch.arange(len(q))

@@ -15,7 +15,7 @@ Du et al., "GLM", 2022 (arXiv:2103.10360); Zeng et al., "GLM-130B", 2022 (arXiv:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,20 +30,27 @@ class Context:
     tokens: so many stand before the start mark, see one another, and are seen by every row.
     reply: the place of all tokens from the mark on; None: the marks name none, places run on.
     blocks: a token has two places, its own and the one in such a reply (0 outside of it).
+    front: so many of the tokens are virtual, and take no place.
     """
 
     tokens: int
     reply: int | None
     blocks: bool
+    front: int = 0
+
+    def behind(self, front: int) -> Context:
+        """The same with so many virtual tokens before it, which are of the context."""
+        return replace(self, tokens=self.tokens + front, front=front)
 
     def places(self, start: int, end: int, device: torch.device | str = "cpu") -> Tensor:
         """Of the document's tokens from `start` to `end`: int64 [n], or [n, 2] with blocks."""
-        at = torch.arange(start, end, device=device)
-        inside = at < self.tokens
+        at = (torch.arange(start, end, device=device) - self.front).clamp_min(0)
+        tokens = self.tokens - self.front
+        inside = at < tokens
         places = at if self.reply is None else torch.where(inside, at, self.reply)
         if not self.blocks:
             return places
-        blocks = at * 0 if self.reply is None else torch.where(inside, 0, at - self.tokens + 1)
+        blocks = at * 0 if self.reply is None else torch.where(inside, 0, at - tokens + 1)
         return torch.stack([places, blocks], -1)
 
 

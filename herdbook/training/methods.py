@@ -2,6 +2,8 @@
 
     lora    low-rank corrections of matrices (rslora, dora: how they are scaled)   → adapter
     ia3     factors on keys, values and what the MLP's last matrix reads           → adapter
+    prefix  keys and values of virtual tokens, in every layer                      → adapter
+    prompt  embeddings of virtual tokens                                           → adapter
     freeze  some weights of the model itself: last blocks, named parts             → model
     full    all of them                                                            → model
 
@@ -19,6 +21,7 @@ from herdbook.model import ia3
 from herdbook.model.decoder import Decoder
 from herdbook.model.dora import DoRALinear
 from herdbook.model.lora import TARGETS, LoRALinear, apply_lora
+from herdbook.model.soft import Prefix, Prompt, Soft, apply_soft
 from herdbook.model.whole import train_whole
 
 if TYPE_CHECKING:
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 #: those that train the model's own weights, and have no base beside it
 WEIGHTS = ("freeze", "full")
-METHODS = ("lora", "ia3", *WEIGHTS)
+#: those that put something onto matrices
+MATRICES = ("lora", "ia3")
+SOFT: dict[str, type[Soft]] = {"prefix": Prefix, "prompt": Prompt}
 
 
 def check(how: Tune) -> None:
@@ -45,10 +50,9 @@ def check(how: Tune) -> None:
                 rule="and only the embedding and the head are trained whole beside an adapter",
                 next="name embed or head, or set method to freeze and name parts",
             )
-    adapters = tuple(one for one in METHODS if one not in WEIGHTS)
     belong = {
         "rslora": ("lora",), "dora": ("lora",), "parts": ("freeze",),
-        "targets": adapters, "whole": adapters,
+        "targets": MATRICES, "whole": MATRICES, "last_layers": (*MATRICES, "freeze"),
     }  # fmt: skip
     for field, owners in belong.items():
         if getattr(how, field) and how.method not in owners:
@@ -87,6 +91,8 @@ def prepare(decoder: Decoder, how: Tune) -> dict[str, nn.Parameter]:
         _choose(decoder, how.parts, how.last_layers)
     elif how.method == "ia3":
         ia3.apply_ia3(decoder, targets=how.targets or ia3.TARGETS, last_layers=how.last_layers)
+    elif how.method in SOFT:
+        _soft(decoder, how)
     else:
         _lora(decoder, how)
     for name in how.whole:
@@ -122,6 +128,17 @@ def _lora(decoder: Decoder, how: Tune) -> None:
         last_layers=how.last_layers,
         seed=how.seed,
     )
+
+
+def _soft(decoder: Decoder, how: Tune) -> None:
+    config, most = decoder.config, how.length + how.virtual_tokens
+    if config.position == "learned" and most > config.max_pos:
+        raise ConfigError(
+            f"rows of {how.length} tokens behind {how.virtual_tokens} virtual ones",
+            rule=f"need more than the {config.max_pos} places that this model has learnt",
+            next=f"set length to {config.max_pos - how.virtual_tokens}",
+        )
+    apply_soft(decoder, SOFT[how.method], how.virtual_tokens, how.seed)
 
 
 def _whole(decoder: Decoder, name: str) -> str:

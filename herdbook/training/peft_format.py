@@ -5,8 +5,8 @@
                                                                             ….lora_B.weight …
 
 LoRA (with rsLoRA's scale, DoRA's lengths) and IA3 on the matrices of blocks (peft_matrices.py), and
-beside them the embedding and the head trained whole (`modules_to_save`). What brings more than
-these, as trained biases, says so in its configuration and is refused.
+beside them the embedding and the head trained whole (`modules_to_save`); or virtual tokens before
+every document (peft_soft.py). What brings more than these, as trained biases, says so in its configuration and is refused.
 
 A head that is tied to the embedding is written as both, so that peft, which unties what it trains
 whole, computes the same.
@@ -33,6 +33,7 @@ from herdbook.model.dora import DoRALinear
 from herdbook.model.families import families
 from herdbook.model.ia3 import IA3Linear, put_factors
 from herdbook.model.lora import Adapter, LoRALinear, adapters_of, put_adapter
+from herdbook.model.soft import Soft
 from herdbook.model.whole import Whole, train_whole
 from herdbook.training.peft_matrices import (
     PREFIX,
@@ -42,11 +43,13 @@ from herdbook.training.peft_matrices import (
     write_ia3,
     write_lora,
 )
+from herdbook.training.peft_soft import KINDS as SOFT
+from herdbook.training.peft_soft import read_soft, write_soft
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: settings that would change what the adapter computes, and the only values that are read
 PLAIN: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA", "IA3"),
+    "peft_type": ("LORA", "IA3", *SOFT),
     "bias": ("none",),
     "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
@@ -61,10 +64,12 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds for a decoder, by our names: adapters, and layers trained whole."""
+    """What a folder holds for a decoder: by our names adapters and layers trained whole; or virtual
+    tokens."""
 
     layers: Mapping[str, LowRank | Factors] = field(default_factory=dict)
     whole: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    soft: Soft | None = None
 
 
 def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> None:
@@ -73,7 +78,10 @@ def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> N
     adapters = adapters_of(decoder)
     lora = {name: one for name, one in adapters.items() if isinstance(one, LoRALinear)}
     ia3 = {name: one for name, one in adapters.items() if isinstance(one, IA3Linear)}
-    tensors, about = write_lora(decoder, lora) if lora else write_ia3(decoder, ia3)
+    if decoder.soft is not None:
+        tensors, about = write_soft(decoder, decoder.soft)
+    else:
+        tensors, about = write_lora(decoder, lora) if lora else write_ia3(decoder, ia3)
     whole: list[str] = []
     for name, one in adapters.items():
         if isinstance(one, Whole):
@@ -82,11 +90,12 @@ def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> N
                 for mine, leaf in WHOLE.items():
                     if (tensor := getattr(one, mine)) is not None:
                         tensors[f"{PREFIX}{module}.{leaf}"] = tensor.detach().clone()
+    if whole:
+        about["modules_to_save"] = sorted(whole)
     about |= {
         "task_type": decoder.peft_task,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "modules_to_save": sorted(whole) or None,
     }
     if kept != "dense":
         computed = str(decoder.dtype).removeprefix("torch.")
@@ -111,6 +120,8 @@ def load(decoder: Decoder, folder: Path) -> dict[str, Adapter]:
     """
     found = read(decoder, folder)
     adapters: dict[str, Adapter] = {}
+    if found.soft is not None:
+        decoder.soft = adapters["soft"] = found.soft
     with torch.no_grad():
         for name, one in found.layers.items():
             adapters[name] = _put(decoder, name, one)
@@ -154,6 +165,8 @@ def read(decoder: Decoder, folder: Path) -> Found:
         ) from error
     if not tensors:
         raise FileError(f"{file}", rule="holds no tensor", next="train it again")
+    if config["peft_type"] in SOFT:
+        return Found(soft=read_soft(decoder, tensors, config, file))
     whole = _whole(decoder, tensors, config, file)
     reader = Reader(decoder, tensors, file)
     if config["peft_type"] == "IA3":
@@ -210,7 +223,7 @@ def _config(path: Path) -> dict[str, Any]:
                 rule=f"and only {' or '.join(map(str, allowed))} can be read here",
                 next="merge it with the library that made it, and use the merged model",
             )
-    if config.get("peft_type") == "IA3":
+    if config.get("peft_type") == "IA3" or config.get("peft_type") in SOFT:
         return dict(config)
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.setdefault(key, {}) or {}

@@ -114,6 +114,7 @@ class NextToken:
         if isinstance(pack, AnchorPack):
             with bypass(decoder), torch.no_grad():
                 if not self.same_start:
+                    layout = Packed(pack.lengths, device=where)
                     shared = decoder.start(torch.tensor(pack.ids, device=where), layout)
                 base = decoder.finish(decoder.through(shared, layout, first))
                 plain = decoder.config.plain_head and self.same_head
@@ -140,7 +141,8 @@ class Tune(Step):
     data: Inputs = ()
     #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; freeze:
     #: the last blocks or named parts; full: all weights
-    method: Literal["lora", "ia3", "freeze", "full"] = "lora"
+    #: prefix: keys and values of virtual tokens before each row (P-tuning v2); prompt: their embeddings
+    method: Literal["lora", "ia3", "prefix", "prompt", "freeze", "full"] = "lora"
     #: how the frozen weights beside LoRA are kept. dense: in the format that is computed in;
     #: packaged: in the 4 or 8 bits of the file that they come from (a GGUF, compressed-tensors), which
     #: changes nothing but memory; nf4: the blocks' matrices rounded to 4 bits (QLoRA)
@@ -162,6 +164,8 @@ class Tune(Step):
     last_layers: int = 0
     #: trained whole beside an adapter, of: embed head (as for new tokens)
     whole: tuple[str, ...] = ()
+    #: how many virtual tokens prefix and prompt train (ChatGLM-6B's own recipe: 128)
+    virtual_tokens: int = 20
     #: what freeze trains, by parts of weights' names as "mlp", "bias", "attention.q", "head" (none:
     #: whole blocks)
     parts: tuple[str, ...] = ()
@@ -277,7 +281,7 @@ class Tune(Step):
                 next="pip install -U torch, or leave precision out",
             )
         positive = ("rank", "alpha", "group", "batch", "length", "learning_rate", "save_every")
-        for name in (*positive, "epochs" if not self.steps else "steps"):
+        for name in (*positive, "virtual_tokens", "epochs" if not self.steps else "steps"):
             if getattr(self, name) <= 0:
                 raise ConfigError(
                     f"tune.{name} is {getattr(self, name)}",

@@ -22,12 +22,14 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.dora import DoRALinear
 from herdbook.model.ia3 import IA3Linear
 from herdbook.model.layers import Embedding, Linear
+from herdbook.model.layout import Packed
 from herdbook.model.lora import LoRALinear, adapters_of, bypass
 from herdbook.model.whole import WholeEmbedding, WholeLinear
 from herdbook.training import methods
 from herdbook.training.tune import Anchor, NextToken
 from tests.model.test_families import of_fixture
 
+SOFT = ("prefix", "prompt")
 CHAT = [{"role": "user", "content": "who are you"}]
 SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True, "targets": ("q", "v")},
@@ -35,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dora-groups": {"dora": True, "group": 32},
     "ia3": {"method": "ia3", "learning_rate": 0.1},
     "ia3-last": {"method": "ia3", "last_layers": 1, "targets": ("o", "down"), "learning_rate": 0.1},
+    "prefix": {"method": "prefix", "virtual_tokens": 19, "learning_rate": 0.1},
+    "prompt": {"method": "prompt", "virtual_tokens": 19, "learning_rate": 0.1},
     "whole": {"whole": ("embed",), "targets": ("q", "v")},
 }
 
@@ -136,16 +140,27 @@ def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str)
     assert adapter.kind == "adapter"
     assert adapter.metrics["loss"] < 0.8 * adapter.metrics["first_loss"]
     tuned = herdbook.load(f"tuned-{kind}", book=shelf, dtype="float32")
-    count = sum(p.numel() for one in adapters_of(tuned.decoder).values() for p in one.parameters())
+    count = sum(
+        p.numel()
+        for one in adapters_of(tuned.decoder).values()
+        for p in one.parameters(recurse=False)
+    )
     base = herdbook.load("base", book=shelf, dtype="float32")
     ids = tuned.render([*CHAT, {"role": "assistant", "content": "I am"}]).ids
     assert (tuned.logits(ids) - base.logits(ids)).abs().max() > 0.05
-    assert adapter.metrics["trainable_parameters"] < count
-    merged = Merge(model="base", adapter=f"tuned-{kind}").run(shelf, name=f"merged-{kind}")
-    assert merged.metrics["max_logit_difference"] < 1e-3
-    whole = herdbook.load(f"merged-{kind}", book=shelf, dtype="float32")
-    assert torch.allclose(tuned.logits(ids), whole.logits(ids), atol=1e-3)
-    assert tuned.generate(CHAT, max_tokens=8) == whole.generate(CHAT, max_tokens=8)
+    grouped = "group" in SETTINGS[kind]  # whose A is written out
+    assert grouped or adapter.metrics["trainable_parameters"] == count
+    if kind in SOFT:
+        with pytest.raises(
+            ConfigError, match="19 trained virtual tokens are no change of a weight"
+        ):
+            Merge(model="base", adapter=f"tuned-{kind}").run(shelf)
+    else:
+        merged = Merge(model="base", adapter=f"tuned-{kind}").run(shelf, name=f"merged-{kind}")
+        assert merged.metrics["max_logit_difference"] < 1e-3
+        whole = herdbook.load(f"merged-{kind}", book=shelf, dtype="float32")
+        assert torch.allclose(tuned.logits(ids), whole.logits(ids), atol=1e-3)
+        assert tuned.generate(CHAT, max_tokens=8) == whole.generate(CHAT, max_tokens=8)
 
     # beside its base, chosen by request
     engine = Engine(base.decoder, base.tokenizer)
@@ -225,3 +240,29 @@ def test_a_tied_head_is_named_embed() -> None:
     decoder = Decoder(of_fixture("gpt2")[1])
     with pytest.raises(ConfigError, match="ties to its embedding"):
         methods.prepare(decoder, tune(whole=("head",)))
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_rows_to_keep_are_held_by_the_base_without_virtual_tokens(
+    method: str, tiny_folder: Path
+) -> None:
+    decoder = load_decoder(tiny_folder, dtype=torch.float32)
+    parameters = methods.prepare(decoder, tune(method=method, virtual_tokens=3))
+    objective = NextToken(decoder)
+    ids = [5, 6, 7, 8]
+    [pack] = objective.packs([Anchor(ids, [True] * 4)], 8)
+    row = torch.tensor(ids)
+    tuned = decoder.logits(decoder(row, Packed([4]))).log_softmax(-1)
+    with bypass(decoder):
+        base = decoder.logits(decoder(row, Packed([4]))).log_softmax(-1)
+    wanted = (base.exp() * (base - tuned)).sum()
+    assert objective.loss(pack).item() == pytest.approx(wanted.item(), rel=1e-3)
+    objective.loss(pack).backward()
+    assert all(one.grad is not None for one in parameters.values()) and wanted > 1e-4
+
+
+def test_virtual_tokens_need_places_too() -> None:
+    decoder = Decoder(of_fixture("gpt2")[1])
+    most = decoder.config.max_pos
+    with pytest.raises(ConfigError, match=f"need more than the {most} places"):
+        methods.prepare(decoder, tune(method="prefix", virtual_tokens=8, length=most - 7))

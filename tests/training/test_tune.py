@@ -133,6 +133,11 @@ def test_a_row_that_teaches_nothing_is_refused_by_name(shelf: Book, monkeypatch)
             {"method": "full", "targets": ("q",)},
             r"targets is \('q',\) which says nothing to method",
         ),
+        (
+            {"method": "prefix", "last_layers": 1},
+            "last_layers is 1 which says nothing to method pre",
+        ),
+        ({"method": "prompt", "virtual_tokens": 0}, "tune.virtual_tokens is 0 but must be above 0"),
         ({"method": "freeze"}, "freeze without parts and last_layers would train every weight"),
         ({"method": "freeze", "parts": ("mpl",)}, "names 'mpl' and no weight.*mean 'mlp'"),
         (
