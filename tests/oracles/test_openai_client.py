@@ -131,7 +131,10 @@ def test_logprobs_add_up_in_the_clients_stream(client: openai.OpenAI, model: str
         final = stream.current_completion_snapshot
     for ours, theirs in zip(whole.choices, final.choices, strict=True):
         assert ours.logprobs and ours.logprobs.content and theirs.logprobs
-        assert ours.logprobs.content == theirs.logprobs.content
+        pairs = list(zip(ours.logprobs.content, theirs.logprobs.content or [], strict=True))
+        for one, other in pairs:  # in bfloat16 a batch's other rows change the last digits
+            assert (one.token, one.bytes) == (other.token, other.bytes)
+            assert abs(one.logprob - other.logprob) <= 0.1
         assert "".join(one.token for one in ours.logprobs.content) == ours.message.content
         assert all(len(one.top_logprobs) == 3 for one in ours.logprobs.content)
 
