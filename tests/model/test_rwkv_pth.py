@@ -102,3 +102,6 @@ def test_what_is_none(raven: Path, tmp_path: Path) -> None:
     (tmp_path / "odd.pth").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(FileError, match="neither as a zip nor as a pickle of torch"):
         open_checkpoint(tmp_path / "odd.pth")
+    torch.save({}, tmp_path / "odd.pth")
+    with pytest.raises(FileError, match="holds no model"):
+        open_checkpoint(tmp_path / "odd.pth")

@@ -111,6 +111,8 @@ def _renamed(
 
 def sizes(folder: Path, weights: PlainWeights) -> dict[str, Any] | None:
     """The configuration of a model that came without, from its tensors' names and shapes."""
+    if not weights.files:  # nor any tensors
+        return None
     for family in families().values():
         if family.sizes and (source := family.sizes(weights.shapes, weights.files[0].stem)):
             return family.source(family.config(source, str(folder)))
