@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,21 @@ from herdbook.files.atomic import write_text
 from herdbook.tokens import bytebpe, sentence
 from herdbook.tokens.codec import Span
 from herdbook.tokens.sentence import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """The library breaks off where a damaged file leads it out of a list; it stays usable."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which the library does not export
+            raise
+        raise FileError(
+            f"the tokenizer's library failed: {error}",
+            rule="so the model's tokenizer file is damaged",
+            next="fetch the tokenizer's files again",
+        ) from None
 
 
 class LibraryCodec:
@@ -46,12 +62,14 @@ class LibraryCodec:
     # --- text and ids
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        with _told():
+            ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_spans(self, text: str, *, first: bool) -> tuple[list[int], list[Span]]:
         reading = self._plain if first else self._following
-        encoding = reading.encode(text, add_special_tokens=False)
+        with _told():
+            encoding = reading.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def parse(self, text: str) -> tuple[list[int], list[Span]] | None:

@@ -92,7 +92,8 @@ def test_what_is_none(raven: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="holds no model"):
         open_checkpoint(tmp_path)  # two of them: which?
     held = torch.load(raven)
-    for name, shape in (("emb.weight", (3,)), ("blocks.0.att.time_first", ())):
+    odd = [("emb.weight", (3,)), ("blocks.0.att.time_first", ()), ("blocks.0.att.time_first", (1,))]
+    for name, shape in odd:
         torch.save(held | {name: torch.zeros(shape)}, tmp_path / "odd.pth")
         with pytest.raises(HerdbookError):
             open_checkpoint(tmp_path / "odd.pth")

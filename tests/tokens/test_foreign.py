@@ -112,3 +112,26 @@ def test_an_unknown_token_that_is_none() -> None:
     """Some files say 4294967295."""
     metadata = piece_metadata() | {"tokenizer.ggml.unknown_token_id": 2**32 - 1}
     assert Tokenizer.from_gguf(metadata, Path("m.gguf")).encode("hi")
+
+
+def test_a_library_that_breaks_off_is_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It panics where a damaged file leads it out of a list (found by fuzzing)."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Broken:
+        error: type[BaseException] = PanicException
+
+        def encode(self, text: str, add_special_tokens: bool) -> None:
+            raise self.error("index out of bounds")
+
+    codec = Tokenizer.from_gguf(byte_metadata(), Path("model.gguf")).codec
+    monkeypatch.setattr(codec, "_plain", Broken())
+    with pytest.raises(FileError, match=r"(?s)index out of bounds.*damaged"):
+        codec.encode("a")
+    with pytest.raises(FileError, match=r"(?s)index out of bounds.*damaged"):
+        codec.encode_spans("a", first=True)
+    monkeypatch.setattr(Broken, "error", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        codec.encode("a")

@@ -115,7 +115,7 @@ def sizes(folder: Path, weights: PlainWeights) -> dict[str, Any] | None:
         return None
     for family in families().values():
         if family.sizes and (source := family.sizes(weights.shapes, weights.files[0].stem)):
-            return family.source(family.config(source, str(folder)))
+            return family.source(read_config(family, source, str(folder)))
     return None
 
 
