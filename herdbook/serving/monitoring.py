@@ -97,24 +97,26 @@ async def _page(models: Models, counts: Counts) -> Page:
 
 
 def _visits(page: Page, counts: Counts) -> None:
-    page.metric(
-        "counter",
-        "requests_total",
-        "Requests by model (empty: refused before one was found) and outcome.",
-        [
-            ({"model": model, "outcome": outcome}, count)
-            for (model, outcome), count in sorted(counts.visits.items())
-        ],
-    )
-    page.metric(
-        "counter",
-        "key_requests_total",
-        "Requests by API key and outcome.",
-        [
-            ({"key": key, "outcome": outcome}, count)
-            for (key, outcome), count in sorted(counts.keys.items())
-        ],
-    )
+    for name, about, labels, counted in (
+        (
+            "requests_total",
+            "Requests by model (empty: refused before one was found) and outcome.",
+            ("model", "outcome"),
+            counts.visits,
+        ),
+        (
+            "key_requests_total",
+            "Requests by API key and outcome.",
+            ("key", "outcome"),
+            counts.keys,
+        ),
+    ):
+        page.metric(
+            "counter",
+            name,
+            about,
+            [(dict(zip(labels, by, strict=True)), n) for by, n in sorted(counted.items())],
+        )
     page.metric(
         "counter",
         "key_tokens_total",
