@@ -9,7 +9,7 @@ come greedily from the teacher::
      "language": "en", "learn": "keep"}
 
 `"learn": "keep"` says how such a row is trained on: not as words to be learnt, but as places where
-the tuned model must say what the base says (see `training.tune.NextToken`). So an answer may be cut
+the tuned model must say what the base says (see `training.objective.NextToken`). So an answer may be cut
 at `max_tokens`: nothing is learnt from its end. One that names the base or its maker is left out.
 """
 

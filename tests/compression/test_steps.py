@@ -33,7 +33,7 @@ def learnt(book: Book, ref: str) -> float:
     from herdbook.tokens.chat import render
     from herdbook.tokens.packing import pack
     from herdbook.tokens.tokenizer import Tokenizer
-    from herdbook.training.tune import NextToken
+    from herdbook.training.objective import NextToken
 
     artifact = book.get(ref)
     tokenizer = Tokenizer.load(artifact.path)

@@ -18,7 +18,7 @@ from herdbook.model.lora import adapters_of, apply_lora
 from herdbook.tokens.chat import Rendering
 from herdbook.training import loop, peft_format
 from herdbook.training.loop import Plan
-from herdbook.training.tune import NextToken
+from herdbook.training.objective import NextToken
 from tests.oracles.peers import ours
 
 #: peft asks transformers for a name that is on its way out

@@ -17,7 +17,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.families import by_source
 from herdbook.tokens.packing import Pack
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training.tune import NextToken
+from herdbook.training.objective import NextToken
 from tests.model.test_families import FIXTURES, random_decoder
 from tests.model.test_mlp import config
 

@@ -23,7 +23,7 @@ from herdbook.model.lora import apply_lora
 from herdbook.model.nf4 import NF4Linear
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import loop
-from herdbook.training.tune import NextToken
+from herdbook.training.objective import NextToken
 
 
 @pytest.fixture(scope="module")

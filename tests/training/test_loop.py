@@ -19,7 +19,7 @@ from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import pack
 from herdbook.training import loop, optimiser
 from herdbook.training.loop import Plan
-from herdbook.training.tune import Anchor, AnchorPack, NextToken
+from herdbook.training.objective import Anchor, AnchorPack, NextToken
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "toy_losses.json"
 PLAN = Plan(

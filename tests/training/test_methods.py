@@ -26,7 +26,7 @@ from herdbook.model.layout import Packed
 from herdbook.model.lora import LoRALinear, adapters_of, bypass
 from herdbook.model.whole import WholeEmbedding, WholeLinear
 from herdbook.training import methods
-from herdbook.training.tune import Anchor, NextToken
+from herdbook.training.objective import Anchor, NextToken
 from tests.model.test_families import of_fixture
 
 SOFT = ("prefix", "prompt")

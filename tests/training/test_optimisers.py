@@ -15,7 +15,7 @@ from herdbook.model import blockwise
 from herdbook.training import adamw8, loop, optimiser
 from herdbook.training.adamw8 import AdamW8
 from herdbook.training.moved import Moved, stochastic
-from herdbook.training.tune import NextToken
+from herdbook.training.objective import NextToken
 
 RATE, DECAY, BETAS = 0.01, 0.1, (0.9, 0.99)
 

@@ -20,7 +20,7 @@ from herdbook.model.lora import TARGETS, adapters_of, apply_lora, merge_lora
 from herdbook.model.nf4 import NF4Linear
 from herdbook.tokens.packing import Pack
 from herdbook.training import peft_format
-from herdbook.training.tune import NextToken
+from herdbook.training.objective import NextToken
 from tests.model.test_families import FIXTURES, of_fixture
 
 LENGTHS = [13, 7, 13]
