@@ -22,9 +22,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+import numpy as np
 
 from herdbook.engine.adapters import Adapters
 from herdbook.engine.cache import cache_dtype as widest
@@ -32,7 +30,7 @@ from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.intake import Intake
 from herdbook.engine.logprobs import of_drawn
 from herdbook.engine.pages import PagePool
-from herdbook.engine.reading import Likelihoods, Pooled, embedding
+from herdbook.engine.reading import Likelihoods, Pooled, embedding, unit
 from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import choose
@@ -171,7 +169,7 @@ class Engine:
         self._totals[f"{kind}_s"] += time.perf_counter() - begun
         return self._take_backlog()
 
-    def _draw(self, logits: Tensor, trials: Many[Trial]) -> None:
+    def _draw(self, logits: np.ndarray, trials: Many[Trial]) -> None:
         """A token for each trial, from its row of logits [R, V], and another as long as the last was
         the draft that the next row comes after."""
         while trials:
@@ -257,13 +255,13 @@ class Engine:
 
     def embed(
         self, texts: Many[Many[int]], *, normalise: bool = False, adapter: str | None = None
-    ) -> Tensor:
+    ) -> np.ndarray:
         """float32 [texts, hidden]: of each text's token ids, the mean of the hidden states after
         the final norm. normalise: each row's length is 1, so that products are cosines."""
         requests = [Request(ids, embed=True, adapter=adapter) for ids in texts]
         rows = [embedding(reply) for reply in self.generate(requests)]
-        found = torch.stack(rows) if rows else torch.zeros(0, self.decoder.config.hidden)
-        return F.normalize(found) if normalise else found
+        found = np.array(rows, np.float32).reshape(-1, self.decoder.config.hidden)
+        return unit(found) if normalise else found
 
     def load_adapter(self, name: str, adapter: Path | Artifact) -> None:
         """See Adapters.load."""

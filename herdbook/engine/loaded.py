@@ -17,6 +17,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,7 @@ class LoadedModel:
 
     def embed(
         self, texts: str | Sequence[str | Sequence[int]], *, normalise: bool = False
-    ) -> Tensor:
+    ) -> np.ndarray:
         """float32 [texts, hidden]: the mean of each text's hidden states after the final norm.
 
         texts: one, or several, each a text or its token ids. normalise: to length 1, so that

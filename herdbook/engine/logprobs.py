@@ -9,35 +9,41 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from herdbook.engine.request import Logprob
+from herdbook.engine.sampling import greatest
 
 if TYPE_CHECKING:
     from herdbook.engine.sequence import Sequence
 
 
-def logprobs(table: Tensor, ids: Many[int], top: int) -> list[Logprob]:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities of each row of logits [R, V]."""
+    below = logits - logits.max(-1, keepdims=True)
+    below -= np.log(np.exp(below).sum(-1, keepdims=True))
+    return below
+
+
+def logprobs(table: np.ndarray, ids: Many[int], top: int) -> list[Logprob]:
     """For each row of log-probabilities [R, V] that of its token ids[r], and of the `top` greatest."""
-    mine = table.gather(1, torch.tensor(ids, device=table.device)[:, None])
-    ranks = (table > mine).sum(dim=1) + 1
-    best, tokens = table.topk(min(top, table.shape[1]))
-    rows = (ranks.tolist(), mine[:, 0].tolist(), tokens.tolist(), best.tolist())
-    return [
-        Logprob(id, logprob, rank, tuple(zip(others, theirs, strict=True)))
-        for id, rank, logprob, others, theirs in zip(ids, *rows, strict=True)
-    ]
+    out = []
+    for row, id in zip(table, ids, strict=True):
+        rank = int((row > row[id]).sum()) + 1
+        best, tokens = greatest(row, top)
+        others = tuple(zip(tokens.tolist(), best.tolist(), strict=True))
+        out.append(Logprob(id, float(row[id]), rank, others))
+    return out
 
 
 def of_drawn(
-    logits: Tensor, tokens: Many[int | Exception], batch: Many[Sequence]
+    logits: np.ndarray, tokens: Many[int | Exception], batch: Many[Sequence]
 ) -> list[Logprob | None]:
     """Of what was drawn from each row of logits [B, V], for the sequences that ask for it."""
     out: list[Logprob | None] = [None] * len(batch)
     for row, (token, sequence) in enumerate(zip(tokens, batch, strict=True)):
         top = sequence.request.sampling.logprobs
         if top is not None and isinstance(token, int):
-            table = logits[row : row + 1].float().log_softmax(-1)
+            table = log_softmax(logits[row : row + 1])
             [out[row]] = logprobs(table, [token], top)
     return out

@@ -15,18 +15,17 @@ import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from itertools import groupby
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from herdbook.engine.logprobs import logprobs
+from herdbook.engine.logprobs import log_softmax, logprobs
 from herdbook.engine.request import Logprob, Reply, Request
 from herdbook.errors import RequestError
-from herdbook.model.decoder import Decoder
 
 if TYPE_CHECKING:
     from herdbook.engine.sequence import Sequence
+    from herdbook.model.decoder import Decoder
 
 #: rows of logits at once: [ROWS, V] float32 is 25 MB where V is 49,152
 ROWS = 128
@@ -43,12 +42,12 @@ class Likelihoods:
         self.logprobs: list[dict[int, float]] = [{} for _ in targets]
         self.best = [-1] * len(targets)
 
-    def take(self, table: Tensor, best: Many[int]) -> None:
+    def take(self, table: np.ndarray, best: Many[int]) -> None:
         """The next rows of log-probabilities [n, V], and the likeliest tokens of their logits."""
         start = self.rest.start - self.first
         targets = self.targets[start : start + len(table)]
         wanted = [(row, token) for row, some in enumerate(targets) for token in some]
-        row, token = torch.tensor(wanted, dtype=torch.long, device=table.device).view(-1, 2).T
+        row, token = np.array(wanted, np.int64).reshape(-1, 2).T
         for (at, one), value in zip(wanted, table[row, token].tolist(), strict=True):
             self.logprobs[start + at][one] = value
         self.best[start : start + len(table)] = best
@@ -69,16 +68,16 @@ class Pooled:
     def __init__(self, tokens: int, front: int) -> None:
         self.tokens, self.front = tokens - front, front  # the first ones are virtual
         self.rest = range(tokens)
-        self._sum: Tensor | None = None
+        self._sum: np.ndarray | None = None
 
-    def add(self, hidden: Tensor) -> None:
+    def add(self, hidden: np.ndarray) -> None:
         """The next tokens' [n, hidden]."""
-        more = hidden[max(0, self.front - self.rest.start) :].float().sum(0)
+        more = hidden[max(0, self.front - self.rest.start) :].sum(0)
         self._sum = more if self._sum is None else self._sum + more
         self.rest = self.rest[len(hidden) :]
 
     @property
-    def mean(self) -> Tensor:
+    def mean(self) -> np.ndarray:
         """float32 [hidden]."""
         assert self._sum is not None, "asked before it was computed"
         return self._sum / self.tokens
@@ -92,7 +91,7 @@ class PromptLogprobs:
         self.rest = range(front, front + len(ids) - 1)
         self.told: list[Logprob | None] = [None]  # nothing is before the first
 
-    def take(self, table: Tensor, best: Many[int]) -> None:
+    def take(self, table: np.ndarray, best: Many[int]) -> None:
         """The next rows of log-probabilities [n, V]."""
         first = self.rest.start - self.front + 1
         self.told += logprobs(table, self.ids[first : first + len(table)], self.top)
@@ -100,7 +99,8 @@ class PromptLogprobs:
 
 
 Reading: TypeAlias = Likelihoods | Pooled | PromptLogprobs
-Through: TypeAlias = Callable[[Tensor], Tensor]
+#: rows of what the runner computed (its own kind of array) → float32 [R, …]
+Through: TypeAlias = Callable[[Any], np.ndarray]
 
 
 def reading_for(request: Request, decoder: Decoder, front: int = 0) -> Likelihoods | Pooled | None:
@@ -122,13 +122,18 @@ def reading_for(request: Request, decoder: Decoder, front: int = 0) -> Likelihoo
     return Likelihoods(request.targets, len(request.ids))
 
 
-def embedding(reply: Reply) -> Tensor:
-    """What a request with `embed` asked for: float32 [hidden], on the CPU."""
+def embedding(reply: Reply) -> np.ndarray:
+    """What a request with `embed` asked for: float32 [hidden]."""
     assert isinstance(reply.reading, Pooled)
-    return reply.reading.mean.cpu()
+    return reply.reading.mean
 
 
-def read(batch: Many[Sequence], hidden: Tensor, finish: Through, logits: Through) -> None:
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Each of vectors [..., hidden] at length 1; one of zeros stays so."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def read(batch: Many[Sequence], hidden: Any, finish: Through, logits: Through) -> None:
     """Each sequence of the batch that reads takes its part of hidden [T, hidden].
 
     finish: rows of it → the final hidden states. logits: rows of it → float32 [R, V].
@@ -148,8 +153,8 @@ def read(batch: Many[Sequence], hidden: Tensor, finish: Through, logits: Through
                 reading.add(finish(hidden[first + places.start : first + places.stop]))
         at += one.scheduled
     for begin in range(0, len(rows), ROWS):
-        some = logits(hidden[torch.tensor(rows[begin : begin + ROWS], device=hidden.device)])
-        table, best, end = some.float().log_softmax(-1), some.argmax(-1).tolist(), 0
+        some = logits(hidden[rows[begin : begin + ROWS]])
+        table, best, end = log_softmax(some), some.argmax(-1).tolist(), 0
         for reading, its in groupby(takers[begin : begin + ROWS]):
             row, end = end, end + len(list(its))
             reading.take(table[row:end], best[row:end])

@@ -10,7 +10,9 @@ it writes the new keys and values into the pages and lets each sequence look at 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +45,8 @@ class Runner:
         return [] if self._native is None else self._native.kept
 
     @torch.inference_mode()
-    def run(self, batch: Many[Sequence]) -> Tensor | None:
-        """Logits [R, V] after the R tokens of the batch that want them, in its order; None if none do.
+    def run(self, batch: Many[Sequence]) -> np.ndarray | None:
+        """Logits float32 [R, V] after the R tokens of the batch that want them, in its order; None if none do.
 
         Where there is a native step, what a sequence gets does not depend on who else is served, to
         the last bit. Those with an adapter go the PyTorch way beside it: into the same cache, but into
@@ -58,16 +60,16 @@ class Runner:
         if not others:
             logits = self._step(mine)
             return logits if len(logits) else None
-        rows: dict[int, Tensor] = {}  # a sequence's [wanted, V]
+        rows: dict[int, np.ndarray] = {}  # a sequence's [wanted, V]
         for some, run in ((mine, self._step), (others, self._pass)):
             found = run(some) if some else None
             if found is not None:
-                each = torch.split(found, [one.wanted for one in some])
+                each = np.split(found, list(accumulate(one.wanted for one in some))[:-1])
                 rows |= {id(one): its for one, its in zip(some, each, strict=True)}
         ordered = [rows[id(one)] for one in batch if one.wanted]
-        return torch.cat(ordered) if ordered else None
+        return np.concatenate(ordered) if ordered else None
 
-    def _step(self, batch: Many[Sequence]) -> Tensor:
+    def _step(self, batch: Many[Sequence]) -> np.ndarray:
         """Logits [R, V] by the native step, which knows no adapters."""
         assert self._native is not None
         spans = [
@@ -80,10 +82,13 @@ class Runner:
             for one in batch
         ]
         logits, x = self._native(self.cache, spans)
-        read(batch, x, self.decoder.finish, self._native.head)
-        return logits
+        step = self._native
+        read(
+            batch, x, lambda rows: _array(self.decoder.finish(rows)), lambda r: _array(step.head(r))
+        )
+        return _array(logits)
 
-    def _pass(self, batch: Many[Sequence]) -> Tensor | None:
+    def _pass(self, batch: Many[Sequence]) -> np.ndarray | None:
         """The same by PyTorch; the head is computed only where logits are wanted."""
         ids: list[int] = []
         wanted: list[int] = []
@@ -99,7 +104,10 @@ class Runner:
         with applied(batch):
             known = torch.tensor(ids, device=self.device).clamp_min_(0)  # a virtual token: any
             hidden = self.decoder(known, layout)  # [T, hidden]
-        read(batch, hidden, lambda rows: rows, self.decoder.logits)
-        if not wanted:
-            return None
-        return self.decoder.logits(hidden[torch.tensor(wanted, device=self.device)])
+        read(batch, hidden, _array, lambda rows: _array(self.decoder.logits(rows)))
+        return _array(self.decoder.logits(hidden[wanted])) if wanted else None
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    """float32, on the CPU."""
+    return tensor.float().cpu().numpy()

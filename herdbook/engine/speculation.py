@@ -20,8 +20,8 @@ token comes from p without x, renormalised; one draw from p does just that. A dr
 probabilities q. Their rule accepts with 1 - TV(p, q), but what it draws depends on whether there was a
 draft, which the other chats and the clock decide. Here draft and target draw with the same random
 numbers instead (Daliri, Musco, Suresh 2024, arXiv 2408.07978): the distribution is p, the token does
-not depend on the drafts, and they agree with at least (1 - TV) / (1 + TV). `torch.multinomial` draws
-by an exponential race, argmax p_i / e_i, which is the draw that they describe.
+not depend on the drafts, and they agree with at least (1 - TV) / (1 + TV). `sampling.race` draws
+argmax p_i / e_i, which is the draw that they describe.
 """
 
 from __future__ import annotations

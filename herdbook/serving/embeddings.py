@@ -11,11 +11,10 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
-from torch.nn import functional as F
 
-from herdbook.engine.reading import embedding
+from herdbook.engine.reading import embedding, unit
 from herdbook.engine.request import Request
 from herdbook.errors import RequestError
 from herdbook.serving.messages import Prompts
@@ -52,19 +51,19 @@ async def embed(
         requests = [
             Request(ids, embed=True, adapter=adapter) for ids in texts[start : start + AT_ONCE]
         ]
-        vectors: dict[int, Tensor] = {}
+        vectors: dict[int, np.ndarray] = {}
         async with contextlib.aclosing(worker.stream(requests)) as pieces:
             async for at, piece in pieces:
                 if piece.reply is not None:
-                    vectors[at] = F.normalize(embedding(piece.reply), dim=0)
+                    vectors[at] = unit(embedding(piece.reply))
         for at in range(len(requests)):
             values = _written(vectors[at], ask.encoding_format)
             data.append({"object": "embedding", "index": start + at, "embedding": values})
     return {"object": "list", "data": data, "model": ask.model}
 
 
-def _written(vector: Tensor, encoding: str | None) -> list[float] | str:
+def _written(vector: np.ndarray, encoding: str | None) -> list[float] | str:
     """Numbers, or the bytes of little-endian float32 in base64."""
     if encoding != "base64":
         return vector.tolist()
-    return base64.b64encode(vector.numpy().astype("<f4").tobytes()).decode()
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -269,7 +270,7 @@ def same(got: Reply, want: Reply, exactly: bool) -> None:
             assert mine == pytest.approx(theirs, abs=near)
     if isinstance(got.reading, Pooled):  # a sum in chunks, in float32
         assert isinstance(want.reading, Pooled)
-        assert torch.allclose(got.reading.mean, want.reading.mean, atol=1e-5)
+        assert np.allclose(got.reading.mean, want.reading.mean, atol=1e-5)
 
 
 def missed(got: Reply, request: Request, engine: Engine) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from herdbook.engine.request import Sampling
 from herdbook.engine.sampling import Chooser, candidates, choose
@@ -58,11 +58,15 @@ def test_one_stop_string_may_stand_alone() -> None:
     assert Sampling(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
 
 
-def logits_of(*probabilities: float) -> torch.Tensor:
-    return torch.tensor(probabilities).log()
+def row(*values: float) -> np.ndarray:
+    return np.array(values, np.float32)
 
 
-def kept(logits: torch.Tensor, sampling: Sampling) -> dict[int, float]:
+def logits_of(*probabilities: float) -> np.ndarray:
+    return np.log(row(*probabilities))
+
+
+def kept(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
     probabilities, tokens = candidates(logits, sampling)
     ids = range(len(logits)) if tokens is None else tokens.tolist()
     total = float(probabilities.sum())
@@ -93,7 +97,9 @@ def test_candidates_by_hand(settings: dict[str, Any], expected: dict[int, float]
 
 
 def test_a_flat_nucleus_goes_past_the_head() -> None:
-    probabilities, tokens = candidates(torch.zeros(5000), Sampling(temperature=1.0, top_p=0.5))
+    probabilities, tokens = candidates(
+        np.zeros(5000, np.float32), Sampling(temperature=1.0, top_p=0.5)
+    )
     assert tokens is not None and len(set(tokens.tolist())) == len(tokens)
     assert abs(len(probabilities) - 2500) <= 2
 
@@ -121,7 +127,7 @@ def test_penalties_by_hand() -> None:
     chooser = Chooser(sampling, [0, 3], 5)
     for token in (1, 1, 4):
         chooser.took(token)
-    logits = torch.tensor([2.0, 3.0, -1.0, -0.5, 0.0])
+    logits = row(2.0, 3.0, -1.0, -0.5, 0.0)
     penalised = chooser.penalise(logits)
     assert penalised.tolist() == [1.0, 0.25, -1.0, -1.0, -0.75]
     assert logits.tolist() == [2.0, 3.0, -1.0, -0.5, 0.0]
@@ -129,14 +135,14 @@ def test_penalties_by_hand() -> None:
 
 def test_greedy_with_penalties() -> None:
     chooser = Chooser(Sampling(presence_penalty=1.5), [0], 3)
-    logits = torch.tensor([1.0, 2.0, 0.0])
+    logits = row(1.0, 2.0, 0.0)
     first = chooser.choose(logits)
     chooser.took(first)
     assert (first, chooser.choose(logits)) == (1, 0)
 
 
 def test_a_batch_is_its_rows() -> None:
-    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1))
+    logits = np.random.default_rng(1).standard_normal((4, 50), np.float32)
     settings = [
         Sampling(),
         Sampling(temperature=1.0, seed=3),
@@ -154,7 +160,7 @@ def test_a_batch_is_its_rows() -> None:
 
 
 def test_a_bad_row_fails_alone() -> None:
-    logits = torch.randn(3, 10)
+    logits = np.random.default_rng(2).standard_normal((3, 10), np.float32)
     logits[1, 4] = math.nan
     first, bad, last = choose(logits, [Chooser(Sampling(), [0], 10) for _ in range(3)])
     assert isinstance(bad, ArithmeticError) and "not finite" in str(bad)
@@ -162,7 +168,7 @@ def test_a_bad_row_fails_alone() -> None:
 
 
 def test_without_seed_draws_differ() -> None:
-    flat = torch.zeros(1000)
+    flat = np.zeros(1000, np.float32)
     draws = {
         Chooser(Sampling(temperature=1.0, seed=None), [0], 1000).choose(flat) for _ in range(8)
     }
@@ -171,6 +177,6 @@ def test_without_seed_draws_differ() -> None:
 
 @pytest.mark.parametrize("temperature", [1e-40, 1e-20, 1e-6])
 def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
-    logits = torch.tensor([1.0, 90.0, 89.0, -3.0])
+    logits = row(1.0, 90.0, 89.0, -3.0)
     probabilities, _ = candidates(logits, Sampling(temperature=temperature))
     assert probabilities.tolist() == [0.0, 1.0, 0.0, 0.0]

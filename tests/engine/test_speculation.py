@@ -259,7 +259,7 @@ def exactly(ids: list[int], sampling: Sampling, tokens: int) -> dict[tuple[int, 
             chooser = Chooser(sampling, ids, VOCAB)
             for id in run:
                 chooser.took(id)
-            kept, which = candidates(chooser.penalise(logits), sampling)
+            kept, which = candidates(chooser.penalise(logits.numpy()), sampling)
             assert which is not None
             for id, q in zip(which.tolist(), (kept / kept.sum()).tolist(), strict=True):
                 longer[(*run, id)] = p * q
@@ -299,8 +299,8 @@ def draws(p: torch.Tensor, q: torch.Tensor, seeds: int) -> Counter[tuple[int, in
     pairs: Counter[tuple[int, int]] = Counter()
     for seed in range(seeds):
         chooser = Chooser(Sampling(temperature=1.0, seed=seed), [0], len(p))
-        draft = chooser.fork().choose(q.log())
-        pairs[chooser.choose(p.log()), draft] += 1
+        draft = chooser.fork().choose(q.log().numpy())
+        pairs[chooser.choose(p.log().numpy()), draft] += 1
     return pairs
 
 
