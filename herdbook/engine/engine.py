@@ -44,6 +44,8 @@ from herdbook.model.decoder import Decoder
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
     from herdbook.book.book import Artifact
     from herdbook.tokens.tokenizer import Tokenizer
 

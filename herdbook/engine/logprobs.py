@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Log-probabilities of each row of logits [R, V]."""
-    below = logits - logits.max(-1, keepdims=True)
+    below: np.ndarray = logits - logits.max(-1, keepdims=True)
     below -= np.log(np.exp(below).sum(-1, keepdims=True))
     return below
 

@@ -130,7 +130,8 @@ def embedding(reply: Reply) -> np.ndarray:
 
 def unit(vectors: np.ndarray) -> np.ndarray:
     """Each of vectors [..., hidden] at length 1; one of zeros stays so."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    found: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return found
 
 
 def read(batch: Many[Sequence], hidden: Any, finish: Through, logits: Through) -> None:

@@ -16,7 +16,6 @@ unknown characters into its answer; it writes <mask> and <unk> here.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,31 +26,14 @@ from herdbook.model import tree
 from herdbook.model.attention import Look
 from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried, State
-from herdbook.model.config import DecoderConfig
+from herdbook.model.config import NUMBER, BeeConfig, DecoderConfig
 from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
-from herdbook.model.tree import Marks, Tree
+from herdbook.model.tree import Tree
 
 SHRINK = 1.05
-#: positions of the rotation from one number to the next
-NUMBER = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class BeeConfig(DecoderConfig):
-    buckets: int  # of distances
-    segment_buckets: int  # of relations between segments
-    far: int  # the distance from which on all share a bucket
-    marks: Marks
-    input: tuple[int, ...]  # how the key of a plain prompt is written
-    without_attention: tuple[int, ...] = ()  # layers of which pruning left the MLP alone
-    without_mlp: tuple[int, ...] = ()
-
-    @property
-    def plain_head(self) -> bool:
-        return False
 
 
 class BeeMLP(MLP):

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from herdbook.model.config import DecoderConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: config → int64 [rows]
-Order = Callable[[DecoderConfig], Tensor]
+Order = Callable[[DecoderConfig], np.ndarray]
 
 QKV = tuple(f"blocks.{{n}}.attention.{one}" for one in "qkv")
 
@@ -55,9 +58,11 @@ class Fold:
 
     def join(self, parts: Sequence[Tensor], config: DecoderConfig) -> Tensor:
         """The source's tensor again."""
+        import torch  # a description is read without it
+
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
         if self.order is not None:
-            whole = whole[torch.argsort(self.order(config))]
+            whole = whole[np.argsort(self.order(config))]
         if self.stacked:
             whole = whole.view(len(parts), -1, *whole.shape[1:])
         if self.transposed and whole.ndim == 2:
@@ -75,35 +80,37 @@ class Fold:
 # --- orders ----------------------------------------------------------------------------------------
 
 
-def qkv_by_head(config: DecoderConfig) -> Tensor:
+def qkv_by_head(config: DecoderConfig) -> np.ndarray:
     """The source's rows are, head by head, [q | k | v] (BLOOM, GPT-NeoX, ChatGLM-6B)."""
-    at = torch.arange(3 * config.heads * config.head_dim).view(config.heads, 3, config.head_dim)
-    return at.transpose(0, 1).flatten()
+    at = np.arange(3 * config.heads * config.head_dim)
+    return at.reshape(config.heads, 3, config.head_dim).swapaxes(0, 1).flatten()
 
 
-def qkv_by_group(config: DecoderConfig) -> Tensor:
+def qkv_by_group(config: DecoderConfig) -> np.ndarray:
     """Group by group, [its query heads | k | v] (Falcon, InternLM 2)."""
     each = config.heads // config.kv_heads
-    at = torch.arange(config.kv_heads * (each + 2) * config.head_dim)
-    at = at.view(config.kv_heads, each + 2, config.head_dim)
-    return torch.cat([at[:, :each].flatten(), at[:, each].flatten(), at[:, each + 1].flatten()])
+    rows = np.arange(config.kv_heads * (each + 2) * config.head_dim)
+    at = rows.reshape(config.kv_heads, each + 2, config.head_dim)
+    return np.concatenate(
+        [at[:, :each].flatten(), at[:, each].flatten(), at[:, each + 1].flatten()]
+    )
 
 
-def qkv_by_shard(config: DecoderConfig) -> Tensor:
+def qkv_by_shard(config: DecoderConfig) -> np.ndarray:
     """Four shards (of the machine it was trained on), each [q | v | k] (CodeGen, MOSS)."""
-    at = torch.arange(3 * config.heads * config.head_dim).view(4, 3, -1)
-    return torch.cat([at[:, 0].flatten(), at[:, 2].flatten(), at[:, 1].flatten()])
+    at = np.arange(3 * config.heads * config.head_dim).reshape(4, 3, -1)
+    return np.concatenate([at[:, 0].flatten(), at[:, 2].flatten(), at[:, 1].flatten()])
 
 
 def rotating(heads: Callable[[DecoderConfig], int]) -> Order:
     """Heads whose R rotating rows lie as pairs side by side, where ours are in two halves."""
 
-    def order(config: DecoderConfig) -> Tensor:
+    def order(config: DecoderConfig) -> np.ndarray:
         count, size = heads(config), config.head_dim
         turning = config.rope_dim or size
-        at = torch.arange(count * size).view(count, size)
-        pairs = at[:, :turning].reshape(count, -1, 2).transpose(1, 2).flatten(1)
-        return torch.cat([pairs, at[:, turning:]], 1).flatten()
+        at = np.arange(count * size).reshape(count, size)
+        pairs = at[:, :turning].reshape(count, -1, 2).swapaxes(1, 2).reshape(count, -1)
+        return np.concatenate([pairs, at[:, turning:]], 1).flatten()
 
     return order
 
@@ -115,10 +122,10 @@ K_ROTATING = rotating(lambda config: config.kv_heads)
 def qkv_rotating(packed: Order | None) -> Order:
     """q, k and v as `packed` has them (None: end to end), q and k with pairs side by side besides."""
 
-    def order(config: DecoderConfig) -> Tensor:
+    def order(config: DecoderConfig) -> np.ndarray:
         q, k = Q_ROTATING(config), K_ROTATING(config)
-        rest = torch.arange(len(k))  # v, as many rows as k
-        mine = torch.cat([q, len(q) + k, len(q) + len(k) + rest])
+        rest = np.arange(len(k))  # v, as many rows as k
+        mine = np.concatenate([q, len(q) + k, len(q) + len(k) + rest])
         return mine if packed is None else packed(config)[mine]
 
     return order

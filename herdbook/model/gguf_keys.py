@@ -8,12 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 
 from herdbook.errors import FamilyError
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.keys import Keys
-from herdbook.model.layers import rope_divisors, rope_frequencies
+from herdbook.model.rope import rope_divisors, rope_frequencies
 
 #: Hugging Face's key → GGUF's, without the architecture in front
 GGUF_KEYS = {
@@ -136,7 +135,7 @@ def write_gguf_scaling(config: DecoderConfig) -> dict[str, Any]:
     return metadata
 
 
-def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeScaling | None:
+def llama3_from_divisors(divisors: np.ndarray, config: DecoderConfig) -> RopeScaling | None:
     """LLaMA 3's scaling, recognised in the divisors that GGUF keeps as `rope_freqs.weight`.
 
     The greatest divisor is the factor; a frequency between tells the original context, since Meta's
@@ -147,9 +146,9 @@ def llama3_from_divisors(divisors: torch.Tensor, config: DecoderConfig) -> RopeS
     between = (divisors > 1) & (divisors < divisors.max())
     if factor <= 1 or not between.any():
         return None
-    i = int(between.nonzero()[0])
+    i = int(between.nonzero()[0][0])
     kept = (1 / float(divisors[i]) - 1 / factor) / (1 - 1 / factor)
     original = round((1 + kept * 3) * 2 * math.pi / float(plain[i]))
     scaling = RopeScaling("llama3", factor, original, 1.0, 4.0)
-    same = torch.allclose(rope_divisors(plain, scaling, config), divisors, rtol=1e-3)
+    same = np.allclose(rope_divisors(plain, scaling, config), divisors, rtol=1e-3)
     return scaling if same else None

@@ -9,14 +9,13 @@ and the tests use, so a quantised layer's twin is `F.linear(x, layer.dense(x.dty
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from herdbook.model.config import DecoderConfig, RopeScaling
+from herdbook.model.config import DecoderConfig
 from herdbook.model.frozen import frozen_linear
+from herdbook.model.rope import rope_frequencies, rope_magnitude
 
 BLOCK = 32
 #: up to so many rows the int4 kernel beats dequantising and a float product
@@ -221,65 +220,14 @@ def make_norm(config: DecoderConfig) -> RMSNorm | LayerNorm:
 # --- rotation (RoPE) -------------------------------------------------------------------------------
 
 
-def rope_frequencies(config: DecoderConfig, base: float = 0.0) -> Tensor:
-    """Radians a position for each turning pair of dimensions: float32 [rope_dim/2], after scaling.
-
-    base: another one than the configuration's, whose frequencies are never scaled (Gemma 3).
-    """
-    size = rope_size(config)
-    half = torch.arange(0, size, 2, device="cpu", dtype=torch.int64).float()
-    plain = 1.0 / ((base or config.rope_base) ** (half / size))
-    scaling = config.rope_scaling
-    if scaling is None or base:
-        return plain
-    return plain / rope_divisors(plain, scaling, config)
-
-
-def rope_size(config: DecoderConfig) -> int:
-    """How many dimensions of a head a position turns (each of two positions half of them)."""
-    size = config.rope_dim or config.head_dim
-    return size // 2 if config.position == "rope2d" else size
-
-
-def rope_divisors(plain: Tensor, s: RopeScaling, config: DecoderConfig) -> Tensor:
-    """What each frequency is divided by: 1 leaves it, `factor` stretches it wholly.
-
-    llama3: https://arxiv.org/abs/2407.21783 (and Meta's llama3 code); yarn: arXiv 2309.00071.
-    """
-    if s.kind == "dynamic":
-        return torch.ones_like(plain)
-    if s.kind == "linear":
-        return torch.full_like(plain, s.factor)
-    if s.kind == "llama3":
-        turns = s.original_max_pos * plain / (2 * math.pi)  # within the original context
-        kept = ((turns - s.low) / (s.high - s.low)).clamp(0, 1)
-    else:
-        size = rope_size(config)
-
-        def dimension(turns: float) -> float:
-            """The pair (as a real number) that makes so many turns in the original context."""
-            radians = s.original_max_pos / (turns * 2 * math.pi)
-            return size * math.log(radians) / (2 * math.log(config.rope_base))
-
-        first, last = dimension(s.high), dimension(s.low)
-        if s.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, size - 1)
-        last = last if last != first else last + 0.001
-        pair = torch.arange(size // 2, device="cpu", dtype=torch.float32)
-        kept = 1 - ((pair - first) / (last - first)).clamp(0, 1)
-    return 1 / (kept + (1 - kept) / s.factor)
-
-
 class Rotary:
     """cos and sin for the tokens' positions, in the half style: of R turning dimensions i turns with
     i + R/2. With two positions a token (rope2d) the first turns the first half of a head, the second
     the second."""
 
     def __init__(self, config: DecoderConfig, base: float = 0.0) -> None:
-        self.frequencies = rope_frequencies(config, base)  # float32 whatever the model's format
-        scaled = config.rope_scaling is not None and not base
-        self.magnitude = config.rope_scaling.attention if scaled and config.rope_scaling else 1.0
+        self.frequencies = torch.from_numpy(rope_frequencies(config, base)).cpu()
+        self.magnitude = rope_magnitude(config, base)
 
     def __call__(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] or [T, 2] → cos, sin [T, 1, 1 or 2, R], with sin negated in its first half."""

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from herdbook.model.config import DecoderConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Context:
 
     def places(self, start: int, end: int, device: torch.device | str = "cpu") -> Tensor:
         """Of the document's tokens from `start` to `end`: int64 [n], or [n, 2] with blocks."""
+        import torch
+
         at = (torch.arange(start, end, device=device) - self.front).clamp_min(0)
         tokens = self.tokens - self.front
         inside = at < tokens

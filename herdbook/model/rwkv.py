@@ -18,7 +18,6 @@ In our names time mixing is the block's `attention` (q is the receptance r), cha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from herdbook.model.carried import State, by_length
-from herdbook.model.config import DecoderConfig
+from herdbook.model.config import RWKVConfig
 from herdbook.model.decoder import Decoder, Ropes
 from herdbook.model.layers import LayerNorm, Linear, Vector, make_norm
 from herdbook.model.layout import Layout, Packed
@@ -36,11 +35,6 @@ CHUNK = 8
 
 #: numerator, denominator, and the exponent that both are scaled by: float32 [B, A] each
 Memory = tuple[Tensor, Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class RWKVConfig(DecoderConfig):
-    """Sizes. There is one head, as wide as the attention: head_dim is A, ffn is F."""
 
 
 def shift(states: list[State] | None, x: Tensor, name: str) -> Tensor:

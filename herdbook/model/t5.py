@@ -18,7 +18,6 @@ The blocks stand in one list, the encoder's first. Raffel et al., 2019 (arXiv:19
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from herdbook.errors import RequestError
 from herdbook.model.attention import Look
 from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried
-from herdbook.model.config import DecoderConfig
+from herdbook.model.config import T5Config
 from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
@@ -36,27 +35,6 @@ from herdbook.model.switch import Switch
 
 #: scores are q·k as they are; the weights were trained to be small enough
 LOOK = Look(scale=1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class T5Config(DecoderConfig):
-    encoder_layers: int  # of `layers`; the rest are the decoder's
-    start: int  # the token that the decoder begins with
-    end: int  # the token that ends what the encoder reads
-    buckets: int = 32  # of distances, each with a bias for each head
-    far: int = 128  # the distance from which on all share one
-    output_scale: bool = True  # hidden · hidden_size^-½ before the head (v1.0)
-    sparse: tuple[int, ...] = ()  # the layers with experts
-    capacity: int = 0  # the most tokens of a document that one expert takes
-    router_bias: bool = False
-
-    @property
-    def expert_layers(self) -> int:
-        return len(self.sparse)
-
-    @property
-    def plain_head(self) -> bool:
-        return super().plain_head and not self.output_scale
 
 
 class T5Block(nn.Module):

@@ -25,22 +25,12 @@ import torch
 from torch import Tensor
 
 from herdbook.errors import RequestError
+from herdbook.model.config import Marks
 
 #: steps up and down the tree are told apart below this
 STEPS = 8
 #: numbers are below this
 NUMBERS = 1024
-
-
-@dataclass(frozen=True)
-class Marks:
-    """Token ids that a row is built of."""
-
-    vocab: int
-    first: int  # <s>
-    last: int  # </s>
-    root: int  # <root>
-    answer: int  # <ans>
 
 
 @dataclass

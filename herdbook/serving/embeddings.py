@@ -65,5 +65,5 @@ async def embed(
 def _written(vector: np.ndarray, encoding: str | None) -> list[float] | str:
     """Numbers, or the bytes of little-endian float32 in base64."""
     if encoding != "base64":
-        return vector.tolist()
+        return [float(one) for one in vector]
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()

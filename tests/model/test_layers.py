@@ -17,9 +17,9 @@ from herdbook.model.layers import (
     Int8Linear,
     RMSNorm,
     Rotary,
-    rope_frequencies,
     rotate,
 )
+from herdbook.model.rope import rope_frequencies
 
 CONFIG = DecoderConfig(
     vocab=50, hidden=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn=48, max_pos=64
@@ -99,4 +99,4 @@ def test_frequencies_stay_float32_in_a_bfloat16_model() -> None:
     cos, _ = Rotary(CONFIG)(torch.tensor([4097]), torch.bfloat16)
     assert cos.dtype == torch.bfloat16
     assert cos[0, 0, 0, 0] == torch.tensor(4097.0).cos().bfloat16(), "4097 is no bfloat16"
-    assert rope_frequencies(replace(CONFIG, rope_base=1e6)).dtype == torch.float32
+    assert rope_frequencies(replace(CONFIG, rope_base=1e6)).dtype == np.float32

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,20 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from herdbook.errors import FamilyError, FileError
+from herdbook.errors import FileError
 from herdbook.files import gguf
 from herdbook.model.checkpoint.weights import Blocks, GGUFWeights, Weights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, SourceTensor
 from herdbook.model.modules import build
-
-#: tensors that some checkpoints carry and nothing needs, as they can be computed: rotary frequencies,
-#: and the causal masks of 2019–2023 (GPT-2's attn.bias is one)
-COMPUTED = re.compile(
-    r"(.*\.)?rotary(_pos)?_emb\.inv_freq|rope_freqs\.weight|rope\.freqs"
-    r"|decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"  # of early T5s
-    r"|.*\.attn\.(bias|masked_bias|causal_mask|embed_positions)|.*\.attention\.(bias|masked_bias)"
-)
+from herdbook.model.sources import check_names
 
 
 @dataclass(frozen=True)
@@ -82,59 +73,11 @@ class Checkpoint:
         return found and found.map(lambda whole: self._mine(name, whole).contiguous())
 
 
-def read_config(family: Family, source: dict[str, Any], where: str) -> DecoderConfig:
-    """The family's reading; a value of a kind that it does not expect is the file's fault."""
-    try:
-        return family.config(source, where)
-    except (TypeError, ValueError, ArithmeticError, AttributeError, AssertionError) as error:
-        raise FamilyError(
-            f"{where}: {error}",
-            rule=f"so a value in it is not what a {family.model_type} model has there",
-            next="check it against the original's, or fetch the model again",
-        ) from error
-
-
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:
     """Our name → shape, for every tensor of such a decoder."""
     with torch.device("meta"):
         decoder = build(config, headless=headless)
     return {name: tuple(p.shape) for name, p in decoder.named_parameters()}
-
-
-def source_shapes(
-    expected: dict[str, tuple[int, ...]], names: dict[str, SourceTensor]
-) -> dict[str, tuple[int, ...]]:
-    """The source's tensors of such a model, in our order, each once, and their shapes."""
-    sources = {one.name: one for one in names.values()}
-    return {
-        name: one.fold.shape([expected[ours] for ours in one.ours])
-        if one.fold
-        else expected[one.ours[0]]
-        for name, one in sources.items()
-    }
-
-
-def check_sizes(where: Path, config: DecoderConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Before a decoder of these axes is laid out: a hostile config could ask for 10⁹ layers, or
-    for 10⁹ experts in one. A file may stack a layer's experts in one tensor.
-    """
-    values = sum(map(math.prod, found.values()))
-    rows = max(config.vocab, config.ffn, config.heads * config.head_dim)
-    if config.layers > len(found) or rows * config.hidden > 64 * values:
-        raise FileError(
-            f"{where}: the config asks for {config.layers:,} layers, matrices of {rows:,} rows and "
-            f"{config.hidden:,} columns",
-            rule=f"but the weights are {len(found):,} tensors of {values:,} values in all",
-            next="check that config and weights belong together, or fetch the model again",
-        )
-    experts = config.expert_layers * config.experts
-    if experts > 64 * len(found) or experts * 2 * config.ffn * config.hidden > values:
-        raise FileError(
-            f"{where}: the config asks for {config.experts:,} experts in each of "
-            f"{config.expert_layers:,} layers, of {config.ffn:,} × {config.hidden:,} at least twice",
-            rule=f"but the weights are {len(found):,} tensors of {values:,} values in all",
-            next="check that config and weights belong together, or fetch the model again",
-        )
 
 
 def check_shapes(
@@ -144,30 +87,14 @@ def check_shapes(
     found: dict[str, tuple[int, ...]],
 ) -> None:
     """Every tensor of the source there, none left over, each in its shape and of numbers."""
-    next = "check that config and weights belong together, or fetch the model again"
-    for source, shape in expected.items():
-        if source not in found:
-            raise FileError(f"{where}: tensor {source!r} is missing", rule="", next=next)
-        if found[source] != shape:
-            raise FileError(
-                f"{where}: tensor {source!r} has the shape {list(found[source])}",
-                rule=f"but the config asks for {list(shape)}",
-                next=next,
-            )
+    check_names(where, expected, found)
+    for source in expected:
         if not weights.dtype(source).is_floating_point:
             raise FileError(
                 f"{where}: tensor {source!r} is of whole numbers ({weights.dtype(source)})",
                 rule="but weights are of real ones",
                 next="use the model's files before they were quantised, or a GGUF of it",
             )
-    left = [n for n in found if n not in expected and not COMPUTED.fullmatch(n)]
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise FileError(
-            f"{where}: tensor {left[0]!r}{more}",
-            rule="has no place in a model of this config",
-            next=next,
-        )
 
 
 def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:

@@ -18,18 +18,12 @@ from herdbook.errors import FileError
 from herdbook.files import pickles, safetensors
 from herdbook.files.foreign import MEGABYTE, read_json
 from herdbook.files.safetensors import Entry
-from herdbook.model.checkpoint.base import (
-    Checkpoint,
-    check_shapes,
-    check_sizes,
-    expected_shapes,
-    read_config,
-    source_shapes,
-)
+from herdbook.model.checkpoint.base import Checkpoint, check_shapes, expected_shapes
 from herdbook.model.checkpoint.compressed import KEY, CompressedWeights, schemes
 from herdbook.model.checkpoint.weights import Part, PlainWeights
 from herdbook.model.families import by_source, families
 from herdbook.model.family import SourceTensor
+from herdbook.model.sources import check_sizes, read_config, source_shapes
 
 INDEX = "model.safetensors.index.json"
 LEGACY_INDEX = "pytorch_model.bin.index.json"

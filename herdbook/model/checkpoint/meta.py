@@ -19,19 +19,13 @@ from typing import Any
 from herdbook.errors import FileError
 from herdbook.files.foreign import read_json
 from herdbook.files.pickles import read_table
-from herdbook.model.checkpoint.base import (
-    Checkpoint,
-    check_shapes,
-    check_sizes,
-    expected_shapes,
-    read_config,
-    source_shapes,
-)
+from herdbook.model.checkpoint.base import Checkpoint, check_shapes, expected_shapes
 from herdbook.model.checkpoint.weights import Part, PlainWeights
 from herdbook.model.families import families
 from herdbook.model.family import SourceTensor
 from herdbook.model.folds import K_ROTATING, Q_ROTATING, Fold
 from herdbook.model.keys import Keys
+from herdbook.model.sources import check_sizes, read_config, source_shapes
 
 PARAMS = "params.json"
 SHARDS = "consolidated.*.pth"

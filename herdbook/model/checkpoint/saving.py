@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,15 +16,17 @@ from herdbook.errors import FamilyError
 from herdbook.files import gguf, safetensors
 from herdbook.files.atomic import write_json
 from herdbook.model.checkpoint import compressed
-from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes, source_shapes
-from herdbook.model.checkpoint.ggufs import gguf_metadata, refuse_unsaid, understand
+from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes
 from herdbook.model.checkpoint.huggingface import INDEX
 from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
 from herdbook.model.family import Family, SourceTensor
-from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, rope_divisors
+from herdbook.model.gguf_config import gguf_metadata, refuse_unsaid, understand
+from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear
+from herdbook.model.rope import rope_divisors, rope_frequencies
+from herdbook.model.sources import source_shapes
 
 #: of a file of weights, as transformers has it
 SHARD_BYTES = 5_000_000_000
@@ -282,9 +285,9 @@ def save_gguf(
     sources = {one.name: one for one in names.values()}
     found: list[tuple[str, str, Any]] = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-        plain = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        plain = rope_frequencies(dataclasses.replace(config, rope_scaling=None))
         divisors = rope_divisors(plain, config.rope_scaling, config)
-        found.append(("rope_freqs.weight", "F32", divisors.numpy()))
+        found.append(("rope_freqs.weight", "F32", divisors))
     for name, shape in source_shapes(expected, names).items():
         waiting = _Waiting(decoder, sources[name], shape)
         found.append((name, gguf_type(sources[name].ours[0], shape, quant), waiting))

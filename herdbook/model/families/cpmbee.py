@@ -11,11 +11,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from herdbook.model.config import DecoderConfig
-from herdbook.model.cpm_bee import NUMBER, BeeConfig
+from herdbook.model.config import NUMBER, BeeConfig, DecoderConfig, Marks
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
-from herdbook.model.tree import Marks
 
 #: ids in the vocabulary that all of them share
 FIRST, LAST, ROOT, ANSWER, INPUT = 6, 7, 8, 9, 65678

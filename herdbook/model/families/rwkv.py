@@ -13,10 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from herdbook.model.config import DecoderConfig
+from herdbook.model.config import DecoderConfig, RWKVConfig
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
-from herdbook.model.rwkv import RWKVConfig
 
 NAMES: Names = {
     "embed": ("rwkv.embeddings", ""),

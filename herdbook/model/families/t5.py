@@ -9,10 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from herdbook.model.config import DecoderConfig
+from herdbook.model.config import DecoderConfig, T5Config
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
-from herdbook.model.t5 import T5Config
 
 #: feed_forward_proj → whether it is gated, and our activation
 MLPS = {
