@@ -1,36 +1,25 @@
-"""The tensors of the key/value cache: how large, in which numbers, and where a page lies in them.
+"""The tensors of the key/value cache as PyTorch reads and writes them.
 
-Who holds which page is pages.py's part.
+How large it is store.py says, who holds which page pages.py.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from herdbook.errors import CapacityError
-from herdbook.model.config import DecoderConfig
+from herdbook.engine.store import Store
 from herdbook.model.decoder import Decoder
-from herdbook.training.memory import free_bytes
-
-#: the cache's size unless it is given: this, or what 4096 tokens need where that is more
-CACHE_BYTES = 2**30
-CACHE_TOKENS = 4096
-#: and never more than this many full contexts
-CACHE_CONTEXTS = 16
 
 
 class Cache:
     """Keys and values of every layer, by page and place in it: logically [pages, page_tokens, KV, D].
 
-    dimensions_first: keys lie in memory as [pages, KV, D, page_tokens] and values as
-    [pages, KV, page_tokens, D], so that one register holds a dimension of many keys (native.cpp).
-    With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
+    store: the native step's, seen here in this order. With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
     The operating system gives the memory page by page as it is written. What nobody has written
     yet is zeros, and `start` sees to it that a page's new owner finds nothing of the old one: what is
     masked must still be a number, whatever went wrong in another sequence.
@@ -42,30 +31,32 @@ class Cache:
         pages: int,
         page_tokens: int,
         dtype: torch.dtype | None = None,
-        *,
-        dimensions_first: bool = False,
+        store: Store | None = None,
     ) -> None:
         c = decoder.config
         self.pages, self.page_tokens, self.dtype = pages, page_tokens, dtype or decoder.dtype
-        zeros = partial(_zeros, dtype=self.dtype, device=decoder.device)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         #: of keys and of values, [pages, page_tokens, 2, KV] float32; empty unless int8
         self.scales: list[Tensor] = []
+        if store is not None:
+            self.keys = [self._seen(one).permute(0, 3, 1, 2) for one in store.keys]
+            self.values = [self._seen(one).transpose(1, 2) for one in store.values]
+            self.scales = [torch.from_numpy(one).permute(0, 3, 1, 2) for one in store.scales]
+            return
+        zeros = partial(_zeros, dtype=self.dtype, device=decoder.device)
         if decoder.memory != "pages":
             return
         for _ in range(c.layers):
-            if dimensions_first:
-                shape = (pages, c.kv_heads, c.head_dim, page_tokens)
-                self.keys.append(zeros(shape).permute(0, 3, 1, 2))
-                self.values.append(zeros((*shape[:2], *shape[:1:-1])).transpose(1, 2))
-            else:
-                shape = (pages, page_tokens, c.kv_heads, c.head_dim)
-                self.keys.append(zeros(shape))
-                self.values.append(zeros(shape))
+            shape = (pages, page_tokens, c.kv_heads, c.head_dim)
+            self.keys.append(zeros(shape))
+            self.values.append(zeros(shape))
             if self.dtype == torch.int8:
                 shape = (pages, 2, c.kv_heads, page_tokens)
                 self.scales.append(zeros(shape, dtype=torch.float32).permute(0, 3, 1, 2))
+
+    def _seen(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).view(self.dtype)
 
     def start(self, layer: int, pages: Tensor) -> None:
         """Zero `pages` [P], which a step begins and does not fill."""
@@ -106,45 +97,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         .view(dtype)
         .view(shape)
     )
-
-
-def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """What the cache needs for a token's keys and values."""
-    heads = 2 * config.layers * config.kv_heads
-    return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
-
-
-def cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
-    """The widest in which the cache holds a context, or CACHE_TOKENS of it."""
-    if decoder.memory != "pages":
-        return decoder.dtype
-    if cache_bytes is None:
-        cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
-    tokens = min(decoder.config.max_pos, CACHE_TOKENS)
-    for kind in (decoder.dtype, torch.bfloat16):
-        if tokens * token_bytes(decoder.config, kind) <= cache_bytes:
-            return kind
-    return torch.int8
-
-
-def cache_pages(
-    config: DecoderConfig,
-    dtype: torch.dtype,
-    page_tokens: int,
-    cache_bytes: int | None,
-    beside: int = 0,
-) -> int:
-    """How many pages the cache gets. beside: bytes that a token needs in a draft model's cache."""
-    each = token_bytes(config, dtype) + beside
-    if cache_bytes is None:
-        tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
-        tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)
-    else:
-        tokens = cache_bytes // each
-        if tokens < page_tokens:
-            raise CapacityError(
-                f"cache_bytes={cache_bytes}",
-                rule=f"holds no page: {page_tokens} tokens need {each * page_tokens} bytes",
-                next=f"give at least {each * page_tokens}",
-            )
-    return max(1, tokens // page_tokens)

@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from herdbook.engine.adapters import Adapters
-from herdbook.engine.cache import cache_dtype as widest
-from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.intake import Intake
 from herdbook.engine.logprobs import of_drawn
 from herdbook.engine.pages import PagePool
@@ -38,8 +36,9 @@ from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.score import Score, score_many
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.speculation import Trial, speculation
+from herdbook.engine.store import cache_kind, cache_pages, token_bytes
 from herdbook.errors import RequestError
-from herdbook.model.decoder import Decoder
+from herdbook.model.interface import Model
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,44 +50,43 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Paged cache, continuous batching, prefix sharing, over one decoder.
+    """Paged cache, continuous batching, prefix sharing, over one model.
 
-    cache_bytes or pages: the size of the cache. cache_dtype: how it keeps its numbers, float32,
-    bfloat16 or int8 (a scale for each token and head); without it as the model computes, or, where
+    cache_bytes or pages: the size of the cache. cache_dtype: how it keeps its numbers, "float32",
+    "bfloat16" or "int8" (a scale for each token and head); without it as the model computes, or, where
     that leaves too little room, in fewer bits. max_batch_tokens: the most tokens that one step
     computes; a longer prompt is computed in chunks, while others go on decoding.
 
-    speculate="ngram" guesses the next tokens from the text so far, draft=decoder with a smaller model
+    speculate="ngram" guesses the next tokens from the text so far, draft=a smaller model
     of the same vocabulary; several are then checked in one step, where that is faster. The replies
     are those of an engine without (what is guaranteed, and how far: engine/speculation.py).
     """
 
     def __init__(
         self,
-        decoder: Decoder,
+        model: Model,
         tokenizer: Tokenizer | None,
         *,
         page_tokens: int = 16,
         pages: int | None = None,
         cache_bytes: int | None = None,
-        cache_dtype: torch.dtype | None = None,
+        cache_dtype: str | torch.dtype | None = None,
         max_batch_tokens: int = 512,
         speculate: Literal["ngram"] | None = None,
-        draft: Decoder | None = None,
+        draft: Model | None = None,
     ) -> None:
-        if cache_dtype is None:
-            cache_dtype = widest(decoder, cache_bytes)
+        kind = str(cache_dtype or cache_kind(model, cache_bytes)).removeprefix("torch.")
         if pages is None:
-            beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
-            pages = cache_pages(decoder.config, cache_dtype, page_tokens, cache_bytes, beside)
-        self.decoder, self.tokenizer = decoder, tokenizer
-        self.adapters = Adapters(decoder)
+            beside = 0 if draft is None else token_bytes(draft.config, draft.kind)
+            pages = cache_pages(model.config, kind, page_tokens, cache_bytes, beside)
+        self.model, self.tokenizer = model, tokenizer
+        self.adapters = Adapters(model)
         self.pool = PagePool(pages, page_tokens)
-        self.intake = Intake(decoder, tokenizer, self.adapters, self.pool)
-        share = decoder.memory == "pages"
+        self.intake = Intake(model, tokenizer, self.adapters, self.pool)
+        share = model.memory == "pages"
         self.scheduler = Scheduler(self.pool, max_batch_tokens, share=share)
-        self.runner = Runner(decoder, pages, page_tokens, cache_dtype)
-        self.speculation = speculation(speculate, draft, decoder, self.scheduler)
+        self.runner = Runner(model, pages, page_tokens, kind)
+        self.speculation = speculation(speculate, draft, model, self.scheduler)
         self._active: dict[str, Sequence] = {}
         self._backlog: list[Piece] = []  # what step() hands out next; no failure loses any of it
         self._totals = {
@@ -262,7 +260,7 @@ class Engine:
         the final norm. normalise: each row's length is 1, so that products are cosines."""
         requests = [Request(ids, embed=True, adapter=adapter) for ids in texts]
         rows = [embedding(reply) for reply in self.generate(requests)]
-        found = np.array(rows, np.float32).reshape(-1, self.decoder.config.hidden)
+        found = np.array(rows, np.float32).reshape(-1, self.model.config.hidden)
         return unit(found) if normalise else found
 
     def load_adapter(self, name: str, adapter: Path | Artifact) -> None:

@@ -15,7 +15,7 @@ from herdbook.engine.sampling import Chooser
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.text import TextOut, escapes
 from herdbook.errors import CapacityError, RequestError
-from herdbook.model.decoder import Decoder
+from herdbook.model.interface import Model
 from herdbook.model.prefix import find_context
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Intake:
-    """What a decoder with its tokenizer, adapters and pages can be asked for."""
+    """What a model with its tokenizer, adapters and pages can be asked for."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer | None, adapters: Adapters, pool: PagePool
+        self, model: Model, tokenizer: Tokenizer | None, adapters: Adapters, pool: PagePool
     ) -> None:
-        self.decoder, self.tokenizer, self.adapters, self.pool = decoder, tokenizer, adapters, pool
-        self.vocab = decoder.config.vocab
+        self.model, self.tokenizer, self.adapters, self.pool = model, tokenizer, adapters, pool
+        self.vocab = model.config.vocab
         self.stop_ids = tokenizer.stop_ids if tokenizer else frozenset[int]()
         self.escapes = escapes(tokenizer.chat_template if tokenizer else None)
         self._grammars = Grammars(tokenizer, self.vocab) if tokenizer else None
@@ -37,7 +37,7 @@ class Intake:
     @property
     def most_tokens(self) -> int:
         """The most tokens, prompt and reply together, that one request can have."""
-        return min(self.decoder.config.max_pos, self.pool.tokens)
+        return min(self.model.config.max_pos, self.pool.tokens)
 
     def matcher(self, sampling: Sampling) -> Matcher | None:
         """The beginning of the request's grammar. Reading one takes up to seconds, the second time
@@ -55,10 +55,10 @@ class Intake:
 
     def sequence(self, request: Request) -> Sequence:
         """What runs for a request; RequestError or CapacityError for one that can never be served."""
-        sampling, config = request.sampling, self.decoder.config
+        sampling, config = request.sampling, self.model.config
         if not len(request.ids):
             raise RequestError("an empty prompt", rule="cannot be continued", next="send some text")
-        self.check_ids(request.ids, self.decoder.ids)
+        self.check_ids(request.ids, self.model.ids)
         if not isinstance(request.priority, int):
             raise RequestError(
                 f"priority={request.priority!r}",
@@ -76,14 +76,14 @@ class Intake:
         self.check_ids([id for id, _ in sampling.logit_bias], self.vocab, "logit_bias: ")
         ids = request.ids
         adapter = None if request.adapter is None else self.adapters[request.adapter]
-        soft = self.decoder.soft if adapter is None else adapter.soft
+        soft = self.model.soft if adapter is None else adapter.soft
         front = (
             list(range(-soft.tokens, 0)) if soft else []
         )  # virtual tokens: others have ids there
         virtual = replace(request, ids=[*front, *ids])
-        reading: Reading | None = reading_for(virtual, self.decoder, len(front))
+        reading: Reading | None = reading_for(virtual, self.model, len(front))
         if reading is None:
-            ids = self.decoder.prompt(ids)
+            ids = self.model.prompt(ids)
             if sampling.prompt_logprobs is not None:
                 self._check_causal(request.ids, ids)
                 reading = PromptLogprobs(ids, sampling.prompt_logprobs, len(front))
@@ -105,7 +105,7 @@ class Intake:
                 escaped=None if sampling.grammar else self.escapes,
             ),
             context=find_context(ids, config).behind(len(front)) if config.prefix else None,
-            whole=self.decoder.whole_prompts,
+            whole=self.model.whole_prompts,
             reading=reading,
             adapter=adapter,
             soft=soft,
@@ -123,7 +123,7 @@ class Intake:
 
     def _check_causal(self, given: Many[int], ids: Many[int]) -> None:
         """A prompt's tokens have logprobs only where each was computed without those after it."""
-        d = self.decoder
+        d = self.model
         if d.config.prefix or d.whole_prompts or d.ids != self.vocab or list(given) != list(ids):
             raise RequestError(
                 "prompt_logprobs",
@@ -132,7 +132,7 @@ class Intake:
             )
 
     def _too_long(self, tokens: int) -> CapacityError:
-        context = self.decoder.config.max_pos
+        context = self.model.config.max_pos
         if tokens >= context:
             return CapacityError(
                 f"a prompt of {tokens} tokens",

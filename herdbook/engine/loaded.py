@@ -15,39 +15,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from herdbook.book.book import Book
 from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask
 from herdbook.engine.engine import Engine
+from herdbook.engine.packaged import packaged
 from herdbook.engine.request import Request, Sampling
 from herdbook.engine.text import escapes
 from herdbook.errors import ConfigError, FileError, RequestError, nearest
-from herdbook.model.checkpoint import check_vocabulary, load_decoder
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Decoder
-from herdbook.model.layout import Packed
-from herdbook.model.precision import compute_dtype
-from herdbook.model.references import may_be_name, resolve
+from herdbook.model.interface import Model
+from herdbook.model.references import ADAPTER, may_be_name, resolve
+from herdbook.model.sources import check_vocabulary
 from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import peft_format
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+    from herdbook.model.decoder import Decoder
 
 #: how an engine's cache may keep its numbers
 CacheType = Literal["float32", "bfloat16", "int8"]
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
 #: a conversation that waits for its reply, a text to go on with, token ids, or (CPM-Bee) a tree
@@ -55,16 +51,21 @@ Prompt: TypeAlias = Messages | str | Sequence[int] | Mapping[str, Any]
 
 
 class LoadedModel:
-    """A decoder with its tokenizer and, once something is generated, an engine."""
+    """A model with its tokenizer and, once something is generated, an engine."""
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer | None, path: Path) -> None:
+    def __init__(self, model: Model, tokenizer: Tokenizer | None, path: Path) -> None:
         if tokenizer is not None:
-            check_vocabulary(decoder.config, tokenizer.size)
-        self.decoder, self.maybe_tokenizer, self.path = decoder, tokenizer, path
+            check_vocabulary(model.config, tokenizer.size)
+        self.model, self.maybe_tokenizer, self.path = model, tokenizer, path
 
     @property
     def config(self) -> DecoderConfig:
-        return self.decoder.config
+        return self.model.config
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model as PyTorch computes it."""
+        return self.model.module()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -79,7 +80,7 @@ class LoadedModel:
     @cached_property
     def engine(self) -> Engine:
         """The engine behind generate, stream and embed."""
-        return Engine(self.decoder, self.maybe_tokenizer)
+        return Engine(self.model, self.maybe_tokenizer)
 
     def render(self, messages: Messages, *, reply: bool = False) -> Rendering:
         """Ids and loss mask of a conversation by the model's own template.
@@ -88,28 +89,34 @@ class LoadedModel:
         """
         return render(self.tokenizer, messages, reply=reply)
 
-    @torch.no_grad()
     def hidden(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, hidden], after the final norm."""
         return self._forward(ids).float()
 
-    @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:
         """float32 [T, vocab]: row t scores what may follow ids[: t + 1]."""
-        self.decoder.need_head()
-        return self.decoder.logits(self._forward(ids))
+        import torch
+
+        self.model.need_head()
+        with torch.no_grad():
+            return self.decoder.logits(self._forward(ids))
 
     def _forward(self, ids: Sequence[int]) -> Tensor:
-        if not len(ids) or not all(0 <= i < self.decoder.ids for i in ids):
+        import torch
+
+        from herdbook.model.layout import Packed
+
+        if not len(ids) or not all(0 <= i < self.model.ids for i in ids):
             raise RequestError(
                 f"{len(ids)} token ids",
-                rule=f"must be at least one, each from 0 to {self.decoder.ids - 1}",
+                rule=f"must be at least one, each from 0 to {self.model.ids - 1}",
                 next="encode the text with this model's own tokenizer",
             )
         device = self.decoder.device
-        hidden: Tensor = self.decoder(
-            torch.tensor(list(ids), device=device), Packed([len(ids)], device)
-        )
+        with torch.no_grad():
+            hidden: Tensor = self.decoder(
+                torch.tensor(list(ids), device=device), Packed([len(ids)], device)
+            )
         return hidden
 
     def generate(self, prompt: Prompt | Sequence[Prompt], **sampling: Any) -> Any:
@@ -152,7 +159,7 @@ class LoadedModel:
         if isinstance(prompt, str):
             return Request(self._ids(prompt), sampling)
         if isinstance(prompt, Mapping):
-            tree = self.decoder.tree(prompt, partial(self.tokenizer.encode, specials=True))
+            tree = self.model.tree(prompt, partial(self.tokenizer.encode, specials=True))
             return Request(tree, sampling)
         if prompt and isinstance(prompt[0], int):
             return Request(list(prompt), sampling)  # type: ignore[arg-type]
@@ -207,28 +214,40 @@ def load(
     ref, number = str(ref), _dtype(dtype)
     if book is None and may_be_name(ref):
         book = Book()
-    path = _find(ref, book)
-    if (path / peft_format.CONFIG).is_file():
+    path = with_tokenizer = _find(ref, book)
+    model: Model | None = None
+    if (path / ADAPTER).is_file():
+        from herdbook.training import peft_format
+
         base = _base_of(path, book)
-        decoder = load_decoder(base, dtype=number)
-        peft_format.load(decoder, path)
-        decoder.requires_grad_(False)
+        model = _opened(base, number)
+        peft_format.load(model, path)
+        model.requires_grad_(False)
         with_tokenizer = path if Tokenizer.exists(path) else base
-    else:
-        decoder = load_decoder(path, dtype=number, quantised=quantised)
-        with_tokenizer = path
+    elif number is None and quantised:
+        model = packaged(path)
+    model = model or _opened(path, number, quantised)
     exists = Tokenizer.exists(with_tokenizer)
     tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
-    return LoadedModel(decoder, tokenizer, path)
+    return LoadedModel(model, tokenizer, path)
+
+
+def _opened(path: Path, dtype: str | None, quantised: bool = False) -> Decoder:
+    import torch
+
+    from herdbook.model.checkpoint import load_decoder
+
+    number = None if dtype is None else getattr(torch, dtype)
+    return load_decoder(path, dtype=number, quantised=quantised)
 
 
 def adapter_folder(ref: str, book: Book | None = None) -> Path:
     """The folder of an adapter: a name in the book, a folder, hf:org/name."""
     path = _find(ref, book)
-    if not (path / peft_format.CONFIG).is_file():
+    if not (path / ADAPTER).is_file():
         raise FileError(
             f"{ref}",
-            rule=f"is no adapter: it has no {peft_format.CONFIG}",
+            rule=f"is no adapter: it has no {ADAPTER}",
             next="name an adapter of the book (herd list), or a folder that peft wrote",
         )
     return path
@@ -243,7 +262,7 @@ def _find(ref: str, book: Book | None) -> Path:
 
 def _base_of(adapter: Path, book: Book | None) -> Path:
     """The model that an adapter was trained on, by its own word."""
-    file = adapter / peft_format.CONFIG
+    file = adapter / ADAPTER
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
@@ -261,16 +280,12 @@ def _base_of(adapter: Path, book: Book | None) -> Path:
     return resolve(str(base), book)
 
 
-def _dtype(given: str | torch.dtype | None) -> torch.dtype:
-    if given is None:
-        return compute_dtype()
-    if isinstance(given, torch.dtype):
-        return given
-    if given not in DTYPES:
-        raise ConfigError(
-            f"dtype={given!r}", rule="is not known", next=nearest(given, list(DTYPES))
-        )
-    return DTYPES[given]
+def _dtype(given: str | torch.dtype | None) -> str | None:
+    """Its name."""
+    name = None if given is None else str(given).removeprefix("torch.")
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"dtype={given!r}", rule="is not known", next=nearest(name, list(DTYPES)))
+    return name
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.engine import Engine
-from herdbook.model.checkpoint import open_checkpoint
-from herdbook.model.checkpoint.weights import GGUFWeights
-from herdbook.model.modules import build
-from herdbook.model.precision import compute_dtype
-from herdbook.training import peft_format
+from herdbook.engine.packaged import Packaged, packaged
+from herdbook.engine.store import cache_kind, cache_pages, token_bytes
+from herdbook.model.references import ADAPTER
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 PAGE_TOKENS = 16  # Engine's own
 #: bytes a block of 32 values: as our layer keeps it (model/layers.py) and once more as the native step
@@ -28,32 +26,53 @@ BLOCK_BYTES = {"Q4_0": 20 + 20, "Q4_1": 20 + 20, "Q8_0": 36 + 36}
 
 
 def held_bytes(engine: Engine) -> int:
-    """Of an engine's decoder and cache."""
-    decoder = engine.decoder
-    tensors = [tensor for module in decoder.modules() for tensor in _tensors(module)]
-    tensors += engine.runner.copies
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-    weights = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-    if decoder.memory != "pages":
+    """Of an engine's model and cache."""
+    model, runner = engine.model, engine.runner
+    weights = runner.native_bytes
+    if isinstance(model, Packaged):
+        weights += model.held_bytes
+    if not isinstance(model, Packaged) or model.opened:
+        weights += _module_bytes(model.module())
+    if model.memory != "pages":
         return weights
-    return weights + engine.pool.tokens * token_bytes(decoder.config, engine.runner.cache.dtype)
+    return weights + engine.pool.tokens * token_bytes(model.config, runner.kind)
+
+
+def _module_bytes(module: nn.Module) -> int:
+    """Of all its tensors, plain attributes included; what two of them share counts once."""
+    tensors = [tensor for one in module.modules() for tensor in _tensors(one)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
     """A module's own tensors, plain attributes included."""
+    from torch import Tensor
+
     kept = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return kept + [value for value in vars(module).values() if isinstance(value, Tensor)]
 
 
-def estimated_bytes(path: Path, cache_dtype: torch.dtype | None = None) -> int:
+def estimated_bytes(path: Path, cache_dtype: str | None = None) -> int:
     """Of the model at `path`, from its headers; 0 for an adapter, whose base is not looked up."""
-    if (path / peft_format.CONFIG).is_file():
+    if (path / ADAPTER).is_file():
         return 0
+    if (model := packaged(path)) is not None:
+        kept = cache_dtype or cache_kind(model, None)
+        tokens = cache_pages(model.config, kept, PAGE_TOKENS, None) * PAGE_TOKENS
+        return model.weight_bytes + tokens * token_bytes(model.config, kept)
+    import torch
+
+    from herdbook.model.checkpoint import open_checkpoint
+    from herdbook.model.checkpoint.weights import GGUFWeights
+    from herdbook.model.modules import build
+    from herdbook.model.precision import compute_dtype
+
     checkpoint, dtype = open_checkpoint(path), compute_dtype()
     config, weights = checkpoint.config, checkpoint.weights
     with torch.device("meta"):
         paged = build(config, headless=checkpoint.headless).memory == "pages"
-    kept = cache_dtype or dtype
+    kept = cache_dtype or str(dtype).removeprefix("torch.")
     tokens = cache_pages(config, kept, PAGE_TOKENS, None) * PAGE_TOKENS if paged else 0
     total, blocks = tokens * token_bytes(config, kept), False
     for name, shape in checkpoint.shapes.items():

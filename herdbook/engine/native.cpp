@@ -464,3 +464,37 @@ extern "C" void herd_step(const Model* model, const Batch* given) {
         multiply(m.head, in, batch.wanted, batch.logits, m.vocab, false, me, team);
     }
 }
+
+// Blocks of 32 neighbours of a row, as files keep them. For 4 bits byte i of a block holds value i in its
+// low half and i + 16 in its high; for 8 bits they are signed.
+struct Blocks {
+    const uint8_t* codes;               // of row r and block b at codes + r · row_bytes + b · block_bytes
+    int64_t row_bytes, block_bytes;
+    const uint16_t *scales, *minimums;  // float16 [rows, blocks]
+    const int64_t* order;               // which row of theirs each of ours is; null: the same one
+};
+
+// Our rows into tiles; `step` bytes lie between the beginnings of two of them.
+extern "C" void herd_pack(const Blocks* given, int64_t rows, int64_t blocks, int64_t bits, uint8_t* out,
+                          int64_t step, int64_t threads) {
+    const Blocks& from = *given;
+    const uint32_t flip = bits == 8 ? 0x80808080u : 0;  // signed bytes become those from 0 to 255
+    const int64_t size = (bits + 1) * 64;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t t = 0; t < rows / TILE; t++)
+        for (int64_t r = 0; r < TILE; r++) {
+            const int64_t row = from.order ? from.order[t * TILE + r] : t * TILE + r;
+            const uint8_t* codes = from.codes + row * from.row_bytes;
+            for (int64_t b = 0; b < blocks; b++, codes += from.block_bytes) {
+                uint8_t* to = out + t * step + b * size;
+                for (int64_t p = 0; p < bits; p++) {
+                    uint32_t word;
+                    std::memcpy(&word, codes + 4 * p, 4);
+                    word ^= flip;
+                    std::memcpy(to + 64 * p + 4 * r, &word, 4);
+                }
+                std::memcpy(to + 64 * bits + 2 * r, from.scales + row * blocks + b, 2);
+                std::memcpy(to + 64 * bits + 32 + 2 * r, from.minimums + row * blocks + b, 2);
+            }
+        }
+}

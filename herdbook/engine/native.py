@@ -1,47 +1,31 @@
-"""The engine's step as machine code: native.cpp, compiled on first use for the processor at hand.
+"""The engine's step as machine code (native.cpp): weights of 4 or 8 bits on the CPU.
 
 What it serves: LLaMA-shaped decoders on the CPU whose matrices are kept in 4 or 8 bits, where the
 processor has AVX2 (better: AVX-512 VNNI) and the machine a C++ compiler. Everything else goes the
 PyTorch way, which is also its twin in the tests. The weights are the packaged ones, not quantised
 again; the inputs of each product are rounded to 8 bits in blocks of 32, as llama.cpp does.
 
-HERDBOOK_NATIVE=0 switches it off.
+Nothing here needs torch: a model that lies in a file packaged so is served without it
+(packaged.py), and starts in a fraction of the time.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
+from herdbook.engine.compiled import threads
 from herdbook.model.config import DecoderConfig
-from herdbook.model.decoder import Block, Decoder
-from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, RMSNorm
-from herdbook.model.mlp import MLP
-from herdbook.model.references import cache as fetched
+from herdbook.model.rope import rope_frequencies, rope_magnitude
 
 if TYPE_CHECKING:
-    from herdbook.engine.cache import Cache
+    from herdbook.engine.store import Store
 
-SOURCE = Path(__file__).with_name("native.cpp")
-SOURCES = (SOURCE, SOURCE.with_name("vector.h"))
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC")
-TILE = 16
-#: how the cache may keep its numbers
-CACHES = (torch.float32, torch.bfloat16, torch.int8)
-
-log = logging.getLogger("herdbook.engine")
+TILE, BLOCK = 16, 32
 
 
 class Matrix(ctypes.Structure):
@@ -102,6 +86,17 @@ class Batch(ctypes.Structure):
     ]
 
 
+class Raw(ctypes.Structure):
+    """native.cpp's Blocks."""
+
+    _fields_ = [
+        ("codes", ctypes.c_void_p),
+        ("row_bytes", ctypes.c_int64),
+        ("block_bytes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("scales", "minimums", "order")),
+    ]
+
+
 class Span(NamedTuple):
     """What a step computes of one sequence: these tokens, from place `start` on."""
 
@@ -111,110 +106,106 @@ class Span(NamedTuple):
     wanted: int = 1  # logits are wanted after so many of them, the last ones
 
 
-# --- building --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix in blocks of 32 neighbours of a row: weight = scale · code + minimum.
 
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled step, from the cache or built now; None where this machine cannot have it.
-
-    Why not is said once, as a warning: without it the engine is right but several times slower.
+    codes: uint8 [R, B, 16] (byte i: value i in its low half, i + 16 in its high), or int8
+    [R, B, 32], whose minimum is 0. scale, minimum [R, B]. order: which row of theirs each of the
+    matrix's rows is; None: the same one.
     """
-    if os.environ.get("HERDBOOK_NATIVE") == "0":
-        return None
-    try:
-        return _library()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        reason = str(error)
-        if isinstance(error, subprocess.CalledProcessError):
-            said = error.stderr.decode(errors="replace").strip().splitlines()
-            reason = f"{error.cmd[0]} failed: {said[0] if said else error}"
-        log.warning("the engine computes by PyTorch, slower than it could: %s", reason)
-        return None
+
+    codes: np.ndarray
+    scale: np.ndarray
+    minimum: np.ndarray | None = None
+    order: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.codes if self.order is None else self.order)
+
+    @property
+    def bits(self) -> int:
+        return int(self.codes.shape[2]) // 4
+
+    @property
+    def tile_bytes(self) -> int:
+        return int(self.codes.shape[1]) * (self.bits + 1) * 64
+
+    @classmethod
+    def rounded(cls, weight: np.ndarray) -> Blocks:
+        """weight [R, I] in 8 bits; one that came from such blocks gets its very codes again."""
+        codes = np.empty((len(weight), weight.shape[1] // BLOCK, BLOCK), np.int8)
+        scale = np.empty(codes.shape[:2], np.float32)
+        for at in range(0, len(weight), 1024):
+            some = weight[at : at + 1024].astype(np.float32).reshape(-1, *codes.shape[1:])
+            scale[at : at + 1024] = np.abs(some).max(-1) / 127
+            step = np.maximum(scale[at : at + 1024], 1e-30)[..., None]
+            codes[at : at + 1024] = np.rint(some / step)
+        return cls(codes, scale)
 
 
-def _library() -> ctypes.CDLL:
-    if not torch.cpu._is_avx2_supported():
-        raise RuntimeError("this processor has no AVX2")
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    if compiler is None:
-        raise RuntimeError("no C++ compiler was found (install g++, or name one in CXX)")
-    omp = next(iter(sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))), None)
-    if omp is None:
-        raise RuntimeError("PyTorch came without its OpenMP library (libgomp)")
-    # the threads are torch's own: its OpenMP is made visible, and none is linked
-    ctypes.CDLL(str(omp), mode=ctypes.RTLD_GLOBAL)
-    found = ctypes.CDLL(str(_built(compiler)))
-    found.herd_scratch.restype = ctypes.c_int64
-    return found
+class Source(Protocol):
+    """Where the step's weights come from; names are the decoder's."""
+
+    config: DecoderConfig
+
+    def blocks(self, name: str) -> Blocks:
+        """The matrix of a module; of "head", what gives the logits, tied or not."""
+        ...
+
+    def floats(self, name: str) -> np.ndarray | None:
+        """A vector (a norm's weight, a bias), float32; None where there is none."""
+        ...
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the embedding, float32 [T, hidden]."""
+        ...
 
 
-def _built(compiler: str) -> Path:
-    """The shared object for this source, compiler and processor."""
-    about = os.stat(compiler)
-    version = f"{os.path.realpath(compiler)} {about.st_size} {about.st_mtime_ns} {FLAGS}"
-    key = hashlib.sha256(
-        b"".join(one.read_bytes() for one in SOURCES) + (version + _processor()).encode()
-    ).hexdigest()[:16]
-    target = fetched() / "native" / f"step-{key}.so"
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            made = Path(work) / "step.o"
-            run = functools.partial(subprocess.run, check=True, capture_output=True)
-            run([compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(made)])
-            run([compiler, "-shared", str(made), "-o", str(made.with_suffix(".so"))])
-            os.replace(made.with_suffix(".so"), target)
-    return target
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    return "".join(line for line in text.splitlines() if line.startswith(("flags", "model name")))
-
-
-# --- packing ---------------------------------------------------------------------------------------
-
-
-def pack_tiles(layer: nn.Module) -> Tensor:
-    """A layer's matrix as the tiles that native.cpp reads, uint8 [R / 16, blocks, bytes]."""
-    assert isinstance(layer, Int4Linear | Int8Linear)
-    words = layer.codes.view(torch.int32)  # [R, B, parts]: four codes, or eight, of a row
-    scale, minimum = (
-        (layer.scale, layer.minimum)
-        if isinstance(layer, Int4Linear)
-        else (layer.scale[..., 0], layer.scale[..., 0] * -128)
-    )
-    rows, blocks, parts = words.shape
-    out = torch.empty(rows // TILE, blocks, (parts + 1) * TILE, dtype=torch.int32)
-    codes = out[..., : parts * TILE].view(rows // TILE, blocks, parts, TILE)
-    codes.copy_(words.view(rows // TILE, TILE, blocks, parts).permute(0, 2, 3, 1))
-    if isinstance(layer, Int8Linear):
-        codes ^= -0x7F7F7F80  # 0x80808080: bytes from 0 to 255
-    floats = out[..., parts * TILE :].view(torch.float16).view(*out.shape[:2], 2, TILE)
-    for at, one in enumerate((scale, minimum)):
-        floats[:, :, at] = one.view(rows // TILE, TILE, blocks).transpose(1, 2)
-    return out.view(torch.uint8)
+def pack(library: ctypes.CDLL, parts: Sequence[Blocks], alternate: bool = False) -> np.ndarray:
+    """Matrices as the tiles that native.cpp reads, uint8 [tiles, bytes]: one matrix after another,
+    or alternate: a tile of each in turn."""
+    count, size = sum(one.rows for one in parts) // TILE, parts[0].tile_bytes
+    out = np.empty((count, size), np.uint8)
+    at = 0
+    for one in parts:
+        scale = one.scale.astype(np.float32)
+        minimum = scale * -128 if one.minimum is None else one.minimum
+        kept = [np.ascontiguousarray(some, np.float16) for some in (scale, minimum)]
+        order = None if one.order is None else np.ascontiguousarray(one.order, np.int64)
+        assert one.codes.strides[2] == 1, "a block's bytes lie side by side"
+        raw = Raw(
+            one.codes.ctypes.data,
+            *one.codes.strides[:2],
+            *(some.ctypes.data for some in kept),
+            None if order is None else order.ctypes.data,
+        )
+        library.herd_pack(
+            ctypes.byref(raw),
+            *map(ctypes.c_int64, (one.rows, one.codes.shape[1], one.bits)),
+            ctypes.c_void_p(out.ctypes.data + at * size),
+            *map(ctypes.c_int64, (size * (len(parts) if alternate else 1), threads())),
+        )
+        at += 1 if alternate else one.rows // TILE
+    return out
 
 
 class Step:
     """The step of one decoder."""
 
-    def __init__(self, decoder: Decoder, library: ctypes.CDLL) -> None:
-        c = decoder.config
-        self.decoder, self.library, self.config = decoder, library, c
-        self.kept: list[Tensor] = []  # what the structures point into
+    def __init__(self, source: Source, library: ctypes.CDLL) -> None:
+        c = source.config
+        self.library, self.config, self.embed = library, c, source.embed
+        self.kept: list[np.ndarray] = []  # what the structures point into
+        self.frequencies, self.magnitude = rope_frequencies(c), rope_magnitude(c)
+        self._source = source
         self._layers = (Layer * c.layers)()
-        for layer, block in zip(self._layers, decoder.blocks, strict=True):
-            assert isinstance(block, Block)
-            self._fill(layer, block)
-        head = decoder.head_layer
-        kept = isinstance(head, Int4Linear | Int8Linear)
-        tiles = pack_tiles(head if kept else Int8Linear.of(head.dense(torch.float32)))
-        assert decoder.norm is not None
+        for number, layer in enumerate(self._layers):
+            self._fill(layer, number)
+        norm = source.floats("norm.weight")
+        assert norm is not None
+        self._norm = norm
         self.model = Model(
             hidden=c.hidden,
             heads=c.heads,
@@ -226,58 +217,65 @@ class Step:
             eps=c.eps,
             scale=c.attention_scale or c.head_dim**-0.5,
             layer=self._layers,
-            norm=self._floats(decoder.norm.weight),
-            head=self._matrix(tiles, None),
+            norm=self._keep(norm),
+            head=self._matrix([source.blocks("head")], []),
         )
         self._only_head = Model.from_buffer_copy(self.model)
         self._only_head.layers = 0
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._scratch = np.empty(0, np.uint8)
 
-    def _keep(self, tensor: Tensor) -> int:
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+    @property
+    def nbytes(self) -> int:
+        """Of the weights as they are kept here."""
+        return sum(one.nbytes for one in self.kept)
 
-    def _floats(self, tensor: Tensor) -> int:
-        return self._keep(tensor.detach().float().contiguous())
+    def _keep(self, array: np.ndarray | None) -> int | None:
+        if array is None:
+            return None
+        self.kept.append(np.ascontiguousarray(array))
+        return int(self.kept[-1].ctypes.data)
 
-    def _matrix(self, tiles: Tensor, bias: Tensor | None) -> Matrix:
-        count, blocks, size = tiles.shape
-        pointer = None if bias is None else self._floats(bias)
-        return Matrix(self._keep(tiles), pointer, count * TILE, blocks * BLOCK, size // 64 - 1)
-
-    def _fill(self, layer: Layer, block: Block) -> None:
-        attention, mlp = block.attention, block.mlp
-        layer.attention_norm = self._floats(block.attention_norm.weight)
-        assert block.mlp_norm is not None and isinstance(mlp, MLP) and mlp.gate is not None
-        layer.mlp_norm = self._floats(block.mlp_norm.weight)
-        if attention.q_norm is not None and attention.k_norm is not None:
-            layer.q_norm = self._floats(attention.q_norm.weight)
-            layer.k_norm = self._floats(attention.k_norm.weight)
-        layer.qkv = self._joined([attention.q, attention.k, attention.v])
-        layer.o, layer.down = self._joined([attention.o]), self._joined([mlp.down])
-        gate, up = mlp.gate, mlp.up
+    def _matrix(
+        self, parts: Sequence[Blocks], biases: Sequence[np.ndarray], alternate: bool = False
+    ) -> Matrix:
+        tiles = pack(self.library, parts, alternate)
         bias = None
-        if gate.bias is not None and up.bias is not None:
-            bias = _alternate(gate.bias.view(-1, TILE), up.bias.view(-1, TILE))
-        layer.gate_up = self._matrix(_alternate(pack_tiles(gate), pack_tiles(up)), bias)
-        layer.window = attention.look.window or 0
-
-    def _joined(self, linears: Sequence[nn.Module]) -> Matrix:
-        biases = [bias for one in linears if isinstance(bias := one.bias, Tensor)]
-        return self._matrix(
-            torch.cat([pack_tiles(one) for one in linears]), torch.cat(biases) if biases else None
+        if biases and alternate:
+            bias = np.stack([one.reshape(-1, TILE) for one in biases], 1)
+        elif biases:
+            bias = np.concatenate(biases)
+        columns = parts[0].codes.shape[1] * BLOCK
+        return Matrix(
+            self._keep(tiles), self._keep(bias), len(tiles) * TILE, columns, parts[0].bits
         )
 
-    @torch.inference_mode()
-    def __call__(self, cache: Cache, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    def _fill(self, layer: Layer, number: int) -> None:
+        at, floats = f"blocks.{number}.", self._source.floats
+        layer.attention_norm = self._keep(floats(f"{at}attention_norm.weight"))
+        layer.mlp_norm = self._keep(floats(f"{at}mlp_norm.weight"))
+        layer.q_norm = self._keep(floats(f"{at}attention.q_norm.weight"))
+        layer.k_norm = self._keep(floats(f"{at}attention.k_norm.weight"))
+        layer.qkv = self._joined([f"{at}attention.{one}" for one in "qkv"])
+        layer.o = self._joined([f"{at}attention.o"])
+        layer.gate_up = self._joined([f"{at}mlp.gate", f"{at}mlp.up"], alternate=True)
+        layer.down = self._joined([f"{at}mlp.down"])
+        layer.window = self.config.window(number) or 0
+
+    def _joined(self, names: Sequence[str], alternate: bool = False) -> Matrix:
+        biases = [self._source.floats(f"{name}.bias") for name in names]
+        given = [one for one in biases if one is not None]
+        assert len(given) in (0, len(names)), names
+        return self._matrix([self._source.blocks(name) for name in names], given, alternate)
+
+    def __call__(self, store: Store, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [R, V] after the tokens that want them, and what the last layer gives
-        [T, hidden], before the norm; keys and values go into the cache."""
-        decoder, model, size = self.decoder, self.model, cache.page_tokens
-        model.page_tokens, model.cache_bytes = size, cache.dtype.itemsize
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-        for layer, scales in zip(self._layers, cache.scales, strict=False):
-            layer.scales = scales.data_ptr()
+        [T, hidden], before the norm; keys and values go into the store."""
+        model, size = self.model, store.page_tokens
+        model.page_tokens, model.cache_bytes = size, store.itemsize
+        for layer, keys, values in zip(self._layers, store.keys, store.values, strict=True):
+            layer.keys, layer.values = keys.ctypes.data, values.ctypes.data
+        for layer, scales in zip(self._layers, store.scales, strict=False):
+            layer.scales = scales.ctypes.data
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -292,60 +290,53 @@ class Step:
             firsts.append(len(ids))
         context = max(positions) + 1
         most = -(-context // size)
-        table = torch.tensor([[*one.pages[:most], *[0] * (most - len(one.pages))] for one in spans])
-        whole = [torch.tensor(one) for one in (positions, slots, firsts)]
-        wanted = torch.tensor(wants, dtype=torch.int64)
-        assert decoder.rotary is not None
-        cos, sin = (one.contiguous() for one in decoder.rotary(whole[0], torch.float32))
-        x = decoder.embed(torch.tensor(ids)).float().contiguous()
-        logits = torch.empty(len(wants), self.config.vocab)
-        self._run(model, (len(spans), most), context, x, cos, sin, *whole, table, wanted, logits)
+        table = [[*one.pages[:most], *[0] * (most - len(one.pages))] for one in spans]
+        whole = [np.array(one, np.int64) for one in (positions, slots, firsts, table, wants)]
+        angle = whole[0].astype(np.float32)[:, None] * self.frequencies
+        cos, sin = np.cos(angle) * self.magnitude, np.sin(angle) * self.magnitude
+        turns = [
+            np.ascontiguousarray(np.concatenate(two, 1), np.float32)
+            for two in ((cos, cos), (-sin, sin))
+        ]
+        x = np.ascontiguousarray(self.embed(np.array(ids, np.int64)), np.float32)
+        logits = np.empty((len(wants), self.config.vocab), np.float32)
+        self._run(model, (len(spans), most), context, x, *turns, *whole, logits)
         return logits, x
 
-    @torch.inference_mode()
-    def head(self, x: Tensor) -> Tensor:
+    def finish(self, x: np.ndarray) -> np.ndarray:
+        """Rows that the last layer gave, [R, hidden], after the final norm."""
+        mean = (x * x).mean(-1, keepdims=True)
+        found: np.ndarray = x / np.sqrt(mean + np.float32(self.config.eps)) * self._norm
+        return found
+
+    def head(self, x: np.ndarray) -> np.ndarray:
         """Logits float32 [R, V] of rows that the last layer gave, [R, hidden]: what a step gives them."""
-        x, nothing = x.contiguous(), torch.zeros(1, dtype=torch.int64)
-        logits = torch.empty(len(x), self.config.vocab)
-        every = torch.arange(len(x))
+        x, nothing = x.copy(), np.zeros(1, np.int64)
+        logits = np.empty((len(x), self.config.vocab), np.float32)
+        every = np.arange(len(x), dtype=np.int64)
         self._run(self._only_head, (0, 0), 1, x, x, x, *[nothing] * 4, every, logits)
         return logits
 
     def _run(
-        self, model: Model, sizes: tuple[int, int], context: int, x: Tensor, *others: Tensor
+        self, model: Model, sizes: tuple[int, int], context: int, x: np.ndarray, *others: np.ndarray
     ) -> None:
         """sizes: sequences, most pages of one. The last two of `others` are wanted and logits."""
-        threads = torch.get_num_threads()
+        team = threads()
         room = self.library.herd_scratch(
-            ctypes.byref(model), *map(ctypes.c_int64, (len(x), context, threads))
+            ctypes.byref(model), *map(ctypes.c_int64, (len(x), context, team))
         )
-        if self._scratch.numel() < room + 64:
-            self._scratch = torch.empty(room + 64, dtype=torch.uint8)
-        pointers = [one.data_ptr() for one in (x, *others)]
-        scratch = (self._scratch.data_ptr() + 63) // 64 * 64
-        batch = Batch(len(x), *sizes, len(others[-1]), context, threads, *pointers, scratch)
+        if self._scratch.size < room + 64:
+            self._scratch = np.empty(room + 64, np.uint8)
+        pointers = [one.ctypes.data for one in (x, *others)]
+        scratch = (self._scratch.ctypes.data + 63) // 64 * 64
+        batch = Batch(len(x), *sizes, len(others[-1]), context, team, *pointers, scratch)
         self.library.herd_step(ctypes.byref(model), ctypes.byref(batch))
 
 
-def _alternate(a: Tensor, b: Tensor) -> Tensor:
-    """One of a, one of b, and so on."""
-    return torch.stack([a, b], 1).flatten(0, 1)
-
-
-def step_for(decoder: Decoder) -> Step | None:
-    """The native step of this decoder; None where it, the processor or the machine does not fit."""
-    if not _fits(decoder):
-        return None
-    found = library()
-    return None if found is None else Step(decoder, found)
-
-
-def _fits(decoder: Decoder) -> bool:
-    if (
-        type(decoder) is not Decoder or decoder.headless or decoder.soft is not None
-    ):  # RWKV, T5 … are modules of their own
+def fits(c: DecoderConfig) -> bool:
+    """Whether native.cpp computes such a decoder."""
+    if type(c) is not DecoderConfig:  # T5, RWKV … are modules of their own
         return False
-    c = decoder.config
     plain = DecoderConfig(
         *(c.vocab, c.hidden, c.layers, c.heads, c.kv_heads, c.head_dim, c.ffn, c.max_pos),
         eps=c.eps,
@@ -359,15 +350,7 @@ def _fits(decoder: Decoder) -> bool:
         mlp_bias=c.mlp_bias,
         tied=c.tied,
     )
-    if c != plain or decoder.device.type != "cpu" or not isinstance(decoder.norm, RMSNorm):
-        return False
     sizes = (c.hidden, c.heads * c.head_dim, c.ffn)
     rows = (*sizes, c.kv_heads * c.head_dim, c.vocab)
     even = not any(size % BLOCK for size in sizes) and not any(one % TILE for one in rows)
-    kept = all(
-        isinstance(one, (Int4Linear, Int8Linear))
-        for block in decoder.blocks
-        for one in block.modules()
-        if hasattr(one, "inputs")
-    )
-    return even and kept and c.head_dim % TILE == 0
+    return c == plain and even and c.head_dim % TILE == 0

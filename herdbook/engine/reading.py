@@ -25,7 +25,7 @@ from herdbook.errors import RequestError
 
 if TYPE_CHECKING:
     from herdbook.engine.sequence import Sequence
-    from herdbook.model.decoder import Decoder
+    from herdbook.model.interface import Model
 
 #: rows of logits at once: [ROWS, V] float32 is 25 MB where V is 49,152
 ROWS = 128
@@ -103,19 +103,19 @@ Reading: TypeAlias = Likelihoods | Pooled | PromptLogprobs
 Through: TypeAlias = Callable[[Any], np.ndarray]
 
 
-def reading_for(request: Request, decoder: Decoder, front: int = 0) -> Likelihoods | Pooled | None:
+def reading_for(request: Request, model: Model, front: int = 0) -> Likelihoods | Pooled | None:
     """What a request reads instead of drawing; None where it draws. Refuses what the model lacks.
 
     front: so many of its tokens, the first ones, are virtual."""
     if request.embed:
-        if decoder.whole_prompts:
+        if model.whole_prompts:
             raise RequestError(
-                f"an embedding by a {decoder.family} model",
+                f"an embedding by a {model.family} model",
                 rule="is not one: it reads a prompt and its reply in different ways",
                 next="embed with a decoder such as smollm2",
             )
         return Pooled(len(request.ids), front)
-    decoder.need_head()
+    model.need_head()
     if not request.targets:
         return None
     assert len(request.targets) <= len(request.ids)

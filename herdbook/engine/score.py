@@ -116,7 +116,7 @@ def score_many(
     for prompt, continuations in asked:
         for continuation in continuations:
             engine.intake.check_ids(continuation, engine.intake.vocab)
-        read = engine.decoder.prompt(prompt) if len(prompt) else []
+        read = engine.model.prompt(prompt) if len(prompt) else []
         parts.append(Scoring(read, continuations, adapter))
     requests = [one for part in parts for one in part.requests]
     for one in requests:

@@ -9,16 +9,19 @@ up, one more token is drawn.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-from herdbook.engine.adapters import Adapter
 from herdbook.engine.pages import chain, page_hash
 from herdbook.engine.reading import PromptLogprobs, Reading
 from herdbook.engine.request import Finish, Logprob, Reply, Request
 from herdbook.engine.sampling import Chooser
 from herdbook.engine.text import TextOut
-from herdbook.model.carried import State
 from herdbook.model.prefix import Context
-from herdbook.model.soft import Soft
+
+if TYPE_CHECKING:
+    from herdbook.engine.corrections import Adapter
+    from herdbook.model.carried import State
+    from herdbook.model.soft import Soft
 
 
 class Sequence:

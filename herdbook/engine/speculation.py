@@ -38,7 +38,7 @@ from herdbook.engine.sampling import choose
 from herdbook.engine.scheduler import Scheduler
 from herdbook.engine.sequence import Sequence
 from herdbook.errors import ConfigError
-from herdbook.model.decoder import Decoder
+from herdbook.model.interface import Model
 
 #: drafts fill a step up to so many tokens; more chats than half of that, and nothing is guessed
 ROWS = 16
@@ -128,10 +128,10 @@ class DraftModel:
     chunks of `max_batch_tokens`, in steps of their own.
     """
 
-    def __init__(self, decoder: Decoder, scheduler: Scheduler) -> None:
+    def __init__(self, model: Model, scheduler: Scheduler) -> None:
         self.scheduler, self.pool = scheduler, scheduler.pool
-        self.context = decoder.config.max_pos
-        self.runner = Runner(decoder, self.pool.pages, self.pool.page_tokens)
+        self.context = model.config.max_pos
+        self.runner = Runner(model, self.pool.pages, self.pool.page_tokens)
         self._held: dict[int, tuple[int, int]] = {}  # page → allocation, tokens
 
     def guess(self, asked: Many[Ask]) -> list[list[int]]:
@@ -308,9 +308,9 @@ class Speculation:
 
 
 def speculation(
-    speculate: str | None, draft: Decoder | None, decoder: Decoder, scheduler: Scheduler
+    speculate: str | None, draft: Model | None, model: Model, scheduler: Scheduler
 ) -> Speculation | None:
-    """What an engine's settings ask for. ConfigError: it cannot be had with this decoder."""
+    """What an engine's settings ask for. ConfigError: it cannot be had with this model."""
     if speculate is None and draft is None:
         return None
     asked = f"speculate={speculate!r}" if speculate else "draft"
@@ -320,7 +320,7 @@ def speculation(
         )
     if speculate not in (None, "ngram"):
         raise ConfigError(asked, rule="is not known", next='write "ngram", or give a draft model')
-    if decoder.memory != "pages":
+    if model.memory != "pages":
         raise ConfigError(
             asked,
             rule="needs a model whose cache can forget tokens; this one keeps a state",
@@ -329,16 +329,16 @@ def speculation(
     if draft is None:
         return Speculation(Lookup(), scheduler)
     draft.need_head()
-    if draft.memory != "pages" or draft.config.prefix or decoder.config.prefix:
+    if draft.memory != "pages" or draft.config.prefix or model.config.prefix:
         raise ConfigError(
             "draft",
             rule="works only where both models read a prompt token by token",
             next='leave it out, or take speculate="ngram"',
         )
-    if draft.config.vocab != decoder.config.vocab or draft.ids != decoder.ids:
+    if draft.config.vocab != model.config.vocab or draft.ids != model.ids:
         raise ConfigError(
             f"a draft model of {draft.config.vocab} tokens",
-            rule=f"has another vocabulary than the model's {decoder.config.vocab}",
+            rule=f"has another vocabulary than the model's {model.config.vocab}",
             next="take a smaller model of the same family, with the same tokenizer",
         )
     return Speculation(DraftModel(draft, scheduler), scheduler)

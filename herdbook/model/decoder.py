@@ -13,17 +13,16 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from herdbook.errors import FileError, RequestError
 from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
+from herdbook.model.interface import Model
 from herdbook.model.layers import (
     Embedding,
     Int8Embedding,
@@ -114,7 +113,7 @@ class Block(nn.Module):
         return y
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, Model):
     """ids [T] and a layout → hidden [T, hidden]; `logits` only for the tokens that need them.
 
     head is None when it is tied to the embedding or when the source has none.
@@ -122,10 +121,6 @@ class Decoder(nn.Module):
     """
 
     head: Linear | None
-    #: what the engine keeps of a sequence: its keys and values in pages, or the model's own state
-    memory: Literal["pages", "state"] = "pages"
-    #: whether a prompt has to be computed in one step
-    whole_prompts = False
     #: training keeps what enters each block, and computes the rest again for its gradient
     recompute = False
     #: what PEFT calls its task
@@ -135,7 +130,6 @@ class Decoder(nn.Module):
         super().__init__()
         c = self.config = config
         self.headless = headless
-        self.family: str = "llama"
         self.source_config: dict[str, Any] = {}
         width = c.embed_dim or c.hidden
         self.embed: Embedding | Int8Embedding = Embedding(c.vocab, width)
@@ -157,28 +151,16 @@ class Decoder(nn.Module):
     def make_block(self, layer: int) -> nn.Module:
         return Block(self.config, layer)
 
+    def module(self) -> Decoder:
+        return self
+
     @property
-    def ids(self) -> int:
-        """Token ids that it reads are below this."""
-        return self.config.vocab
+    def kind(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
-    def tree(self, data: Mapping[str, Any], encode: Callable[[str], Sequence[int]]) -> list[int]:
-        """A prompt out of a tree of texts, for a model that reads such."""
-        raise RequestError(
-            f"a prompt with the keys {sorted(map(str, data))}",
-            rule="is no text, list of ids or list of messages, and this model reads no trees",
-            next='for one message write [{"role": "user", "content": "…"}]',
-        )
-
-    def prompt(self, ids: Sequence[int]) -> list[int]:
-        """What the model reads where these tokens wait for a reply."""
-        return list(ids)
-
-    def examples(
-        self, ids: Sequence[int], mask: Sequence[bool]
-    ) -> list[tuple[list[int], list[bool]]]:
-        """Rows to learn from, and what of them is trained, out of a conversation's tokens."""
-        return [(list(ids), list(mask))]
+    @property
+    def place(self) -> str:
+        return self.device.type
 
     @property
     def dtype(self) -> torch.dtype:
@@ -255,14 +237,6 @@ class Decoder(nn.Module):
         weight = getattr(self.head_layer, "weight", None)
         weight = self.head_layer.dense(self.dtype) if weight is None else weight
         return F.normalize(weight) if self.config.head_norm else weight
-
-    def need_head(self) -> None:
-        if self.headless:
-            raise FileError(
-                "this model has no head (no lm_head.weight, and its config does not tie one)",
-                rule="so it gives hidden states but no logits",
-                next="use its hidden states, or a checkpoint saved with the head",
-            )
 
     def parameter_count(self) -> int:
         """Weights that the model stands for, quantised ones too; a tied head counts once."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -45,8 +45,9 @@ class Fold:
     stacked: bool = False
     plus: float = 0.0
 
-    def take(self, source: Tensor, part: int, rows: Sequence[int], config: DecoderConfig) -> Tensor:
-        """Part number `part` out of the source's tensor; rows: how many each part has."""
+    def take(self, source: Any, part: int, rows: Sequence[int], config: DecoderConfig) -> Any:
+        """Part number `part` out of the source's tensor (or, untransposed, of an array in its order);
+        rows: how many each part has."""
         if self.transposed and source.ndim == 2:
             source = source.T
         if self.stacked:

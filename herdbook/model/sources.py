@@ -91,3 +91,13 @@ def check_names(
             rule="has no place in a model of this config",
             next=next,
         )
+
+
+def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
+    """Raise where the tokenizer knows ids that the embedding has no row for. Spare rows are fine."""
+    if tokenizer_size > config.vocab:
+        raise FileError(
+            f"the tokenizer has {tokenizer_size:,} ids",
+            rule=f"but the model's embedding has only {config.vocab:,} rows",
+            next="use the tokenizer that belongs to the model",
+        )

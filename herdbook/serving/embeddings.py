@@ -39,7 +39,7 @@ async def embed(
     ask: EmbeddingAsk, worker: Worker, texts: Sequence[Sequence[int]], adapter: str | None
 ) -> dict[str, Any]:
     """The body of the response, but for its usage. texts: token ids of each input."""
-    width = worker.engine.decoder.config.hidden
+    width = worker.engine.model.config.hidden
     if ask.dimensions not in (None, width):
         raise RequestError(
             f"dimensions={ask.dimensions}",

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import CacheType, adapter_folder, load
@@ -41,24 +39,19 @@ class Setup:
                 served_name(ref),
                 partial(self.engine, ref, book, folders),
                 adapters=[*folders],
-                estimate_bytes=estimated_bytes(path, self._cache_dtype) if counted else 0,
+                estimate_bytes=estimated_bytes(path, self.cache) if counted else 0,
             )
             for ref, path in zip(self.refs, paths, strict=True)
         ]
         by_name = {worker.name: worker for worker in workers}
         return Models(by_name, memory_bytes=self.memory_bytes, idle_s=self.idle_s)
 
-    @property
-    def _cache_dtype(self) -> torch.dtype | None:
-        found: torch.dtype | None = self.cache and getattr(torch, self.cache)
-        return found
-
     def engine(self, ref: str, book: Book | None, adapters: Mapping[str, Path]) -> Engine:
         model = load(ref, book=book, template=self.template)
         engine = Engine(
-            model.decoder,
+            model.model,
             model.maybe_tokenizer,
-            cache_dtype=self._cache_dtype,
+            cache_dtype=self.cache,
             speculate="ngram" if self.speculate else None,
         )
         for name, folder in adapters.items():

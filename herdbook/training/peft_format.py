@@ -33,6 +33,7 @@ from herdbook.model.dora import DoRALinear
 from herdbook.model.families import families
 from herdbook.model.ia3 import IA3Linear, put_factors
 from herdbook.model.lora import Adapter, LoRALinear, adapters_of, put_adapter
+from herdbook.model.references import ADAPTER
 from herdbook.model.soft import Soft
 from herdbook.model.whole import Whole, train_whole
 from herdbook.training.peft_matrices import (
@@ -46,7 +47,7 @@ from herdbook.training.peft_matrices import (
 from herdbook.training.peft_soft import KINDS as SOFT
 from herdbook.training.peft_soft import read_soft, write_soft
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER, "adapter_model.safetensors"
 #: settings that would change what the adapter computes, and the only values that are read
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA", "IA3", *SOFT),

@@ -84,5 +84,5 @@ def _order(decoder: Decoder) -> Tensor:
         layer: Any = decoder.get_submodule(one.removesuffix(".weight"))
         sizes.append(layer.outputs)
     rows = torch.arange(sum(sizes), dtype=torch.float64) - source.fold.plus
-    mine = source.fold.take(rows, source.ours.index(name), sizes, decoder.config)
+    mine: Tensor = source.fold.take(rows, source.ours.index(name), sizes, decoder.config)
     return mine.argsort().argsort()

@@ -29,7 +29,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from herdbook.engine import native
+from herdbook.engine import compiled, store
 from herdbook.engine.engine import Engine
 from herdbook.engine.grammar import Grammar
 from herdbook.engine.reading import Likelihoods, Pooled
@@ -384,11 +384,11 @@ def test_pytorch_with_a_smaller_cache_stays_near(
 
 @contextmanager
 def compiled_for(processor: str) -> Iterator[None]:
-    flags = [one for one in native.FLAGS if not one.startswith("-march")]
-    native.library.cache_clear()
-    with patch.object(native, "FLAGS", (*flags, f"-march={processor}")):
+    flags = [one for one in compiled.FLAGS if not one.startswith("-march")]
+    compiled.library.cache_clear()
+    with patch.object(compiled, "FLAGS", (*flags, f"-march={processor}")):
         yield
-    native.library.cache_clear()
+    compiled.library.cache_clear()
 
 
 @cache
@@ -406,7 +406,7 @@ def kept(name: str, layers: int = 3) -> Decoder:
     size=sizes([16, 32]),
     source=st.sampled_from([None, "ngram", "itself", "smaller"]),
     chance=chances,
-    dtype=st.sampled_from(native.CACHES),
+    dtype=st.sampled_from([*store.NATIVE]),
 )
 def test_the_native_step_says_the_same_to_the_last_bit(
     folder: Path,
@@ -416,7 +416,7 @@ def test_the_native_step_says_the_same_to_the_last_bit(
     size: dict[str, int],
     source: str | None,
     chance: tuple[float, int],
-    dtype: torch.dtype,
+    dtype: str,
 ) -> None:
     guess: dict[str, Any] = {"speculate": source}
     if source in ("itself", "smaller"):
@@ -434,4 +434,4 @@ def test_the_native_step_says_the_same_to_the_last_bit(
             if request.adapter is None:
                 same(reply, alone(one, request), exactly=True)
             elif greedy(request.sampling):
-                assert missed(reply, request, one) <= NEAR[dtype]
+                assert missed(reply, request, one) <= NEAR[getattr(torch, dtype)]

@@ -7,15 +7,20 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from herdbook.engine import native
+from herdbook.engine import compiled, native
 from herdbook.engine.cache import Cache
 from herdbook.engine.engine import Engine
+from herdbook.engine.kept import kept
 from herdbook.engine.request import Request, Sampling
+from herdbook.engine.runner import step_for
+from herdbook.engine.store import Store
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear, Linear
@@ -32,17 +37,17 @@ CONFIGS = {
     "window": dataclasses.replace(CONFIG, windows=(None, 7, 7)),
     "wide head": dataclasses.replace(CONFIG, head_dim=80, heads=2),
 }
-needs_native = pytest.mark.skipif(native.library() is None, reason="no AVX2, or no C++ compiler")
+needs_native = pytest.mark.skipif(compiled.library() is None, reason="no AVX2, or no C++ compiler")
 
 
 @pytest.fixture(params=["native", "haswell"], autouse=True)
 def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Everything twice: for this processor as it is, and as one that has AVX2 alone."""
-    flags = [one for one in native.FLAGS if not one.startswith("-march")]
-    monkeypatch.setattr(native, "FLAGS", (*flags, f"-march={request.param}"))
-    native.library.cache_clear()
+    flags = [one for one in compiled.FLAGS if not one.startswith("-march")]
+    monkeypatch.setattr(compiled, "FLAGS", (*flags, f"-march={request.param}"))
+    compiled.library.cache_clear()
     yield
-    native.library.cache_clear()
+    compiled.library.cache_clear()
 
 
 def quantised(config: DecoderConfig, bits: int = 4, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -112,15 +117,15 @@ def native_logits(
     decoder: Decoder,
     prompts: list[list[int]],
     chunk: int = 1,
-    dtype: torch.dtype | None = None,
+    kind: str = "float32",
 ) -> Tensor:
     """Logits [B, T, V] of prompts of equal length, so many tokens a step, through the native step."""
-    step = native.step_for(decoder)
+    step = step_for(decoder)
     assert step is not None
     length = len(prompts[0])
     each = -(-length // 16)
-    cache = Cache(decoder, each * len(prompts), 16, dtype, dimensions_first=True)
-    pages = list(range(cache.pages))
+    store = Store(decoder.config, each * len(prompts), 16, kind)
+    pages = list(range(store.pages))
     random.Random(1).shuffle(pages)
     mine = [pages[b * each : (b + 1) * each] for b in range(len(prompts))]
     rows = []
@@ -129,7 +134,8 @@ def native_logits(
             native.Span(prompt[at : at + chunk], at, own, wanted=len(prompt[at : at + chunk]))
             for prompt, own in zip(prompts, mine, strict=True)
         ]
-        rows.append(step(cache, spans)[0].view(len(prompts), -1, decoder.config.vocab))
+        found = torch.from_numpy(step(store, spans)[0])
+        rows.append(found.view(len(prompts), -1, decoder.config.vocab))
     return torch.cat(rows, 1)
 
 
@@ -155,47 +161,49 @@ def test_the_step_is_its_twin(name: str, bits: int) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_token_depends_on_its_own_sequence_alone(name: str, dtype: torch.dtype) -> None:
+def test_a_token_depends_on_its_own_sequence_alone(name: str, kind: str) -> None:
     """Bit by bit: alone or among others, token by token, in chunks or the whole prompt at once."""
     decoder = quantised(CONFIGS[name])
     asked = prompts(11)
-    together = native_logits(decoder, asked, dtype=dtype)
+    together = native_logits(decoder, asked, kind=kind)
     for chunk in (3, 8, 39):
-        assert torch.equal(native_logits(decoder, asked, chunk, dtype), together)
+        assert torch.equal(native_logits(decoder, asked, chunk, kind), together)
     for row, prompt in zip(together[:3], asked, strict=False):
-        assert torch.equal(native_logits(decoder, [prompt], dtype=dtype)[0], row)
+        assert torch.equal(native_logits(decoder, [prompt], kind=kind)[0], row)
 
 
 @needs_native
-@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.05), (torch.int8, 0.1)])
-def test_a_smaller_cache_stays_near(dtype: torch.dtype, most: float) -> None:
+@pytest.mark.parametrize(("kind", "most"), [("bfloat16", 0.05), ("int8", 0.1)])
+def test_a_smaller_cache_stays_near(kind: str, most: float) -> None:
     decoder = quantised(CONFIG)
     exact, near = (
         native_logits(decoder, prompts(2)),
-        native_logits(decoder, prompts(2), dtype=dtype),
+        native_logits(decoder, prompts(2), kind=kind),
     )
     assert (near - exact).abs().mean() <= most * exact.std()
     assert not torch.equal(near, exact)
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_what_lies_in_the_cache_is_what_the_twin_puts_there(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_what_lies_in_the_cache_is_what_the_twin_puts_there(kind: str) -> None:
     decoder = quantised(CONFIG)
-    step = native.step_for(decoder)
+    step = step_for(decoder)
     assert step is not None
-    exact = Cache(decoder, 3, 16, torch.float32, dimensions_first=True)
-    found, twin = (Cache(decoder, 3, 16, dtype, dimensions_first=first) for first in (True, False))
+    dtype = getattr(torch, kind)
+    stores = Store(CONFIG, 3, 16, "float32"), Store(CONFIG, 3, 16, kind)
+    exact = Cache(decoder, 3, 16, torch.float32, stores[0])
+    found, twin = (Cache(decoder, 3, 16, dtype, store) for store in (stores[1], None))
     span = native.Span(prompts(1)[0], 0, [2, 0, 1])
-    step(exact, [span])
-    step(found, [span])
+    for store in stores:
+        step(store, [span])
     slots = torch.tensor([span.pages[at // 16] * 16 + at % 16 for at in range(39)])
     k, v = (one[0].flatten(0, 1)[slots] for one in (exact.keys, exact.values))
     twin.write(0, slots, k, v)
     assert torch.equal(found.keys[0], twin.keys[0]) and torch.equal(found.values[0], twin.values[0])
-    if dtype == torch.int8:
+    if kind == "int8":
         assert torch.equal(found.scales[0], twin.scales[0])
         read = twin.read(0, slice(0, 3), torch.float32)[0].flatten(0, 1)[slots]
         step_of = k.abs().amax(-1, keepdim=True) / 127
@@ -209,9 +217,9 @@ def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     real = native.Step.__call__
 
-    def counted(self: native.Step, cache: Cache, spans: list[native.Span]) -> tuple[Tensor, Tensor]:
+    def counted(self: native.Step, store: Store, spans: list[native.Span]) -> Any:
         rows.append(sum(len(span.ids) for span in spans))
-        return real(self, cache, spans)
+        return real(self, store, spans)
 
     monkeypatch.setattr(native.Step, "__call__", counted)
     sampling = Sampling(max_tokens=6, ignore_eos=True)
@@ -226,6 +234,7 @@ def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert together == [ask([prompt])[0] for prompt in asked] == ask(asked, 7 + 16)
 
 
+@needs_native
 @pytest.mark.parametrize("bits", [4, 8])
 def test_tiles_hold_what_native_cpp_reads(bits: int) -> None:
     """Every weight at its place, by the layout that is written down at the head of native.cpp."""
@@ -233,8 +242,10 @@ def test_tiles_hold_what_native_cpp_reads(bits: int) -> None:
     layer = decoder.blocks[0].mlp.up
     assert isinstance(layer, (Int4Linear, Int8Linear))
     dense = layer.dense(torch.float32)
-    tiles = native.pack_tiles(layer)
-    assert tiles.shape == (6, 3, 64 * bits + 64)
+    source, found = kept(decoder), compiled.library()
+    assert source is not None and found is not None
+    tiles = torch.from_numpy(native.pack(found, [source.blocks("blocks.0.mlp.up")]))
+    tiles = tiles.view(6, 3, 64 * bits + 64)
     for row, block, column in ((0, 0, 0), (5, 1, 17), (16, 2, 31), (31, 0, 14), (95, 2, 3)):
         tile = tiles[row // 16, block]
         part, c = divmod(column, 4)
@@ -252,17 +263,19 @@ def test_a_matrix_of_8_bits_is_recognised() -> None:
     found = Int8Linear.of((codes * scale[..., None]).flatten(1))
     assert torch.equal(found.codes.int(), codes.int())
     assert torch.allclose(found.scale[..., 0], scale, rtol=1e-6)
+    again = native.Blocks.rounded((codes * scale[..., None]).flatten(1).numpy())
+    assert (again.codes == codes.numpy()).all() and np.allclose(again.scale, scale, rtol=1e-6)
 
 
 @pytest.mark.parametrize("change", [{"gated": False}, {"norm": "ln"}, {"position": "alibi"}])
 def test_other_shapes_go_the_plain_way(change: dict[str, object]) -> None:
-    assert native.step_for(quantised(dataclasses.replace(CONFIG, **change))) is None
-    assert native.step_for(Decoder(CONFIG)) is None, "dense matrices"
+    assert step_for(quantised(dataclasses.replace(CONFIG, **change))) is None
+    assert step_for(Decoder(CONFIG)) is None, "dense matrices"
 
 
 def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HERDBOOK_NATIVE", "0")
-    assert native.step_for(quantised(CONFIG)) is None
+    assert step_for(quantised(CONFIG)) is None
 
 
 @pytest.mark.parametrize(("compiler", "why"), [("no-such", "no C++ compiler"), ("false", "failed")])
@@ -278,7 +291,7 @@ def test_no_compiler_is_no_fault(
     monkeypatch.setenv("CXX", compiler)
     if compiler == "no-such":
         monkeypatch.setenv("PATH", str(tmp_path))
-    native.library.cache_clear()
+    compiled.library.cache_clear()
     for _ in range(2):
-        assert native.step_for(quantised(CONFIG)) is None
+        assert step_for(quantised(CONFIG)) is None
     assert len(caplog.messages) == 1 and why in caplog.messages[0]

@@ -13,7 +13,6 @@ result and of one tensor.
 """
 
 from herdbook.model.checkpoint.base import Checkpoint as Checkpoint
-from herdbook.model.checkpoint.base import check_vocabulary as check_vocabulary
 from herdbook.model.checkpoint.base import expected_shapes as expected_shapes
 from herdbook.model.checkpoint.huggingface import INDEX as INDEX
 from herdbook.model.checkpoint.huggingface import LEGACY_INDEX as LEGACY_INDEX
@@ -28,3 +27,4 @@ from herdbook.model.checkpoint.saving import save_gguf as save_gguf
 from herdbook.model.checkpoint.saving import save_hf as save_hf
 from herdbook.model.checkpoint.saving import source_config as source_config
 from herdbook.model.checkpoint.saving import tensors as tensors
+from herdbook.model.sources import check_vocabulary as check_vocabulary

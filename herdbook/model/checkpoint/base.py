@@ -52,7 +52,8 @@ class Checkpoint:
         if source.fold is None:
             return tensor
         rows = [self.shapes[one][0] for one in source.ours]
-        return source.fold.take(tensor, source.ours.index(name), rows, self.config)
+        mine: Tensor = source.fold.take(tensor, source.ours.index(name), rows, self.config)
+        return mine
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The same, in memory of its own."""
@@ -95,13 +96,3 @@ def check_shapes(
                 rule="but weights are of real ones",
                 next="use the model's files before they were quantised, or a GGUF of it",
             )
-
-
-def check_vocabulary(config: DecoderConfig, tokenizer_size: int) -> None:
-    """Raise where the tokenizer knows ids that the embedding has no row for. Spare rows are fine."""
-    if tokenizer_size > config.vocab:
-        raise FileError(
-            f"the tokenizer has {tokenizer_size:,} ids",
-            rule=f"but the model's embedding has only {config.vocab:,} rows",
-            next="use the tokenizer that belongs to the model",
-        )

@@ -10,6 +10,7 @@ from herdbook.model.checkpoint.ggufs import open_gguf
 from herdbook.model.checkpoint.huggingface import open_folder
 from herdbook.model.checkpoint.meta import is_meta, open_meta
 from herdbook.model.checkpoint.sat import open_sat, sat_folder
+from herdbook.model.gguf_config import gguf_file
 
 
 def open_checkpoint(path: Path | str) -> Checkpoint:
@@ -21,9 +22,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
             return open_sat(shards)
         if is_meta(path) and not (path / "config.json").is_file():
             return open_meta(path)
-        if (path / "model.gguf").is_file() and not (path / "config.json").is_file():
-            return open_gguf(path / "model.gguf")
-        return open_folder(path)
-    if not path.exists():
+    elif not path.exists():
         raise FileError(f"{path}", rule="is not there", next="check the path, or see `herd list`")
-    return open_folder(path) if path.suffix == ".pth" else open_gguf(path)
+    file = gguf_file(path)
+    return open_folder(path) if file is None else open_gguf(file)

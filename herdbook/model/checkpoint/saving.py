@@ -16,7 +16,7 @@ from herdbook.errors import FamilyError
 from herdbook.files import gguf, safetensors
 from herdbook.files.atomic import write_json
 from herdbook.model.checkpoint import compressed
-from herdbook.model.checkpoint.base import check_vocabulary, expected_shapes
+from herdbook.model.checkpoint.base import expected_shapes
 from herdbook.model.checkpoint.huggingface import INDEX
 from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.model.config import DecoderConfig
@@ -26,7 +26,7 @@ from herdbook.model.family import Family, SourceTensor
 from herdbook.model.gguf_config import gguf_metadata, refuse_unsaid, understand
 from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear
 from herdbook.model.rope import rope_divisors, rope_frequencies
-from herdbook.model.sources import source_shapes
+from herdbook.model.sources import check_vocabulary, source_shapes
 
 #: of a file of weights, as transformers has it
 SHARD_BYTES = 5_000_000_000

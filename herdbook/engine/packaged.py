@@ -1,0 +1,199 @@
+"""A GGUF whose weights the native step reads as they lie there, without torch.
+
+To import torch takes longer than everything else between a command and its first token. What is read
+here instead is checked as `load_decoder` checks it; what the file or the request asks for beyond
+(an adapter, a draft model, all hidden states) makes a decoder of it then.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from herdbook.engine.compiled import library, processor
+from herdbook.engine.native import BLOCK, Blocks, fits
+from herdbook.files import gguf
+from herdbook.model import gguf_config
+from herdbook.model.config import DecoderConfig
+from herdbook.model.family import Family
+from herdbook.model.interface import Model
+from herdbook.model.sources import check_names, source_shapes
+
+if TYPE_CHECKING:
+    from herdbook.model.decoder import Decoder
+
+#: bytes in front of a block's codes
+HEADS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}
+
+
+def packaged(path: Path) -> Packaged | None:
+    """The model at `path` (what a reference resolved to), where the native step can read it so."""
+    file = gguf_config.gguf_file(path)
+    if file is None or not file.is_file() or has_gpu() or library() is None:
+        return None
+    found = gguf.read(file)
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    family, config, _ = gguf_config.read(found, shapes)
+    if not fits(config):
+        return None
+    model = Packaged(path, found, family, config)
+    return model if model.whole() else None
+
+
+def has_gpu() -> bool:
+    """Whether torch may find one: then it decides where models are computed."""
+    return any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
+
+
+class Packaged(Model):
+    """The file, understood and checked; the native step's source."""
+
+    place = "cpu"
+    soft = None
+
+    def __init__(self, path: Path, file: gguf.GGUF, family: Family, config: DecoderConfig) -> None:
+        self.path, self.file, self.config, self.family = path, file, config, family.name
+        self._shapes = plain_shapes(config)
+        self._names = {name: family.gguf_tensor(name, config) for name in self._shapes}
+        found = {name: tensor.shape for name, tensor in file.tensors.items()}
+        check_names(file.path, source_shapes(self._shapes, self._names), found)
+
+    def whole(self) -> bool:
+        """Whether every matrix of a block is kept in blocks of 4 or 8 bits along our rows."""
+        folds = [self._names[name].fold for name in self._shapes]
+        if any(one and (one.transposed or one.stacked or one.plus) for one in folds):
+            return False
+        return all(
+            self.file.tensors[self._names[name].name].type in HEADS
+            for name, shape in self._shapes.items()
+            if name.startswith("blocks.") and len(shape) == 2
+        )
+
+    def module(self) -> Decoder:
+        return self._decoder
+
+    @property
+    def opened(self) -> bool:
+        """Whether it has become a decoder as well."""
+        return "_decoder" in vars(self)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the file's own bytes that stay in memory: the embedding's."""
+        return self.file.tensors[self._names["embed.weight"].name].nbytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights as the native step will keep them, and of the embedding's bytes."""
+        total = self.held_bytes
+        for name, shape in self._shapes.items():
+            if len(shape) == 1:
+                total += 4 * shape[0]
+            elif name.startswith("blocks.") or name == self._head:
+                bits = 4 if self._type(name).startswith("Q4") else 8
+                total += math.prod(shape) * (bits + 1) // 8
+        return total
+
+    @property
+    def _head(self) -> str:
+        """The name of the weight that gives the logits."""
+        return "embed.weight" if self.config.tied else "head.weight"
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        from herdbook.model.checkpoint import load_decoder
+
+        return load_decoder(self.path, quantised=True)
+
+    @property
+    def kind(self) -> str:
+        """As `precision.compute_dtype` decides it."""
+        flags = processor().split()
+        multiplies = "avx512f" in flags and ("avx512_bf16" in flags or "amx_tile" in flags)
+        return "bfloat16" if multiplies else "float32"
+
+    # --- the native step's source ---
+
+    def blocks(self, name: str) -> Blocks:
+        weight = self._head if name == "head" else f"{name}.weight"
+        if self._type(weight) not in HEADS:
+            return Blocks.rounded(self._rows(weight, None))
+        return self._blocks(weight)
+
+    def floats(self, name: str) -> np.ndarray | None:
+        if name not in self._names:
+            return None
+        values = self.file.array(self._names[name].name).astype(np.float32).reshape(-1)
+        order = self._order(name)
+        return values if order is None else values[order]
+
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        return self._rows("embed.weight", ids)
+
+    def _rows(self, name: str, which: np.ndarray | None) -> np.ndarray:
+        """Rows of the embedding or the head, dequantised; None: all."""
+        raw = self._table if name == "embed.weight" else self.file.raw(self._names[name].name)
+        raw = raw if which is None else np.ascontiguousarray(raw[which])
+        return gguf.dequantise(raw, self._type(name)).astype(np.float32)
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """The embedding's bytes, [vocab, bytes of a row]."""
+        return self.file.raw(self._names["embed.weight"].name)
+
+    def _type(self, name: str) -> str:
+        return self.file.tensors[self._names[name].name].type
+
+    def _order(self, name: str) -> np.ndarray | None:
+        """The source's row of each of ours; None: ours are the source's."""
+        source = self._names[name]
+        if source.fold is None:
+            return None
+        rows = [self._shapes[one][0] for one in source.ours]
+        every = np.arange(sum(rows))
+        found: np.ndarray = source.fold.take(every, source.ours.index(name), rows, self.config)
+        return found
+
+    def _blocks(self, name: str) -> Blocks:
+        kind, head = self._type(name), HEADS[self._type(name)]
+        raw = self._table if name == "embed.weight" else self.file.raw(self._names[name].name)
+        raw = raw.reshape(len(raw), self._shapes[name][1] // BLOCK, -1)
+        floats = np.ascontiguousarray(raw[..., :head]).view(np.float16)
+        codes, scale, order = raw[..., head:], floats[..., 0], self._order(name)
+        if kind == "Q8_0":
+            return Blocks(codes.view(np.int8), scale, order=order)
+        minimum = floats[..., 1] if kind == "Q4_1" else scale * np.float16(-8)
+        return Blocks(codes, scale, minimum, order)
+
+
+def plain_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Our name → shape, for every tensor of a decoder that `fits`."""
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (c.vocab, c.hidden)}
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    wide = c.heads * c.head_dim
+    for at in (f"blocks.{n}." for n in range(c.layers)):
+        shapes[f"{at}attention_norm.weight"] = (c.hidden,)
+        linear(f"{at}attention.q", c.hidden, wide, c.qkv_bias)
+        for one in "kv":
+            linear(f"{at}attention.{one}", c.hidden, c.kv_heads * c.head_dim, c.qkv_bias)
+        linear(f"{at}attention.o", wide, c.hidden, c.out_bias)
+        if c.qk_norm:
+            for one in "qk":
+                shapes[f"{at}attention.{one}_norm.weight"] = (c.head_dim,)
+        shapes[f"{at}mlp_norm.weight"] = (c.hidden,)
+        linear(f"{at}mlp.gate", c.hidden, c.ffn, c.mlp_bias)
+        linear(f"{at}mlp.up", c.hidden, c.ffn, c.mlp_bias)
+        linear(f"{at}mlp.down", c.ffn, c.hidden, c.mlp_bias)
+    shapes["norm.weight"] = (c.hidden,)
+    if not c.tied:
+        shapes["head.weight"] = (c.vocab, c.hidden)
+    return shapes
