@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
-
 VERSION = "0.1.0"
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "gguf")
 
 
 def all() -> dict[str, str]:
     """Herdbook, Python and the libraries, without importing them."""
+    import platform
+    from importlib import metadata
+
     found = {"herdbook": VERSION, "python": platform.python_version()}
     for name in PACKAGES:
         try:

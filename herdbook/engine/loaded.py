@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from herdbook.book.book import Book
 from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask
 from herdbook.engine.engine import Engine
-from herdbook.engine.packaged import packaged
+from herdbook.engine.packaged import Packaged, packaged
 from herdbook.engine.request import Request, Sampling
 from herdbook.engine.text import escapes
 from herdbook.errors import ConfigError, FileError, RequestError, nearest
@@ -227,8 +228,9 @@ def load(
     elif number is None and quantised:
         model = packaged(path)
     model = model or _opened(path, number, quantised)
-    exists = Tokenizer.exists(with_tokenizer)
-    tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
+    with model.preparing() if isinstance(model, Packaged) else nullcontext():
+        exists = Tokenizer.exists(with_tokenizer)
+        tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
     return LoadedModel(model, tokenizer, path)
 
 

@@ -12,6 +12,7 @@ Nothing here needs torch: a model that lies in a file packaged so is served with
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -158,8 +159,9 @@ class Source(Protocol):
         """A vector (a norm's weight, a bias), float32; None where there is none."""
         ...
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
-        """Rows of the embedding, float32 [T, hidden]."""
+    def embed(self, ids: np.ndarray) -> np.ndarray | None:
+        """Rows of the embedding, float32 [T, hidden]; None: they are the head's, just as it keeps
+        them."""
         ...
 
 
@@ -196,7 +198,7 @@ class Step:
 
     def __init__(self, source: Source, library: ctypes.CDLL) -> None:
         c = source.config
-        self.library, self.config, self.embed = library, c, source.embed
+        self.library, self.config = library, c
         self.kept: list[np.ndarray] = []  # what the structures point into
         self.frequencies, self.magnitude = rope_frequencies(c), rope_magnitude(c)
         self._source = source
@@ -220,9 +222,11 @@ class Step:
             norm=self._keep(norm),
             head=self._matrix([source.blocks("head")], []),
         )
+        self._head = self.kept[-1]
         self._only_head = Model.from_buffer_copy(self.model)
         self._only_head.layers = 0
         self._scratch = np.empty(0, np.uint8)
+        self._lock = threading.Lock()  # two engines may have it, each in its thread
 
     @property
     def nbytes(self) -> int:
@@ -270,6 +274,10 @@ class Step:
     def __call__(self, store: Store, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [R, V] after the tokens that want them, and what the last layer gives
         [T, hidden], before the norm; keys and values go into the store."""
+        with self._lock:
+            return self._compute(store, spans)
+
+    def _compute(self, store: Store, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         model, size = self.model, store.page_tokens
         model.page_tokens, model.cache_bytes = size, store.itemsize
         for layer, keys, values in zip(self._layers, store.keys, store.values, strict=True):
@@ -303,6 +311,23 @@ class Step:
         self._run(model, (len(spans), most), context, x, *turns, *whole, logits)
         return logits, x
 
+    def embed(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the embedding, float32 [T, hidden]."""
+        found = self._source.embed(ids)
+        return self._head_rows(ids) if found is None else found
+
+    def _head_rows(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of the head's matrix of 8 bits, as its tiles hold them."""
+        blocks = self.config.hidden // BLOCK
+        tiles = self._head[ids // TILE].reshape(len(ids), blocks, -1)  # [T, B, 576]
+        mine = np.arange(len(ids)), slice(None)
+        codes = tiles[..., : TILE * BLOCK].reshape(len(ids), blocks, BLOCK // 4, TILE, 4)
+        codes = codes[*mine, :, ids % TILE].reshape(len(ids), blocks, BLOCK)
+        scales = tiles[..., TILE * BLOCK :][..., : 2 * TILE].copy().view(np.float16)
+        scale = scales[*mine, ids % TILE].astype(np.float32)
+        found: np.ndarray = (codes.astype(np.float32) - 128) * scale[..., None]
+        return found.reshape(len(ids), -1)
+
     def finish(self, x: np.ndarray) -> np.ndarray:
         """Rows that the last layer gave, [R, hidden], after the final norm."""
         mean = (x * x).mean(-1, keepdims=True)
@@ -314,7 +339,8 @@ class Step:
         x, nothing = x.copy(), np.zeros(1, np.int64)
         logits = np.empty((len(x), self.config.vocab), np.float32)
         every = np.arange(len(x), dtype=np.int64)
-        self._run(self._only_head, (0, 0), 1, x, x, x, *[nothing] * 4, every, logits)
+        with self._lock:
+            self._run(self._only_head, (0, 0), 1, x, x, x, *[nothing] * 4, every, logits)
         return logits
 
     def _run(

@@ -8,6 +8,10 @@ here instead is checked as `load_decoder` checks it; what the file or the reques
 from __future__ import annotations
 
 import math
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from herdbook.engine.compiled import library, processor
-from herdbook.engine.native import BLOCK, Blocks, fits
+from herdbook.engine.native import BLOCK, Blocks, Step, fits
 from herdbook.files import gguf
 from herdbook.model import gguf_config
 from herdbook.model.config import DecoderConfig
@@ -60,6 +64,7 @@ class Packaged(Model):
         self._shapes = plain_shapes(config)
         self._names = {name: family.gguf_tensor(name, config) for name in self._shapes}
         found = {name: tensor.shape for name, tensor in file.tensors.items()}
+        self._map: mmap.mmap | None = None
         check_names(file.path, source_shapes(self._shapes, self._names), found)
 
     def whole(self) -> bool:
@@ -76,6 +81,33 @@ class Packaged(Model):
     def module(self) -> Decoder:
         return self._decoder
 
+    @cached_property
+    def step(self) -> Step:
+        """The native step, for every engine of this model."""
+        found = library()
+        assert found is not None, "packaged() has seen it"
+        with self.file.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return Step(self, found)
+        finally:
+            self._map = None  # unmapped with the last array that looks into it
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Meanwhile the step is made, in another thread."""
+
+        def make() -> None:
+            with suppress(Exception):  # it is told where the step is asked for
+                _ = self.step
+
+        maker = threading.Thread(target=make)
+        maker.start()
+        try:
+            yield
+        finally:
+            maker.join()
+
     @property
     def opened(self) -> bool:
         """Whether it has become a decoder as well."""
@@ -83,12 +115,14 @@ class Packaged(Model):
 
     @property
     def held_bytes(self) -> int:
-        """Of the file's own bytes that stay in memory: the embedding's."""
+        """Of the file's own bytes that stay in memory: the embedding's, unless the head has them."""
+        if self.config.tied and self._type("embed.weight") == "Q8_0":
+            return 0
         return self.file.tensors[self._names["embed.weight"].name].nbytes
 
     @property
     def weight_bytes(self) -> int:
-        """Of the weights as the native step will keep them, and of the embedding's bytes."""
+        """Of the weights as the native step will keep them, and of the file's bytes that stay."""
         total = self.held_bytes
         for name, shape in self._shapes.items():
             if len(shape) == 1:
@@ -131,19 +165,30 @@ class Packaged(Model):
         order = self._order(name)
         return values if order is None else values[order]
 
-    def embed(self, ids: np.ndarray) -> np.ndarray:
+    def embed(self, ids: np.ndarray) -> np.ndarray | None:
+        if self.config.tied and self._type("embed.weight") == "Q8_0":
+            return None
         return self._rows("embed.weight", ids)
 
     def _rows(self, name: str, which: np.ndarray | None) -> np.ndarray:
         """Rows of the embedding or the head, dequantised; None: all."""
-        raw = self._table if name == "embed.weight" else self.file.raw(self._names[name].name)
-        raw = raw if which is None else np.ascontiguousarray(raw[which])
+        if which is None:
+            return gguf.dequantise(self._raw(name), self._type(name)).astype(np.float32)
+        raw = np.ascontiguousarray(self._table[which])
         return gguf.dequantise(raw, self._type(name)).astype(np.float32)
 
     @cached_property
     def _table(self) -> np.ndarray:
         """The embedding's bytes, [vocab, bytes of a row]."""
         return self.file.raw(self._names["embed.weight"].name)
+
+    def _raw(self, name: str) -> np.ndarray:
+        """A matrix's bytes, [rows, bytes of a row]: the file's own pages while the step is made."""
+        tensor = self.file.tensors[self._names[name].name]
+        if self._map is None:
+            return self.file.raw(tensor.name)
+        found = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
+        return found.reshape(*tensor.shape[:-1], -1)
 
     def _type(self, name: str) -> str:
         return self.file.tensors[self._names[name].name].type
@@ -160,7 +205,7 @@ class Packaged(Model):
 
     def _blocks(self, name: str) -> Blocks:
         kind, head = self._type(name), HEADS[self._type(name)]
-        raw = self._table if name == "embed.weight" else self.file.raw(self._names[name].name)
+        raw = self._raw(name)
         raw = raw.reshape(len(raw), self._shapes[name][1] // BLOCK, -1)
         floats = np.ascontiguousarray(raw[..., :head]).view(np.float16)
         codes, scale, order = raw[..., head:], floats[..., 0], self._order(name)

@@ -99,14 +99,9 @@ class Runner:
 
 def step_for(model: Model) -> native.Step | None:
     """The native step of this model; None where it, the processor or the machine does not fit."""
-    source: native.Source | None
     if isinstance(model, Packaged):
-        source = model
-    else:
-        from herdbook.engine.kept import kept
+        return model.step
+    from herdbook.engine.kept import kept
 
-        source = kept(model.module())
-    if source is None:
-        return None
-    found = library()
-    return None if found is None else native.Step(source, found)
+    source, found = kept(model.module()), library()
+    return None if source is None or found is None else native.Step(source, found)

@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from herdbook.errors import FileError
 from herdbook.files import kquants
@@ -45,8 +43,22 @@ BLOCK = 32  # values that share a scale in Q4_0, Q4_1 and Q8_0
 #: the types that Herdbook writes; it reads every type that the gguf package can dequantise
 WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
-_TYPES = {int(t): t.name for t in GGMLQuantizationType}
-_SIZES = {t.name: size for t, size in GGML_QUANT_SIZES.items()}  # values, bytes of a block
+#: its number in a file, and of a block the values and the bytes (ggml.h)
+TYPES = {
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "F64": (28, 1, 8),
+    "I8": (24, 1, 1), "I16": (25, 1, 2), "I32": (26, 1, 4), "I64": (27, 1, 8),
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34), "Q8_1": (9, 32, 40), "Q1_0": (41, 128, 18),
+    "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "Q8_K": (15, 256, 292),
+    "IQ1_S": (19, 256, 50), "IQ1_M": (29, 256, 56), "IQ2_XXS": (16, 256, 66),
+    "IQ2_XS": (17, 256, 74), "IQ2_S": (22, 256, 82), "IQ3_XXS": (18, 256, 98),
+    "IQ3_S": (21, 256, 110), "IQ4_NL": (20, 32, 18), "IQ4_XS": (23, 256, 136),
+    "TQ1_0": (34, 256, 54), "TQ2_0": (35, 256, 66),
+    "MXFP4": (39, 32, 17), "NVFP4": (40, 64, 36),
+}  # fmt: skip
+_TYPES = {number: name for name, (number, _, _) in TYPES.items()}
+_SIZES = {name: size for name, (_, *size) in TYPES.items()}
 # value types of the metadata: number → struct format
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?"} | {
     10: "<Q",
@@ -308,6 +320,9 @@ def _dequantise(raw: np.ndarray, type: str) -> np.ndarray:
     if type in kquants.DEQUANTISE:
         blocks = raw.reshape(-1, _SIZES[type][1])
         return kquants.DEQUANTISE[type](blocks).reshape(*raw.shape[:-1], -1)
+    from gguf import quants  # a package that takes long to import, for the types above not needed
+    from gguf.constants import GGMLQuantizationType
+
     try:
         return quants.dequantize(raw, GGMLQuantizationType[type])
     except NotImplementedError:
@@ -330,6 +345,9 @@ def quantise(values: np.ndarray, type: str) -> np.ndarray:
     if type in ("F32", "F16"):
         return values.view(np.uint8)
     if type != "Q4_1":
+        from gguf import quants
+        from gguf.constants import GGMLQuantizationType
+
         return quants.quantize(values, GGMLQuantizationType[type]).view(np.uint8)
     blocks = values.reshape(-1, BLOCK)
     low, high = blocks.min(1, keepdims=True), blocks.max(1, keepdims=True)
@@ -398,7 +416,7 @@ def write(
         values, size = _SIZES[type]
         assert shape[-1] % values == 0, f"{name}: rows of {shape[-1]} do not fill {type} blocks"
         form = f"<I{len(shape)}QIQ"
-        number = int(GGMLQuantizationType[type])
+        number = TYPES[type][0]
         head.append(_string(name) + struct.pack(form, len(shape), *shape[::-1], number, offset))
         offset += -(-(math.prod(shape) // values * size) // alignment) * alignment
 

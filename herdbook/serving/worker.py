@@ -18,7 +18,6 @@ Between two lives (`unload`, then `start` again) a worker holds no model and no 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ctypes
 import gc
@@ -142,6 +141,8 @@ class Worker:
 
         if self.ready:
             self._inbox.put(ask)
+            import asyncio
+
             await asyncio.to_thread(done.wait, patience_s)
         return self._stats if self.ready else {}
 
@@ -151,6 +152,8 @@ class Worker:
         Closing the iterator early, or cancelling the task that reads it, aborts what still runs.
         The first error ends all: they are the choices of one reply.
         """
+        import asyncio  # which a terminal never needs
+
         loop = asyncio.get_running_loop()
         inbound: asyncio.Queue[tuple[str, Piece | Exception]] = asyncio.Queue()
 

@@ -34,16 +34,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from rich.text import Text
 
 from herdbook.data.records import Message
 from herdbook.errors import DataError, TemplateError, nearest
 from herdbook.tokens import sandbox, templates
 from herdbook.tokens.codec import Span
 from herdbook.tokens.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -100,6 +102,8 @@ def render(
 
 def show(rendering: Rendering, tokenizer: Tokenizer) -> Text:
     """«This is what the model will learn»: trained text bold and coloured, the rest dim."""
+    from rich.text import Text
+
     text = Text()
     for trained, part in _parts(rendering, tokenizer):
         text.append(part, style="bold green" if trained else "dim")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_a_reply_comes_without_torch(tiny_folder: Path, tmp_path: Path) -> None:
         for one in (model.model, whole)
     )
     assert here == there
+
+
+def test_two_engines_of_one_model_in_two_threads(tiny_folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, vocab=384)
+    file = made(config, "llama", Tokenizer.load(tiny_folder), tmp_path / "a.gguf", "Q4_1")
+    model = packaged(file)
+    assert model is not None
+    asked = [Request([n, 5, 6], Sampling(max_tokens=40, ignore_eos=True)) for n in range(8)]
+    want = [one.ids for one in Engine(model, None).generate(asked)]
+    with ThreadPoolExecutor(2) as pool:
+        engines = Engine(model, None), Engine(model, None)
+        assert engines[0].runner._native is engines[1].runner._native
+        for found in pool.map(lambda one: [r.ids for r in one.generate(asked)], engines):
+            assert found == want
 
 
 def test_what_does_not_fit_becomes_a_decoder(tiny_folder: Path, tmp_path: Path) -> None:

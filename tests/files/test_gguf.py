@@ -297,3 +297,11 @@ def test_a_large_file_cannot_ask_for_more_either(raw: bytes, reason: str, tmp_pa
     with pytest.raises(FileError, match=reason):
         gguf.read(path)
     assert time.monotonic() - start < 2
+
+
+def test_the_types_are_those_of_the_gguf_package() -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    assert {name: (number, *size) for name, (number, *size) in gguf.TYPES.items()} == {
+        type.name: (int(type), *size) for type, size in GGML_QUANT_SIZES.items()
+    }
