@@ -32,7 +32,7 @@ from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.intake import Intake
 from herdbook.engine.logprobs import of_drawn
 from herdbook.engine.pages import PagePool
-from herdbook.engine.reading import Likelihoods, Pooled, embedding
+from herdbook.engine.reading import embedding
 from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import choose
@@ -158,9 +158,11 @@ class Engine:
         if logits is not None:
             self._draw(logits, trials)
         for one in batch:
-            if isinstance(one.reading, Likelihoods | Pooled) and not one.remaining:
-                one.error = one.reading.error
-                self._backlog.append(self._end(one, "error" if one.error else "stop", ""))
+            if not one.draws and not one.remaining:
+                one.error = one.reading.error if one.reading else None
+                end: Finish = "length" if one.request.prompt_only else "stop"
+                piece = self._end(one, "error" if one.error else end, "")
+                self._backlog.append(replace(piece, prompt_logprobs=one.prompt_logprobs))
         if guess is not None:
             guess.learn(trials, time.perf_counter() - drafted)
         accepted = sum(trial.accepted for trial in trials)
