@@ -30,7 +30,8 @@ class Cache:
 
     dimensions_first: keys lie in memory as [pages, KV, D, page_tokens] and values as
     [pages, KV, page_tokens, D], so that one register holds a dimension of many keys (native.cpp).
-    With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
+    With int8 every token's keys and values of a head have a scale of their own, absmax / 127; where
+    that is no normal number (absmax below 1.5e-36), they are zeros.
     The operating system gives the memory page by page as it is written. What nobody has written
     yet is zeros, and `start` sees to it that a page's new owner finds nothing of the old one: what is
     masked must still be a number, whatever went wrong in another sequence.
@@ -79,6 +80,7 @@ class Cache:
         if self.scales:
             both = torch.stack([k, v], 1).float()  # [T, 2, KV, D]
             scale = both.abs().amax(-1) / 127
+            scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
             self.scales[layer][page, at] = scale
             codes = both * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
             k, v = codes.round().to(torch.int8).unbind(1)
@@ -114,15 +116,15 @@ def token_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
     return heads * (config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0))
 
 
-def cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
-    """The widest in which the cache holds a context, or CACHE_TOKENS of it."""
+def cache_dtype(decoder: Decoder, cache_bytes: int | None, beside: int = 0) -> torch.dtype:
+    """The widest in which the cache holds a context, or CACHE_TOKENS of it. beside: see cache_pages."""
     if decoder.memory != "pages":
         return decoder.dtype
     if cache_bytes is None:
         cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
     tokens = min(decoder.config.max_pos, CACHE_TOKENS)
     for kind in (decoder.dtype, torch.bfloat16):
-        if tokens * token_bytes(decoder.config, kind) <= cache_bytes:
+        if tokens * (token_bytes(decoder.config, kind) + beside) <= cache_bytes:
             return kind
     return torch.int8
 

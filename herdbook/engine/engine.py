@@ -31,7 +31,7 @@ from herdbook.engine.cache import cache_dtype as widest
 from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.intake import Intake
 from herdbook.engine.logprobs import of_drawn
-from herdbook.engine.pages import PagePool
+from herdbook.engine.pages import PAGE_TOKENS, PagePool
 from herdbook.engine.reading import embedding
 from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Runner
@@ -68,7 +68,7 @@ class Engine:
         decoder: Decoder,
         tokenizer: Tokenizer | None,
         *,
-        page_tokens: int = 16,
+        page_tokens: int = PAGE_TOKENS,
         pages: int | None = None,
         cache_bytes: int | None = None,
         cache_dtype: torch.dtype | None = None,
@@ -76,10 +76,10 @@ class Engine:
         speculate: Literal["ngram"] | None = None,
         draft: Decoder | None = None,
     ) -> None:
+        beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
         if cache_dtype is None:
-            cache_dtype = widest(decoder, cache_bytes)
+            cache_dtype = widest(decoder, cache_bytes, beside)
         if pages is None:
-            beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
             pages = cache_pages(decoder.config, cache_dtype, page_tokens, cache_bytes, beside)
         self.decoder, self.tokenizer = decoder, tokenizer
         self.adapters = Adapters(decoder)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from herdbook.engine.cache import cache_pages, token_bytes
 from herdbook.engine.engine import Engine
+from herdbook.engine.pages import PAGE_TOKENS
 from herdbook.model.checkpoint import open_checkpoint
 from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 from herdbook.training import peft_format
 
-PAGE_TOKENS = 16  # Engine's own
 #: bytes a block of 32 values: as our layer keeps it (model/layers.py) and once more as the native step
 #: (engine/native.py) wants it
 BLOCK_BYTES = {"Q4_0": 20 + 20, "Q4_1": 20 + 20, "Q8_0": 36 + 36}

@@ -202,6 +202,8 @@ def test_the_cache_takes_fewer_bits_where_a_context_would_not_fit(decoder: Decod
     ):
         engine = Engine(decoder, None, cache_bytes=room * context)
         assert engine.runner.cache.dtype == kind
+        beside = Engine(decoder, None, cache_bytes=(room + numbers * 4) * context, draft=decoder)
+        assert beside.runner.cache.dtype == kind  # a draft's keys and values want their place too
         assert (
             engine.pool.tokens
             == context
