@@ -19,7 +19,9 @@ from herdbook.model.decoder import Decoder
 class Cache:
     """Keys and values of every layer, by page and place in it: logically [pages, page_tokens, KV, D].
 
-    store: the native step's, seen here in this order. With int8 every token's keys and values of a head have a scale of their own, absmax / 127.
+    store: the native step's, seen here in this order. With int8 every token's keys and values of a
+    head have a scale of their own, absmax / 127; where
+    that is no normal number (absmax below 1.5e-36), they are zeros.
     The operating system gives the memory page by page as it is written. What nobody has written
     yet is zeros, and `start` sees to it that a page's new owner finds nothing of the old one: what is
     masked must still be a number, whatever went wrong in another sequence.
@@ -70,6 +72,7 @@ class Cache:
         if self.scales:
             both = torch.stack([k, v], 1).float()  # [T, 2, KV, D]
             scale = both.abs().amax(-1) / 127
+            scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0.0, scale)
             self.scales[layer][page, at] = scale
             codes = both * torch.where(scale > 0, 1 / scale, 0.0)[..., None]
             k, v = codes.round().to(torch.int8).unbind(1)

@@ -27,8 +27,8 @@ import numpy as np
 from herdbook.engine.adapters import Adapters
 from herdbook.engine.intake import Intake
 from herdbook.engine.logprobs import of_drawn
-from herdbook.engine.pages import PagePool
-from herdbook.engine.reading import Likelihoods, Pooled, embedding, unit
+from herdbook.engine.pages import PAGE_TOKENS, PagePool
+from herdbook.engine.reading import embedding, unit
 from herdbook.engine.request import Finish, Logprob, Piece, Reply, Request
 from herdbook.engine.runner import Runner
 from herdbook.engine.sampling import choose
@@ -67,7 +67,7 @@ class Engine:
         model: Model,
         tokenizer: Tokenizer | None,
         *,
-        page_tokens: int = 16,
+        page_tokens: int = PAGE_TOKENS,
         pages: int | None = None,
         cache_bytes: int | None = None,
         cache_dtype: str | torch.dtype | None = None,
@@ -75,9 +75,9 @@ class Engine:
         speculate: Literal["ngram"] | None = None,
         draft: Model | None = None,
     ) -> None:
-        kind = str(cache_dtype or cache_kind(model, cache_bytes)).removeprefix("torch.")
+        beside = 0 if draft is None else token_bytes(draft.config, draft.kind)
+        kind = str(cache_dtype or cache_kind(model, cache_bytes, beside)).removeprefix("torch.")
         if pages is None:
-            beside = 0 if draft is None else token_bytes(draft.config, draft.kind)
             pages = cache_pages(model.config, kind, page_tokens, cache_bytes, beside)
         self.model, self.tokenizer = model, tokenizer
         self.adapters = Adapters(model)
@@ -156,9 +156,11 @@ class Engine:
         if logits is not None:
             self._draw(logits, trials)
         for one in batch:
-            if isinstance(one.reading, Likelihoods | Pooled) and not one.remaining:
-                one.error = one.reading.error
-                self._backlog.append(self._end(one, "error" if one.error else "stop", ""))
+            if not one.draws and not one.remaining:
+                one.error = one.reading.error if one.reading else None
+                end: Finish = "length" if one.request.prompt_only else "stop"
+                piece = self._end(one, "error" if one.error else end, "")
+                self._backlog.append(replace(piece, prompt_logprobs=one.prompt_logprobs))
         if guess is not None:
             guess.learn(trials, time.perf_counter() - drafted)
         accepted = sum(trial.accepted for trial in trials)

@@ -88,7 +88,7 @@ class Intake:
                 self._check_causal(request.ids, ids)
                 reading = PromptLogprobs(ids, sampling.prompt_logprobs, len(front))
         room = self.most_tokens - len(front) - len(ids)
-        if room < (0 if request.embed or request.targets else 1):
+        if room < (0 if request.embed or request.targets or request.prompt_only else 1):
             raise self._too_long(len(front) + len(ids))
         own = frozenset[int]() if sampling.ignore_eos else self.stop_ids
         ends = own.union(sampling.stop_token_ids)

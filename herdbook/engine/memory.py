@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.packaged import Packaged, packaged
+from herdbook.engine.pages import PAGE_TOKENS
 from herdbook.engine.store import cache_kind, cache_pages, token_bytes
 from herdbook.model.references import ADAPTER
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PAGE_TOKENS = 16  # Engine's own
 #: bytes a block of 32 values: as our layer keeps it (model/layers.py) and once more as the native step
 #: (engine/native.py) wants it
 BLOCK_BYTES = {"Q4_0": 20 + 20, "Q4_1": 20 + 20, "Q8_0": 36 + 36}

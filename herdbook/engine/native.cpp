@@ -20,6 +20,7 @@
 
 #include <omp.h>
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -89,7 +90,7 @@ void quantise(const float* x, int64_t columns, Inputs in, int64_t row) {
         const F first = load(x + b * BLOCK), second = load(x + b * BLOCK + 16);
         const float top = peak(most(size(first), size(second)));
         const float scale = top / 127.f;
-        const F by = all(top > 0 ? 127.f / top : 0.f);
+        const F by = all(scale < FLT_MIN ? 0.f : 127.f / top);
         int8_t bytes[BLOCK];
         const int32_t total = sum(keep_bytes(bytes, mul(first, by))) +
                               sum(keep_bytes(bytes + 16, mul(second, by)));
@@ -197,7 +198,8 @@ void rotate(float* x, const float* cos, const float* sin, int64_t D) {
 inline float scale_of(const float* x, int64_t D) {  // of a head's numbers in int8
     F top = zero();
     for (int64_t d = 0; d < D; d += 16) top = most(top, size(load(x + d)));
-    return peak(top) / 127.f;
+    const float scale = peak(top) / 127.f;
+    return scale < FLT_MIN ? 0 : scale;  // 1 / scale would be infinite, or nearly so
 }
 
 // k and v [KV, D] into their slot.

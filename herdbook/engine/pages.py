@@ -36,6 +36,9 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
+#: tokens of a page, unless the engine is told otherwise
+PAGE_TOKENS = 16
+
 
 def page_hash(before: bytes, tokens: Sequence[int]) -> bytes:
     """The 128-bit hash of a page: its tokens, and by `before` all tokens in front of them."""

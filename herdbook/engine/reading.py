@@ -12,7 +12,7 @@ Shapes: T tokens of the batch, R rows with targets, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -55,9 +55,7 @@ class Likelihoods:
 
     @property
     def error(self) -> Exception | None:
-        if any(math.isnan(value) for row in self.logprobs for value in row.values()):
-            return ArithmeticError("the model's logits are not finite")
-        return None
+        return _unless_finite(value for row in self.logprobs for value in row.values())
 
 
 class Pooled:
@@ -91,11 +89,21 @@ class PromptLogprobs:
         self.rest = range(front, front + len(ids) - 1)
         self.told: list[Logprob | None] = [None]  # nothing is before the first
 
+    @property
+    def error(self) -> Exception | None:
+        return _unless_finite(one.logprob for one in self.told if one)
+
     def take(self, table: np.ndarray, best: Many[int]) -> None:
         """The next rows of log-probabilities [n, V]."""
         first = self.rest.start - self.front + 1
         self.told += logprobs(table, self.ids[first : first + len(table)], self.top)
         self.rest = self.rest[len(table) :]
+
+
+def _unless_finite(logprobs: Iterable[float]) -> Exception | None:
+    if any(map(math.isnan, logprobs)):
+        return ArithmeticError("the model's logits are not finite")
+    return None
 
 
 Reading: TypeAlias = Likelihoods | Pooled | PromptLogprobs

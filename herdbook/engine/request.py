@@ -138,7 +138,8 @@ def _wrong(name: str, value: Any, rule: str) -> RequestError:
 class Request:
     """One prompt, as token ids, and how to go on from it.
 
-    With `targets` or `embed` nothing is drawn; the reply's `reading` has what was asked for.
+    With `targets` or `embed` nothing is drawn; the reply's `reading` has what was asked for. Nor with
+    `prompt_only`: then the sampling's `prompt_logprobs` are all there is.
     """
 
     ids: Sequence[int]
@@ -152,6 +153,7 @@ class Request:
     #: after each of the last len(targets) ids: the tokens whose log-likelihood is wanted there
     targets: tuple[tuple[int, ...], ...] = ()
     embed: bool = False  # the mean of the final hidden states is wanted
+    prompt_only: bool = False
     adapter: str | None = None  # of those that the engine has loaded
 
 

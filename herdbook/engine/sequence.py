@@ -43,7 +43,8 @@ class Sequence:
         self.context = context  # of a prefix model's prompt; it is computed in one step
         self.whole = whole  # whatever waits to be computed is computed in one step
         self.reading = reading  # takes what it wants from the hidden states
-        self.draws = reading is None or isinstance(reading, PromptLogprobs)
+        reads_on = reading is None or isinstance(reading, PromptLogprobs)
+        self.draws = reads_on and not request.prompt_only
         self.adapter = adapter
         self.soft = soft  # its virtual tokens are the first `front` of the ids, and negative
         self.front = soft.tokens if soft else 0

@@ -52,15 +52,15 @@ def token_bytes(config: DecoderConfig, kind: str) -> int:
     return heads * (config.head_dim * ITEMSIZE[kind] + (4 if kind == "int8" else 0))
 
 
-def cache_kind(model: Model, cache_bytes: int | None) -> str:
-    """The widest in which the cache holds a context, or CACHE_TOKENS of it."""
+def cache_kind(model: Model, cache_bytes: int | None, beside: int = 0) -> str:
+    """The widest in which the cache holds a context, or CACHE_TOKENS of it. beside: see cache_pages."""
     if model.memory != "pages":
         return model.kind
     if cache_bytes is None:
         cache_bytes = free_bytes() // 2 if model.place == "cpu" else sys.maxsize
     tokens = min(model.config.max_pos, CACHE_TOKENS)
     for kind in (model.kind, "bfloat16"):
-        if tokens * token_bytes(model.config, kind) <= cache_bytes:
+        if tokens * (token_bytes(model.config, kind) + beside) <= cache_bytes:
             return kind
     return "int8"
 

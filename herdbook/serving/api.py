@@ -155,7 +155,7 @@ async def _answer(
     for ids in shape.prompts:
         tokens = budget(worker.engine, len(ids), limit, shape.prompt_key)
         for choice in range(ask.draws):
-            sampling = ask.sampling(max_tokens=tokens, choice=choice)
+            sampling = ask.sampling(max_tokens=max(1, tokens), choice=choice)
             id = f"{shape.id}-{len(requests)}"
             trim = chat and sampling.grammar is None
             adapter = _adapter(worker, ask)
@@ -167,6 +167,7 @@ async def _answer(
                     trim=trim,
                     priority=ask.priority or 0,
                     id=id,
+                    prompt_only=not tokens,
                     adapter=adapter,
                 )
             )

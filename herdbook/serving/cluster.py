@@ -6,8 +6,9 @@
 
 The controller keeps the keys, the limits and the log; it computes nothing. It starts the workers, and
 they register by answering on the socket that it gave them with the secret that it told them on
-stdin; nobody else can. One that dies or no longer answers is replaced, and a request of which nothing
-has been sent on yet goes to another. A worker whose controller is gone ends itself.
+stdin; nobody else can. One that dies or no longer answers is replaced. A request of which nothing has
+been sent on yet then goes to another, as does one that a full worker refuses: its client hears of that
+only when all of them do. A worker whose controller is gone ends itself.
 
 A request goes to the worker that last saw a prompt beginning alike, whose cache then holds it, unless
 that one is busier than the least busy by `SPREAD` requests.
@@ -32,6 +33,7 @@ from fastapi import FastAPI
 from fastapi import Request as Http
 from fastapi.responses import JSONResponse, Response
 
+from herdbook.errors import HerdbookError
 from herdbook.serving import problems
 from herdbook.serving.guard import Guard
 from herdbook.serving.keyring import KeyRing
@@ -43,9 +45,11 @@ from herdbook.serving.worker import Busy, stopping
 SPREAD = 4
 WATCH_S = 2.0  # between two looks at a worker's health
 DEAF_S = 30.0  # a worker that does not answer for so long is killed
+SETTLE_S = 5.0  # so long may a worker take to tell what a client used that has left
 MOST_DEATHS = 3  # in a row before it was ever ready: then the server gives up
 PREFIX_CHARS = 1024
 DEAD = (httpx.HTTPError, RuntimeError)  # the latter: the connections were closed meanwhile
+FULL = ("overloaded", "server_stopping")  # a worker's refusals that another may not share
 USAGE = b": usage "  # a comment at the end of a worker's stream, for the controller alone
 
 log = logging.getLogger("herdbook.serving")
@@ -89,13 +93,21 @@ class Member:
 
 
 class Cluster:
-    """Has workers started by `spawn`, watches and chooses them. settings: a `Setup` as a dict."""
+    """Has workers started by `spawn`, watches and chooses them. settings: a `Setup` as a dict.
+    deaf_s: a worker whose health is not heard of for so many seconds is killed."""
 
     def __init__(
-        self, workers: int, names: Sequence[str], settings: dict[str, Any], spawn: Spawn
+        self,
+        workers: int,
+        names: Sequence[str],
+        settings: dict[str, Any],
+        spawn: Spawn,
+        *,
+        deaf_s: float = DEAF_S,
     ) -> None:
         self.names = list(names)
         self.settings, self.secret, self.spawn = settings, secrets.token_urlsafe(32), spawn
+        self.deaf_s = deaf_s
         self.failure: str | None = None
         self._stopping = False
         self.members = [Member(number) for number in range(workers)]
@@ -150,9 +162,9 @@ class Cluster:
             heard = time.monotonic()
             while True:
                 with contextlib.suppress(httpx.HTTPError):
-                    answer = await member.http.get("/health", timeout=DEAF_S / 3)
+                    answer = await member.http.get("/health", timeout=self.deaf_s / 3)
                     member.ready, heard = answer.status_code == 200, time.monotonic()
-                if member.ready and time.monotonic() - heard > DEAF_S:
+                if member.ready and time.monotonic() - heard > self.deaf_s:
                     log.warning("worker %d does not answer and is replaced", member.number)
                     process.kill()
                 await asyncio.sleep(WATCH_S if member.ready else 0.1)
@@ -254,31 +266,53 @@ class _Forwarding:
     def __init__(self, cluster: Cluster, http: Http, body: bytes) -> None:
         self.cluster, self.http, self.body = cluster, http, body
         self.visit = visit_of(http.scope)
+        self._name = self.visit.id  # the worker's own takes its place with the answer's head
         self._held = contextlib.AsyncExitStack()
+        self._asked: Member | None = None  # while its answer has not come to its end
         # also when the client leaves before anybody reads the answer
         self.visit.held.callback(lambda: asyncio.ensure_future(self.close()))
 
     async def close(self) -> None:
+        """Let go of the worker; if the client has left, learn what it used until then."""
         await self._held.aclose()
+        member, self._asked = self._asked, None
+        if member is not None and member.http is not None:
+            with contextlib.suppress(*DEAD):
+                answer = await member.http.get(f"/usage/{self._name}", timeout=SETTLE_S)
+                usage = _about(answer.content)
+                self.visit.usage = lambda: usage
 
     async def begin(self) -> Response:
-        """The answer's head, or all of it if it is no stream; from another worker if one dies."""
+        """The answer's head, or all of it if it is no stream; from another worker if one dies or is
+        full."""
         tried: list[Member] = []
+        full: Response | None = None  # of the refusals, the one that makes wait the least
         about = _about(self.body)
         model = about.get("model")
         self.visit.model = model if model in self.cluster.names else ""
         prefix = hash(str(about.get("messages", about.get("prompt")))[:PREFIX_CHARS])
         while True:
-            member = self.cluster.choose(prefix, tried)
+            try:
+                member = self.cluster.choose(prefix, tried)
+            except HerdbookError:
+                if full is None:
+                    raise
+                return full
             tried.append(member)
             try:
-                return await self._ask(member)
+                answer = await self._ask(member)
             except DEAD as error:
+                self._asked = None
                 await self.close()
                 log.warning("worker %d: %s; the request goes on", member.number, error)
+                continue
+            if answer.status_code != 503 or _code(answer) not in FULL:
+                return answer
+            full = min(full or answer, answer, key=_wait_s)
 
     async def _ask(self, member: Member) -> Response:
         member.open += 1
+        self._asked = member
         self._held.callback(self._let_go, member)
         assert member.http is not None
         sent = {"Content-Type": self.http.headers.get("content-type", "")}
@@ -286,7 +320,7 @@ class _Forwarding:
             self.http.method,
             self.http.url.path,
             content=self.body,
-            headers={**sent, "X-Herdbook-Usage": "1"},
+            headers={**sent, "X-Herdbook-Usage": self._name},
         )
         answer = await member.http.send(request, stream=True)
         self._held.push_async_callback(answer.aclose)
@@ -298,6 +332,7 @@ class _Forwarding:
             first = await anext(parts, b"")  # from here on the client has seen it
             return EventStream(self._events(member, first, parts), headers)
         content = await answer.aread()
+        self._asked = None
         await self.close()
         usage = _about(content).get("usage")
         if usage:
@@ -319,7 +354,9 @@ class _Forwarding:
                         yield event.decode() + "\n\n"
                 part = await anext(parts, b"")
                 rest += part
+            self._asked = None
         except DEAD as error:
+            self._asked = None
             self.visit.status, body = (
                 502,
                 problems.shaped(502, f"worker {member.number} died: {error}", code="worker_died"),
@@ -331,6 +368,16 @@ class _Forwarding:
     @staticmethod
     def _let_go(member: Member) -> None:
         member.open -= 1
+
+
+def _code(answer: Response) -> object:
+    """What an error calls itself."""
+    error = _about(bytes(answer.body)).get("error")
+    return error.get("code") if isinstance(error, dict) else None
+
+
+def _wait_s(answer: Response) -> int:
+    return int(answer.headers["retry-after"])
 
 
 def _about(body: bytes) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""GET /health and /metrics: how the server is, for a load balancer and for Prometheus."""
+"""GET /health and /metrics: how the server is, for a load balancer and for Prometheus; and /usage, for
+the controller of a cluster."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from herdbook.serving.metrics import TYPE, Page
@@ -22,7 +23,7 @@ ENGINE_COUNTERS = {
 
 
 def add(api: FastAPI, models: Models, counts: Counts) -> None:
-    """Put both routes into the application."""
+    """Put the routes into the application."""
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -37,6 +38,13 @@ def add(api: FastAPI, models: Models, counts: Counts) -> None:
     @api.get("/metrics")
     async def metrics() -> Response:
         return Response(str(await _page(models, counts)), media_type=TYPE)
+
+    @api.get("/usage/{name}")
+    async def usage(name: str) -> dict[str, Any]:
+        """For the controller in front: what a visit used that it sent under this name and left."""
+        if name not in counts.sent:
+            raise HTTPException(404)
+        return await asyncio.shield(counts.sent[name])
 
 
 async def _page(models: Models, counts: Counts) -> Page:

@@ -67,7 +67,7 @@ def decoded(engine: Engine, prompt: Prompt, ids: list[int] | None = None) -> str
 def budget(engine: Engine, prompt: int, limit: int | None, param: str) -> int:
     """How many tokens the reply may have; refuses what does not fit instead of cutting it."""
     room = engine.most_tokens - prompt
-    if room < 1 or (limit is not None and limit > room):
+    if room < (1 if limit is None else limit):
         asked = "" if limit is None else f" and {limit} of reply"
         raise Refusal(
             400,

@@ -293,9 +293,16 @@ class CompletionAsk(Ask):
     """POST /v1/completions. One prompt or several, as text or as token ids."""
 
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0)  # 0: the prompt is read, and nothing said
     echo: bool | None = None
     logprobs: Alternatives | None = None
     best_of: int | None = Field(None, ge=1, le=MAX_CHOICES)
+
+    @model_validator(mode="after")
+    def _say_something(self) -> CompletionAsk:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("'max_tokens' is 0, and without \"echo\": true nothing would be told")
+        return self
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionAsk:

@@ -8,6 +8,7 @@ holds (its model, which must not be unloaded meanwhile) is let go when it ends, 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from herdbook.serving.keyring import Pass
 
 QUIET = ("/", "/health", "/metrics")  # asked every few seconds by machines
+MOST_SENT = 1024  # visits of a controller whose usage is kept for it
 
 log = logging.getLogger("herdbook.requests")
 
@@ -72,6 +74,8 @@ class Counts:
         self.visits: Counter[tuple[str, str]] = Counter()
         self.keys: Counter[tuple[str, str]] = Counter()
         self.key_tokens: Counter[str] = Counter()
+        #: what visits used that a controller sends: known when they have ended; the latest ones
+        self.sent: dict[str, asyncio.Future[dict[str, Any]]] = {}
         self.seconds = Histogram((0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300))
 
 
@@ -89,7 +93,16 @@ class Visits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if (
+            scope["method"] == "HEAD"
+        ):  # a GET whose body the server, which has its own scope, leaves out
+            scope = {**scope, "method": "GET"}
         visit = scope["herdbook.visit"] = Visit()
+        used: asyncio.Future[dict[str, Any]] = asyncio.Future()
+        if name := dict(scope["headers"]).get(b"x-herdbook-usage"):
+            self.counts.sent[name.decode("latin-1")] = used
+            if len(self.counts.sent) > MOST_SENT:
+                del self.counts.sent[next(iter(self.counts.sent))]
 
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,6 +121,7 @@ class Visits:
             await self.app(scope, receive, noted)
         finally:
             visit.held.close()
+            used.set_result(visit.usage() if visit.usage else {})
             self._ended(visit, scope["path"])
 
     def _ended(self, visit: Visit, path: str) -> None:

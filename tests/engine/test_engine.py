@@ -203,6 +203,8 @@ def test_the_cache_takes_fewer_bits_where_a_context_would_not_fit(decoder: Decod
     ):
         engine = Engine(decoder, None, cache_bytes=room * context)
         assert engine.runner.kind == str(kind).removeprefix("torch.")
+        beside = Engine(decoder, None, cache_bytes=(room + numbers * 4) * context, draft=decoder)
+        assert beside.runner.kind == engine.runner.kind  # a draft's want their place too
         assert (
             engine.pool.tokens
             == context

@@ -211,6 +211,35 @@ def test_what_lies_in_the_cache_is_what_the_twin_puts_there(kind: str) -> None:
 
 
 @needs_native
+def test_the_least_numbers_of_an_int8_cache() -> None:
+    """Zeros, denormals and what lies about the least normal scale: safe, and the same in both."""
+    decoder = quantised(CONFIGS["biases"], 8)
+    attention = decoder.blocks[0].attention
+    tops = [0.0, 1e-45, 3e-41, 1e-38, 3e-37, 1.4e-36, 127 * torch.finfo(torch.float32).tiny, 1e-35]
+    for top in tops:
+        for layer in (attention.k, attention.v):
+            layer.scale.zero_()
+            layer.bias.copy_(torch.linspace(-top, top, 32).view(2, 16).flip(0).flatten())
+        assert native_logits(decoder, prompts(1), kind="int8").isfinite().all()
+        step = step_for(decoder)
+        assert step is not None
+        stores = Store(CONFIG, 3, 16, "float32"), Store(CONFIG, 3, 16, "int8")
+        for store in stores:
+            step(store, [native.Span(prompts(1)[0], 0, [0, 1, 2])])
+        exact = Cache(decoder, 3, 16, torch.float32, stores[0])
+        found, twin = (Cache(decoder, 3, 16, torch.int8, store) for store in (stores[1], None))
+        k, v = (one[0].flatten(0, 1)[:39] for one in (exact.keys, exact.values))
+        twin.write(0, torch.arange(39), k, v)
+        for mine, its in ((found.keys, twin.keys), (found.values, twin.values)):
+            assert torch.equal(mine[0], its[0]), top
+        assert torch.equal(found.scales[0], twin.scales[0]), top
+        for got, want in zip(twin.read(0, slice(0, 3), torch.float32), (k, v), strict=True):
+            near = 0.51 * want.abs().amax(-1, keepdim=True) / 127
+            off = (got.flatten(0, 1)[:39] - want).abs()
+            assert (off <= near.clamp_min(1.5e-36)).all(), top
+
+
+@needs_native
 def test_the_engine_computes_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chats, joined at different times, their prompts in chunks; alone each says the same."""
     decoder = quantised(CONFIG)

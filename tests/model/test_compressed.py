@@ -19,7 +19,6 @@ from torch import Tensor
 
 from herdbook.compression import parity
 from herdbook.compression.layers import quantise_layers
-from herdbook.engine import native
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError, FileError, GateError
@@ -83,9 +82,7 @@ def decoder(request: Any) -> Decoder:
     return random_of(FIXTURES[request.param])
 
 
-def test_every_family(
-    decoder: Decoder, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_family(decoder: Decoder, bits: int, tmp_path: Path) -> None:
     """The codes are read as they were made, dense and kept; logits are those of the dense twin; the
     engine's greedy replies those of plain passes."""
     twin = write(decoder, tmp_path, bits)
@@ -107,7 +104,6 @@ def test_every_family(
     assert 0 < (wanted - before).abs().median() <= near  # a router may flip
     assert 0 < parity.check_written(decoder, tmp_path, f"int{bits}") <= {4: 0.1, 8: 0.01}[bits]
 
-    monkeypatch.setattr(native, "step_for", lambda *_: None)
     dice, marks = random.Random(5), dense.config.prefix
     prompts = [
         [dice.randrange(1, dense.config.vocab) for _ in range(n)]

@@ -70,7 +70,7 @@ class Cluster:
         return self("/v1/completions", body | keys)
 
     def until(self, true: Any, seconds: float = 60) -> None:
-        end = time.monotonic() + 6
+        end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, self.output
             time.sleep(0.05)

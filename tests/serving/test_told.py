@@ -229,3 +229,34 @@ def test_a_character_of_several_tokens_and_a_stop_inside_one(worker: Worker) -> 
     listing.took(piece("", 1))
     cut = listing.took(piece("\ufffd", 2, "length"))
     assert [(one.text, one.data) for one in cut] == [("", b"\xf0"), ("\ufffd", b"\x9f")]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_prompt_is_scored_and_nothing_said(client: Client, worker: Worker, n: int) -> None:
+    """max_tokens 0 with echo and logprobs: how lm-eval asks for likelihoods."""
+    engine = worker.engine
+    long = [at % 300 + 3 for at in range(engine.most_tokens)]  # leaves no room for a reply
+    for ids in ([5, 6, 7, 8], [9], long, long):  # the last time out of the cache
+        asked = {"echo": True, "logprobs": 2, "n": n, "temperature": 1.0}
+        body = client.complete(ids, max_tokens=0, **asked).json()
+        assert body["usage"]["completion_tokens"] == 0
+        for choice in body["choices"]:
+            told = choice["logprobs"]
+            assert choice["finish_reason"] == "length"
+            assert len(told["tokens"]) == len(ids) and "".join(told["tokens"]) == choice["text"]
+            assert told["token_logprobs"][0] is None
+            if ids[1:]:
+                (score,) = engine.score(ids[:1], [ids[1:]])
+                assert told["token_logprobs"][1:] == pytest.approx(score.logprobs, abs=0.03)
+        if len(ids) < len(long):  # one token more says the same of the prompt
+            more = client.complete(ids, max_tokens=1, **asked).json()["choices"][0]["logprobs"]
+            assert {key: row[:-1] for key, row in more.items()} == told
+        parts = chunks(client.complete(ids, max_tokens=0, stream=True, **asked))
+        streamed = [part["choices"][0] for part in parts if part["choices"][0]["index"] == 0]
+        assert "".join(part["text"] for part in streamed) == choice["text"]
+        assert [part["logprobs"] for part in streamed if part["logprobs"]] == [told]
+        assert streamed[-1]["finish_reason"] == "length"
+    assert client.complete("hello", max_tokens=0, echo=True).json()["choices"][0]["text"] == "hello"
+    assert "nothing would be told" in error(client.complete(max_tokens=0), 400)["message"]
+    stats = engine.stats()
+    assert not stats["running"] and not stats["pages_used"]
