@@ -6,7 +6,6 @@ Who holds which page is pages.py's part.
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 
 import numpy as np
@@ -119,12 +118,17 @@ def cache_dtype(decoder: Decoder, cache_bytes: int | None) -> torch.dtype:
     if decoder.memory != "pages":
         return decoder.dtype
     if cache_bytes is None:
-        cache_bytes = free_bytes() // 2 if decoder.device.type == "cpu" else sys.maxsize
+        cache_bytes = free_on(decoder.device) // 2
     tokens = min(decoder.config.max_pos, CACHE_TOKENS)
     for kind in (decoder.dtype, torch.bfloat16):
         if tokens * token_bytes(decoder.config, kind) <= cache_bytes:
             return kind
     return torch.int8
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that the device's memory can still give."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()
 
 
 def cache_pages(
@@ -133,9 +137,23 @@ def cache_pages(
     page_tokens: int,
     cache_bytes: int | None,
     beside: int = 0,
+    device: torch.device | None = None,
 ) -> int:
-    """How many pages the cache gets. beside: bytes that a token needs in a draft model's cache."""
+    """How many pages the cache gets. beside: bytes that a token needs in a draft model's cache.
+
+    On a GPU, where all of it is taken at once, no more than what is free there, and by itself half.
+    """
     each = token_bytes(config, dtype) + beside
+    if device is not None and device.type == "cuda":
+        free = free_on(device)
+        if cache_bytes is None:
+            cache_bytes = min(cache_pages(config, dtype, 1, None, beside) * each, free // 2)
+        elif cache_bytes > free:
+            raise CapacityError(
+                f"cache_bytes={cache_bytes}",
+                rule=f"is more than the {free} bytes that are free on the GPU",
+                next="give less, or leave it out",
+            )
     if cache_bytes is None:
         tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
         tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)

@@ -80,7 +80,9 @@ class Engine:
             cache_dtype = widest(decoder, cache_bytes)
         if pages is None:
             beside = 0 if draft is None else token_bytes(draft.config, draft.dtype)
-            pages = cache_pages(decoder.config, cache_dtype, page_tokens, cache_bytes, beside)
+            pages = cache_pages(
+                decoder.config, cache_dtype, page_tokens, cache_bytes, beside, decoder.device
+            )
         self.decoder, self.tokenizer = decoder, tokenizer
         self.adapters = Adapters(decoder)
         self.pool = PagePool(pages, page_tokens)

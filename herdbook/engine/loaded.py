@@ -31,7 +31,7 @@ from herdbook.model.checkpoint import check_vocabulary, load_decoder
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
-from herdbook.model.precision import compute_dtype
+from herdbook.model.precision import compute_device, compute_dtype
 from herdbook.model.references import may_be_name, resolve
 from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
@@ -40,6 +40,8 @@ from herdbook.training import peft_format
 
 #: how an engine's cache may keep its numbers
 CacheType = Literal["float32", "bfloat16", "int8"]
+
+Device = Literal["cpu", "cuda"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -193,17 +195,20 @@ def load(
     *,
     book: Book | None = None,
     dtype: str | torch.dtype | None = None,
+    device: Device | None = None,
     quantised: bool = True,
     template: str | None = None,
 ) -> LoadedModel:
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
-    An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
-    bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF or a folder.
+    An adapter loads its base model and sits on it unmerged. device: cpu or cuda (default: cuda where
+    torch sees a GPU). dtype: what is computed in (default: bfloat16 where that hardware multiplies it,
+    else float32). quantised=False dequantises a GGUF or a folder.
     template: a chat template to use instead of the model's own, by its name or its file.
     """
     source = templates.read(template) if template else None
-    ref, number = str(ref), _dtype(dtype)
+    where = _device(device)
+    ref, number = str(ref), _dtype(dtype, where)
     if book is None and may_be_name(ref):
         book = Book()
     path = _find(ref, book)
@@ -216,6 +221,7 @@ def load(
     else:
         decoder = load_decoder(path, dtype=number, quantised=quantised)
         with_tokenizer = path
+    decoder.to(where)
     exists = Tokenizer.exists(with_tokenizer)
     tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
     return LoadedModel(decoder, tokenizer, path)
@@ -260,9 +266,23 @@ def _base_of(adapter: Path, book: Book | None) -> Path:
     return resolve(str(base), book)
 
 
-def _dtype(given: str | torch.dtype | None) -> torch.dtype:
+def _device(given: str | None) -> str:
     if given is None:
-        return compute_dtype()
+        return compute_device()
+    if given not in ("cpu", "cuda"):
+        raise ConfigError(f"device={given!r}", rule="is not known", next="give cpu or cuda")
+    if given == "cuda" and compute_device() != "cuda":
+        raise ConfigError(
+            "device='cuda'",
+            rule="is not there: torch sees no GPU, or was built without CUDA",
+            next="leave it out, or install a torch that was built with CUDA (herd doctor)",
+        )
+    return given
+
+
+def _dtype(given: str | torch.dtype | None, device: str) -> torch.dtype:
+    if given is None:
+        return compute_dtype(device)
     if isinstance(given, torch.dtype):
         return given
     if given not in DTYPES:

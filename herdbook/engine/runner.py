@@ -4,7 +4,8 @@ Shapes: T tokens of the whole batch, R of them with logits, V vocabulary.
 
 The tokens of all sequences lie one after another in one row of T tokens, without padding: the
 linear layers see one matrix, and only attention asks whose token is whose. `Paged` answers that:
-it writes the new keys and values into the pages and lets each sequence look at its own.
+it writes the new keys and values into the pages and lets each sequence look at its own. On a GPU
+`Tiled` does so in one kernel, and a step that only decodes is recorded and replayed (graphs.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Sequence as Many
 import torch
 from torch import Tensor
 
-from herdbook.engine import native
+from herdbook.engine import graphs, native
 from herdbook.engine.adapters import applied
 from herdbook.engine.cache import Cache
 from herdbook.engine.paged import Paged
 from herdbook.engine.reading import read
 from herdbook.engine.sequence import Sequence
+from herdbook.engine.tiled import kernel_for, tiled
 from herdbook.model.carried import Carried
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Layout
@@ -35,7 +37,13 @@ class Runner:
         fits = page_tokens % native.TILE == 0 and (dtype or decoder.dtype) in native.CACHES
         self._native = native.step_for(decoder) if fits else None
         first = self._native is not None
-        self.cache = Cache(decoder, pages, page_tokens, dtype, dimensions_first=first)
+        paged = decoder.memory == "pages"
+        self._kernel = kernel_for(self.device.type) if paged else None
+        records = self._kernel is not None and graphs.recordable(decoder)
+        self.cache = Cache(decoder, pages + records, page_tokens, dtype, dimensions_first=first)
+        self.graphs: graphs.Graphs | None = None
+        if self._kernel is not None and records:
+            self.graphs = graphs.Graphs(decoder, self.cache, self._kernel)
 
     @property
     def copies(self) -> list[Tensor]:
@@ -85,13 +93,18 @@ class Runner:
 
     def _pass(self, batch: Many[Sequence]) -> Tensor | None:
         """The same by PyTorch; the head is computed only where logits are wanted."""
+        if self.graphs is not None and self.graphs.serves(batch):
+            return self.graphs.run(batch)
         ids: list[int] = []
         wanted: list[int] = []
         for sequence in batch:
             ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
             wanted += range(len(ids) - sequence.wanted, len(ids))
         layout: Layout
-        if self.decoder.memory == "pages":
+        if self._kernel is not None:
+            c = self.decoder.config
+            layout = tiled(self.cache, batch, c, self._kernel, self.device)
+        elif self.decoder.memory == "pages":
             layout = Paged(self.cache, batch, self.device)
         else:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]
