@@ -27,6 +27,9 @@ from herdbook.engine.cache import Cache
 from herdbook.engine.tiled import Tiles
 from herdbook.model.attention import Look
 
+#: what the hardware multiplies; the interpreter, on the CPU, knows no products of bfloat16
+FACTORS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
 
 @triton.jit
 def _walk(
@@ -35,9 +38,10 @@ def _walk(
     q_row, q_head, k_page, k_at, k_head, k_dim, v_page, v_at, v_head, v_dim, s_page, s_at, s_of, s_head,
     HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, SPLITS: tl.constexpr, INT8: tl.constexpr, SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr, SLOPES: tl.constexpr, ROUNDED: tl.constexpr,
+    WINDOW: tl.constexpr, SLOPES: tl.constexpr, ROUNDED: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile × head of keys × split. WIDE ≥ D and ROWS ≥ tokens · G are powers of two."""
+    """One tile × head of keys × split. WIDE ≥ D and ROWS ≥ tokens · G are powers of two; FACTOR is the
+    type of what is multiplied."""
     head, split = tl.program_id(1), tl.program_id(2)
     tile = tiles + tl.program_id(0) * 4
     sequence, first, n, start = (
@@ -90,7 +94,7 @@ def _walk(
             k = k.to(tl.float32) * tl.load(where, mask=there, other=0.0)[None, :]
             v = v.to(tl.float32) * tl.load(where + s_of, mask=there, other=0.0)[:, None]
         k, v = k.to(x.dtype), v.to(x.dtype)
-        score = tl.dot(x, k, input_precision="ieee") * scale
+        score = tl.dot(x.to(FACTOR), k.to(FACTOR), input_precision="ieee") * scale
         if SOFTCAP:  # tanh(a) = 2 · sigmoid(2a) − 1
             score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
         if SLOPES:
@@ -110,7 +114,8 @@ def _walk(
         fade = tl.exp(best - base)
         total = total * fade + tl.sum(chance, 1)
         mixed = mixed * fade[:, None]
-        mixed += tl.dot(chance.to(x.dtype), v, input_precision="ieee")
+        share = chance.to(x.dtype)
+        mixed += tl.dot(share.to(FACTOR), v.to(FACTOR), input_precision="ieee")
         best = higher
     seen = tl.where(total > 0, total, 1.0)
     mean = mixed / seen[:, None]
@@ -152,6 +157,7 @@ def look(q: Tensor, cache: Cache, layer: int, tiles: Tiles, look: Look, out: Ten
         KEYS=64 if bytes_wide <= 256 else 32 if bytes_wide <= 512 else 16,
         SPLITS=splits, INT8=scales is not None, SOFTCAP=bool(look.softcap),
         WINDOW=look.window is not None, SLOPES=bool(look.slopes), ROUNDED=look.rounded,
+        FACTOR=FACTORS[q.dtype] if q.is_cuda else tl.float32,
         num_warps=4, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     if splits > 1:
