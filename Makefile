@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray large bench clean
+.PHONY: install demo test lint fuzz soak ray triton gpu large bench clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,18 @@ soak: $(VENV)/.tested
 ray: $(VENV)/.tested
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[cluster]"
 	$(BIN)/python -m pytest tests/serving/test_ray.py
+
+# The kernels of a GPU in Triton's interpreter, on the CPU; for torch's CPU builds, which bring no Triton.
+triton: $(VENV)/.tested
+	$(BIN)/python -c "import triton" || $(BIN)/pip install -q --disable-pip-version-check "triton>=3.4"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/engine/test_triton.py
+
+# On a machine with a GPU and a CUDA build of torch (make gpu TORCH=torch): its tokens against the CPU's,
+# then figures.
+gpu: $(VENV)/.tested
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU')"
+	$(BIN)/python -m pytest tests/engine/test_cuda.py
+	$(BIN)/python benchmarks/gpu.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested

@@ -38,6 +38,11 @@ Template = Annotated[
     ),
 ]
 
+Device = Annotated[
+    Literal["cpu", "cuda"] | None,
+    Parameter(help="where to compute (default: cuda where torch sees a GPU, else cpu)"),
+]
+
 
 @app.command(name="raise")
 def raise_command(
@@ -105,6 +110,7 @@ def chat(
     seed: int = 0,
     max_tokens: int = 512,
     template: Template = None,
+    device: Device = None,
     json: Json = False,
 ) -> None:
     """Talk to a model; with -p print one reply, alone, on stdout.
@@ -132,7 +138,13 @@ def chat(
         "max_tokens": max_tokens,
     }
     talk(
-        ref or _latest(), prompt=prompt, system=system, as_json=json, template=template, **sampling
+        ref or _latest(),
+        prompt=prompt,
+        system=system,
+        as_json=json,
+        template=template,
+        device=device,
+        **sampling,
     )
 
 
@@ -150,6 +162,7 @@ def serve(
     lora: list[str] | None = None,
     cache: Literal["float32", "bfloat16", "int8"] | None = None,
     speculate: bool = False,
+    device: Device = None,
 ) -> None:
     """Serve models over OpenAI's API: chat, completions, embeddings, models, health, metrics.
 
@@ -202,6 +215,7 @@ def serve(
         cluster=cluster,
         cache=cache,
         speculate=speculate,
+        device=device,
     )
 
 

@@ -78,7 +78,7 @@ class Engine:
         beside = 0 if draft is None else token_bytes(draft.config, draft.kind)
         kind = str(cache_dtype or cache_kind(model, cache_bytes, beside)).removeprefix("torch.")
         if pages is None:
-            pages = cache_pages(model.config, kind, page_tokens, cache_bytes, beside)
+            pages = cache_pages(model.config, kind, page_tokens, cache_bytes, beside, model.place)
         self.model, self.tokenizer = model, tokenizer
         self.adapters = Adapters(model)
         self.pool = PagePool(pages, page_tokens)

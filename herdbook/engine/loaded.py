@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 #: how an engine's cache may keep its numbers
 CacheType = Literal["float32", "bfloat16", "int8"]
 
+Device = Literal["cpu", "cuda"]
+
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
@@ -202,17 +204,19 @@ def load(
     *,
     book: Book | None = None,
     dtype: str | torch.dtype | None = None,
+    device: Device | None = None,
     quantised: bool = True,
     template: str | None = None,
 ) -> LoadedModel:
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
-    An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
-    bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF or a folder.
+    An adapter loads its base model and sits on it unmerged. device: cpu or cuda (default: cuda where
+    torch sees a GPU). dtype: what is computed in (default: bfloat16 where that hardware multiplies it,
+    else float32). quantised=False dequantises a GGUF or a folder.
     template: a chat template to use instead of the model's own, by its name or its file.
     """
     source = templates.read(template) if template else None
-    ref, number = str(ref), _dtype(dtype)
+    ref, number, where = str(ref), _dtype(dtype), _device(device)
     if book is None and may_be_name(ref):
         book = Book()
     path = with_tokenizer = _find(ref, book)
@@ -221,26 +225,50 @@ def load(
         from herdbook.training import peft_format
 
         base = _base_of(path, book)
-        model = _opened(base, number)
+        model = _opened(base, number, where)
         peft_format.load(model, path)
         model.requires_grad_(False)
         with_tokenizer = path if Tokenizer.exists(path) else base
-    elif number is None and quantised:
+        model.to(where)
+    elif number is None and quantised and where == "cpu":
         model = packaged(path)
-    model = model or _opened(path, number, quantised)
+    model = model or _opened(path, number, where, quantised)
     with model.preparing() if isinstance(model, Packaged) else nullcontext():
         exists = Tokenizer.exists(with_tokenizer)
         tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
     return LoadedModel(model, tokenizer, path)
 
 
-def _opened(path: Path, dtype: str | None, quantised: bool = False) -> Decoder:
+def _opened(path: Path, dtype: str | None, device: str, quantised: bool = False) -> Decoder:
     import torch
 
     from herdbook.model.checkpoint import load_decoder
+    from herdbook.model.precision import compute_dtype
 
-    number = None if dtype is None else getattr(torch, dtype)
-    return load_decoder(path, dtype=number, quantised=quantised)
+    number = compute_dtype(device) if dtype is None else getattr(torch, dtype)
+    return load_decoder(path, dtype=number, quantised=quantised).to(device)
+
+
+def _device(given: str | None) -> str:
+    if given not in (None, "cpu", "cuda"):
+        raise ConfigError(f"device={given!r}", rule="is not known", next="give cpu or cuda")
+    if given == "cpu" or (given is None and not may_have_gpu()):
+        return "cpu"
+    from herdbook.model.precision import compute_device
+
+    found = compute_device()
+    if given == "cuda" and found != "cuda":
+        raise ConfigError(
+            "device='cuda'",
+            rule="is not there: torch sees no GPU, or was built without CUDA",
+            next="leave it out, or install a torch that was built with CUDA (herd doctor)",
+        )
+    return found
+
+
+def may_have_gpu() -> bool:
+    """Whether torch, which takes long to import, has to be asked."""
+    return any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
 def adapter_folder(ref: str, book: Book | None = None) -> Path:

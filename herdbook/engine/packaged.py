@@ -37,7 +37,7 @@ HEADS = {"Q4_0": 2, "Q4_1": 4, "Q8_0": 2}
 def packaged(path: Path) -> Packaged | None:
     """The model at `path` (what a reference resolved to), where the native step can read it so."""
     file = gguf_config.gguf_file(path)
-    if file is None or not file.is_file() or has_gpu() or library() is None:
+    if file is None or not file.is_file() or library() is None:
         return None
     found = gguf.read(file)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
@@ -46,11 +46,6 @@ def packaged(path: Path) -> Packaged | None:
         return None
     model = Packaged(path, found, family, config)
     return model if model.whole() else None
-
-
-def has_gpu() -> bool:
-    """Whether torch may find one: then it decides where models are computed."""
-    return any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
 
 
 class Packaged(Model):

@@ -1,4 +1,6 @@
-"""The layout of the engine: keys and values live in pages, each sequence sees its own.
+"""The layout of the engine in PyTorch: keys and values live in pages, each sequence sees its own.
+
+On a GPU with Triton `tiled.Tiled` does the same in one kernel; this is its twin.
 
 Shapes: T tokens of the whole batch, n tokens of one sequence in this step, S tokens it has then
 (n included), H heads, KV key/value heads, D size of a head.
@@ -12,10 +14,9 @@ import torch
 from torch import Tensor
 
 from herdbook.engine.cache import Cache
+from herdbook.engine.placed import Placed, positions_of, slots_of, virtual_of
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
-from herdbook.model.config import DecoderConfig
-from herdbook.model.soft import Prefix, Prompt, Soft
 
 
 class _Span:
@@ -38,10 +39,6 @@ class _Span:
         """The page that this step begins and does not fill."""
         place = self.end % self._page_tokens
         return self.pages[-1] if place and self.end - place >= self.start else None
-
-    def slots(self) -> list[int]:
-        size = self._page_tokens
-        return [self.pages[at // size] * size + at % size for at in range(self.start, self.end)]
 
     def reach(self, window: int | None) -> tuple[Tensor | slice, int, int]:
         """What the span looks at: its pages, and from where to where in them. Once per window."""
@@ -117,66 +114,31 @@ class _Decoding:
         return self._masks[look, kv_heads, dtype]
 
 
-class Paged:
-    """The layout of the engine: keys and values live in pages, each sequence sees its own."""
+class Paged(Placed):
+    """The layout of the engine in PyTorch, sequence by sequence."""
 
     def __init__(self, cache: Cache, batch: Many[Sequence], device: torch.device) -> None:
-        self._cache = cache
+        slots = torch.tensor(slots_of(batch, cache.page_tokens), device=device)
+        super().__init__(cache, positions_of(batch, device), slots, virtual_of(batch))
         self._spans: list[_Span] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        for sequence in batch:
-            span = _Span(sequence, len(positions), cache.page_tokens, device)
-            slots += span.slots()
-            positions += range(span.start, span.end)
-            self._spans.append(span)
+        first = 0
+        for one in batch:
+            self._spans.append(_Span(one, first, cache.page_tokens, device))
+            first += one.scheduled
         begun = [span.begun for span in self._spans if span.begun is not None]
-        self.positions = torch.tensor(positions, device=device)  # [T]
-        places = [
-            one.context.places(one.computed, one.computed + one.scheduled, device)
-            for one in batch
-            if one.context  # in a prefix model all have one
-        ]
-        if places:
-            self.positions = torch.cat(places)
+        self._begun = torch.tensor(begun, device=device) if begun else None
         decoding = [span for span in self._spans if span.n == 1 and span.start]
         self._decoding = None
         if len(decoding) > 1:
             self._decoding = _Decoding(decoding, cache.page_tokens, device)
             self._spans = [span for span in self._spans if span.n > 1 or not span.start]
-        self._slots = torch.tensor(slots, device=device)
-        self._begun = torch.tensor(begun, device=device) if begun else None
-        #: virtual tokens of this step: whose, their rows, and which of them they are
-        self._virtual: list[tuple[Soft, slice, slice]] = []
-        at = 0
-        for one in batch:
-            if one.soft is not None and one.computed < one.front:
-                last = min(one.front, one.computed + one.scheduled)
-                rows = slice(at, at + last - one.computed)
-                self._virtual.append((one.soft, rows, slice(one.computed, last)))
-            at += one.scheduled
-
-    def begin(self, x: Tensor, soft: Soft | None, *, shift: bool) -> Tensor:
-        """Virtual tokens are tokens of the sequences here, each with its own, in pages like all."""
-        for its, rows, which in self._virtual:
-            if isinstance(its, Prompt):
-                x[rows] = its.rows[which].to(x.dtype)
-        return x
-
-    def end(self, x: Tensor) -> Tensor:
-        return x
-
-    def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:
-        """The engine found them when the prompts came; a step has only some of their tokens."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
-        """q [T, H, D] looks at keys and values of its own sequence, at or before itself."""
-        for its, rows, which in self._virtual:
-            if isinstance(its, Prefix):  # what was computed there counts for nothing
-                k[rows], v[rows] = (one[which] for one in its.before(layer, k.dtype))
         if self._begun is not None:
             self._cache.start(layer, self._begun)
-        self._cache.write(layer, self._slots, k, v)
+        return super().attend(layer, q, k, v, look)
+
+    def _look(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
         window = look.window
         result = torch.empty_like(q)
         if self._decoding is not None:

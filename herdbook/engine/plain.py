@@ -1,4 +1,8 @@
-"""One forward pass over a scheduled batch by PyTorch: every family, every device, and adapters."""
+"""One forward pass over a scheduled batch by PyTorch: every family, every device, and adapters.
+
+`Paged` writes the new keys and values into the pages and lets each sequence look at its own. On a GPU
+`Tiled` does so in one kernel, and a step that only decodes is recorded and replayed (graphs.py).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from herdbook.engine import graphs
 from herdbook.engine.cache import Cache
 from herdbook.engine.corrections import applied
 from herdbook.engine.paged import Paged
 from herdbook.engine.reading import read
 from herdbook.engine.sequence import Sequence
 from herdbook.engine.store import Store
+from herdbook.engine.tiled import kernel_for, tiled
 from herdbook.model.carried import Carried
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Layout
@@ -26,18 +32,27 @@ class Plain:
         self, decoder: Decoder, pages: int, page_tokens: int, kind: str, store: Store | None
     ) -> None:
         self.decoder, self.device = decoder, decoder.device
-        self.cache = Cache(decoder, pages, page_tokens, getattr(torch, kind), store)
+        self.kernel = kernel_for(self.device.type) if decoder.memory == "pages" else None
+        records = self.kernel is not None and graphs.recordable(decoder)
+        self.cache = Cache(decoder, pages + records, page_tokens, getattr(torch, kind), store)
+        self.graphs: graphs.Graphs | None = None
+        if self.kernel is not None and records:
+            self.graphs = graphs.Graphs(decoder, self.cache, self.kernel)
 
     @torch.inference_mode()
     def __call__(self, batch: Many[Sequence]) -> np.ndarray | None:
         """Logits float32 [R, V]; the head is computed only where they are wanted."""
+        if self.graphs is not None and self.graphs.serves(batch):
+            return _array(self.graphs.run(batch))
         ids: list[int] = []
         wanted: list[int] = []
         for sequence in batch:
             ids += sequence.ids[sequence.computed : sequence.computed + sequence.scheduled]
             wanted += range(len(ids) - sequence.wanted, len(ids))
         layout: Layout
-        if self.decoder.memory == "pages":
+        if self.kernel is not None:
+            layout = tiled(self.cache, batch, self.decoder.config, self.kernel, self.device)
+        elif self.decoder.memory == "pages":
             layout = Paged(self.cache, batch, self.device)
         else:
             lengths, states = [one.scheduled for one in batch], [one.state for one in batch]

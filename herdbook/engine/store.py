@@ -5,8 +5,6 @@ Who holds which page is pages.py's part, the PyTorch side of it cache.py's.
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 
 from herdbook.errors import CapacityError
@@ -57,12 +55,21 @@ def cache_kind(model: Model, cache_bytes: int | None, beside: int = 0) -> str:
     if model.memory != "pages":
         return model.kind
     if cache_bytes is None:
-        cache_bytes = free_bytes() // 2 if model.place == "cpu" else sys.maxsize
+        cache_bytes = free_on(model.place) // 2
     tokens = min(model.config.max_pos, CACHE_TOKENS)
     for kind in (model.kind, "bfloat16"):
         if tokens * (token_bytes(model.config, kind) + beside) <= cache_bytes:
             return kind
     return "int8"
+
+
+def free_on(place: str) -> int:
+    """Bytes that the memory of a kind of device can still give."""
+    if place != "cuda":
+        return free_bytes()
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
 
 
 def cache_pages(
@@ -71,9 +78,23 @@ def cache_pages(
     page_tokens: int,
     cache_bytes: int | None,
     beside: int = 0,
+    place: str = "cpu",
 ) -> int:
-    """How many pages the cache gets. beside: bytes that a token needs in a draft model's cache."""
+    """How many pages the cache gets. beside: bytes that a token needs in a draft model's cache.
+
+    On a GPU, where all of it is taken at once, no more than what is free there, and by itself half.
+    """
     each = token_bytes(config, kind) + beside
+    if place == "cuda":
+        free = free_on(place)
+        if cache_bytes is None:
+            cache_bytes = min(cache_pages(config, kind, 1, None, beside) * each, free // 2)
+        elif cache_bytes > free:
+            raise CapacityError(
+                f"cache_bytes={cache_bytes}",
+                rule=f"is more than the {free} bytes that are free on the GPU",
+                next="give less, or leave it out",
+            )
     if cache_bytes is None:
         tokens = max(CACHE_BYTES // each, CACHE_TOKENS)
         tokens = min(tokens, CACHE_CONTEXTS * config.max_pos)

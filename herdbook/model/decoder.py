@@ -181,7 +181,7 @@ class Decoder(nn.Module, Model):
             layout.find_contexts(ids, self.config)
         x: Tensor = self.embed(ids)
         if self.config.embed_scale != 1.0:
-            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device="cpu").item()
         soft = None if self.soft is None or self.soft.bypassed else self.soft
         x = layout.begin(x, soft, shift=self.config.prefix is None)
         if self.project_in is not None:

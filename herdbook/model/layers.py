@@ -66,7 +66,7 @@ class Int4Linear(nn.Module):
     scale, minimum float16 [out, B] (float32 where that does not hold them). Q4_1 is exactly this;
     Q4_0 is minimum = −8·scale, and compressed-tensors minimum = −zero point · scale.
 
-    A few rows (decoding) are bound by memory: the kernel reads 4 bits a weight. It computes in
+    A few rows (decoding) are bound by memory: the CPU's kernel reads 4 bits a weight. It computes in
     bfloat16, with bfloat16 scales. Many rows (prefill) are bound by arithmetic: the matrix is
     dequantised once and multiplied in x's own format.
     """
@@ -86,7 +86,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("minimum", minimum)
         self.bias = nn.Parameter(bias, requires_grad=False) if bias is not None else None
         #: few rows go through the kernel; false where float32 is to be kept
-        self.has_kernel = self.outputs % 16 == 0 and codes.device.type == "cpu"
+        self.has_kernel = self.outputs % 16 == 0
         #: what the kernel reads, made when it is first called: its codes, its scales and zeros
         self._packed: tuple[Tensor, Tensor] | None = None
 
@@ -101,7 +101,8 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.inputs
         learns = x.requires_grad and torch.is_grad_enabled()
-        if learns or not self.has_kernel or rows > INT4_KERNEL_ROWS:
+        kernel = self.has_kernel and rows <= INT4_KERNEL_ROWS and self.codes.device.type == "cpu"
+        if learns or not kernel:
             return frozen_linear(x, self)
         if self._packed is None:
             self._packed = self._pack()

@@ -18,7 +18,7 @@ from collections.abc import Generator
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from herdbook.engine.loaded import load
+from herdbook.engine.loaded import Device, load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import CapacityError, FileError, HerdbookError
 from herdbook.serving.worker import Worker
@@ -40,16 +40,17 @@ def chat(
     *,
     as_json: bool = False,
     template: str | None = None,
+    device: Device | None = None,
     book: Book | None = None,
     **sampling: Any,
 ) -> None:
     """One reply to `prompt` on stdout; without a prompt, a conversation until /quit.
 
-    template: a chat template in place of the model's own, by its name or its file. sampling: fields of `Sampling` (temperature, top_p, seed, max_tokens …). as_json: with a
+    template: a chat template in place of the model's own, by its name or its file. device: see `load`. sampling: fields of `Sampling` (temperature, top_p, seed, max_tokens …). as_json: with a
     prompt, one object with the reply, why it ended and the tokens it took.
     """
     settings = Sampling(**sampling)  # a wrong setting is told before the model is loaded
-    model = load(ref, book=book, template=template)
+    model = load(ref, book=book, template=template, device=device)
     worker = Worker(ref, lambda: model.engine)
     worker.start()
     worker.wait()

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 
 from herdbook.book.book import Book
 from herdbook.book.keys import Keys
-from herdbook.engine.loaded import CacheType
+from herdbook.engine.loaded import CacheType, Device
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name
 from herdbook.serving import on_ray
@@ -56,6 +56,7 @@ def serve(
     cluster: bool = False,
     cache: CacheType | None = None,
     speculate: bool = False,
+    device: Device | None = None,
 ) -> None:
     """Serve the models over OpenAI's API until Ctrl-C. Port 0 takes a free one.
 
@@ -66,7 +67,7 @@ def serve(
     unload them to stay within the budget or when they were idle for so long. workers: so many
     processes, each with the models and its share of the budget, behind one door (`cluster`).
     cluster: spread them over the machines of the Ray cluster at RAY_ADDRESS, each with the whole
-    budget (`on_ray`). cache, speculate: of the engines, see `Engine`.
+    budget (`on_ray`). cache, speculate: of the engines, see `Engine`. device: see `load`.
     """
     adapters = adapters or {}
     if adapters and len(refs) != 1:
@@ -95,7 +96,8 @@ def serve(
     if workers < 1:
         raise ServeError(f"--workers {workers}", rule="must be at least 1", next="leave it out")
     share = None if memory_bytes is None else memory_bytes // (1 if cluster else workers)
-    setup = Setup([*map(str, refs)], template, dict(adapters), share, idle_s, cache, speculate)
+    ours = [*map(str, refs)]
+    setup = Setup(ours, template, dict(adapters), share, idle_s, cache, speculate, device)
     models = setup.models(book)
     _log_requests()
     with contextlib.ExitStack() as held:

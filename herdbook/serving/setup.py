@@ -9,7 +9,7 @@ from pathlib import Path
 
 from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import CacheType, adapter_folder, load
+from herdbook.engine.loaded import CacheType, Device, adapter_folder, load
 from herdbook.engine.memory import estimated_bytes
 from herdbook.errors import ServeError
 from herdbook.model.references import resolve
@@ -28,6 +28,7 @@ class Setup:
     idle_s: float | None = None
     cache: CacheType | None = None
     speculate: bool = False
+    device: Device | None = None
 
     def models(self, book: Book | None) -> Models:
         """The models behind the references; an unknown name is told before anything is opened."""
@@ -47,7 +48,7 @@ class Setup:
         return Models(by_name, memory_bytes=self.memory_bytes, idle_s=self.idle_s)
 
     def engine(self, ref: str, book: Book | None, adapters: Mapping[str, Path]) -> Engine:
-        model = load(ref, book=book, template=self.template)
+        model = load(ref, book=book, template=self.template, device=self.device)
         engine = Engine(
             model.model,
             model.maybe_tokenizer,
