@@ -13,7 +13,7 @@ Everybody gets the same token ids, never seen before by its cache, and as many t
   The wheel is built for any x86-64 with AVX2; its own build for a newer processor may be faster.
 - transformers with all weights in the format that this machine computes fastest.
 
-Our side is `herdbook.load(...)`'s decoder, int4 as packaged, behind `Engine`, by the clock on the
+Our side is `herdbook.load(...)`'s model, int4 as packaged, behind `Engine`, by the clock on the
 wall.
 """
 
@@ -51,14 +51,11 @@ class Ours:
         self.model = herdbook.load(path)
         page = 16
         pages = slots * -(-slot_tokens // page)
-        self.engine = Engine(
-            self.model.decoder, self.model.tokenizer, page_tokens=page, pages=pages
-        )
+        self.engine = Engine(self.model.model, self.model.tokenizer, page_tokens=page, pages=pages)
         self.chats([[5, 6, 7, 8] * 16] * min(2, slots), 4)
 
     def about(self) -> dict[str, Any]:
-        decoder = self.model.decoder
-        return {"dtype": str(decoder.dtype).removeprefix("torch.")}
+        return {"dtype": self.model.model.kind}
 
     def first(self, ids: list[int]) -> float:
         """Seconds from the prompt to the first token."""

@@ -36,7 +36,7 @@ def measure(engine: Engine, name: str) -> None:
     dice = random.Random(0)
 
     def prompt(tokens: int) -> list[int]:
-        return [dice.randrange(100, engine.decoder.config.vocab) for _ in range(tokens)]
+        return [dice.randrange(100, engine.model.config.vocab) for _ in range(tokens)]
 
     def best(prompts: int, new: int) -> tuple[float, float]:
         rounds = [run(engine, [prompt(PROMPT) for _ in range(prompts)], new) for _ in range(4)]
