@@ -216,7 +216,9 @@ def test_the_least_numbers_of_an_int8_cache() -> None:
         step = native.step_for(decoder)
         assert step is not None
         exact = Cache(decoder, 3, 16, torch.float32, dimensions_first=True)
-        found, twin = (Cache(decoder, 3, 16, torch.int8, dimensions_first=one) for one in (True, False))
+        found, twin = (
+            Cache(decoder, 3, 16, torch.int8, dimensions_first=one) for one in (True, False)
+        )
         for cache in (exact, found):
             step(cache, [native.Span(prompts(1)[0], 0, [0, 1, 2])])
         k, v = (one[0].flatten(0, 1)[:39] for one in (exact.keys, exact.values))
