@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,11 +134,16 @@ class Grammars:
 
         wrapped: Any = _Wrapped(self._tokenizer, self._vocab)
         ends = [id for id in sorted(self._tokenizer.stop_ids) if id < self._vocab]
-        return LLTokenizer(wrapped, eos_token=ends or [self._vocab])
+        found = LLTokenizer(wrapped, eos_token=ends or [self._vocab])
+        wrapped.longest = found.greedy_tokenize
+        return found
 
 
 class _Wrapped:
-    """What llguidance asks of a tokenizer. The last token is one of ours for a model without an end."""
+    """What llguidance asks of a tokenizer, with tokens of ours behind the model's, which no mask shows:
+    an end for a model without one, and every byte that no token spells. The library follows a grammar
+    byte by byte into a character where all branches begin alike, and writes down where it is in tokens.
+    """
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -150,12 +155,18 @@ class _Wrapped:
             tokenizer.token_bytes(id) if id < tokenizer.size else b"" for id in range(vocab)
         ]
         self.tokens.append(b"<|end|>")
+        spelled = set(self.tokens)
+        self.tokens += [bytes([byte]) for byte in range(256) if bytes([byte]) not in spelled]
+        self.longest: Callable[[str], list[int]] | None = None  # by the longest token first
         self.special_token_ids = [*sorted(id for id in specials if id < vocab), vocab]
         self.eos_token_id = vocab
 
     def __call__(self, text: bytes | str) -> list[int]:
         data = text.encode() if isinstance(text, str) else text
-        return self._tokenizer.codec.within(data)
+        ids = self._tokenizer.codec.within(data)
+        if self.longest is None or b"".join(self.tokens[id] for id in ids) == data:
+            return ids
+        return self.longest(data.decode())  # what has no token, the codec calls unknown
 
 
 class Matcher:

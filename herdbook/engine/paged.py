@@ -8,15 +8,20 @@ Shapes: T tokens of the whole batch, n tokens of one sequence in this step, S to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Many
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from herdbook.engine.cache import Cache
 from herdbook.engine.placed import Placed, positions_of, slots_of, virtual_of
 from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look, attend
+
+#: what numbers of queries and keys are multiples of (_padded)
+SHAPES = 16
 
 
 class _Span:
@@ -164,13 +169,31 @@ class Paged(Placed):
                 keys, values = (one.flatten(0, 1)[start:end].transpose(0, 1) for one in both)
                 mine = keys, values
             plain = whole and not look.slopes and span.context < 2
+            mask = None if plain else span.mask(look, q.dtype)
+            asked = q[rows].transpose(0, 1)
+            if span.n > 1 and q.dtype.itemsize == 2 and q.device.type == "cpu":
+                asked, mine, mask = _padded(asked, mine, mask)
             out = attend(
-                q[rows].transpose(0, 1)[None],
+                asked[None],
                 mine[0][None],
                 mine[1][None],
                 look,
-                None if plain else span.mask(look, q.dtype),
+                mask,
                 causal=plain and span.n > 1,
             )
-            result[rows] = out[0].transpose(0, 1)
+            result[rows] = out[0, :, : span.n].transpose(0, 1)
         return result
+
+
+def _padded(
+    q: Tensor, both: tuple[Tensor, Tensor], mask: Tensor | None
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """q [H, n, D], keys and values [KV, S, D] and mask [(H,) n, S] with n and S rounded up to multiples
+    of SHAPES: torch compiles its attention for each n and S in 16 bits, and keeps that for ever (85 kB).
+    The first n queries see what they saw: without a mask by causality, since then n is S.
+    """
+    n, seen = q.shape[1], both[0].shape[1]
+    behind = 0, 0, 0, -seen % SHAPES
+    if mask is not None:
+        mask = pad(pad(mask, (0, -seen % SHAPES), value=-math.inf), (0, 0, 0, -n % SHAPES))
+    return pad(q, (0, 0, 0, -n % SHAPES)), (pad(both[0], behind), pad(both[1], behind)), mask

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from herdbook.engine import paged
 from herdbook.engine.engine import Engine
 from herdbook.engine.request import Piece, Reply, Request, Sampling
 from herdbook.engine.sequence import Sequence
@@ -511,3 +513,33 @@ def test_a_failing_step_leaves_the_engine_usable(
         with pytest.raises(RuntimeError, match="no memory"):
             engine.step()
     assert [piece.request_id for piece in engine.step()] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"windows": (5, None)}, {"position": "alibi"}], ids=["plain", "window", "alibi"]
+)
+def test_attention_in_16_bits_is_asked_in_few_shapes(
+    change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in chunks, of any length: the same likelihoods, though torch sees few shapes."""
+    model = Decoder(dataclasses.replace(tiny().config, **change)).eval()
+    model.load_state_dict(tiny().state_dict())
+    shapes: set[tuple[int, int]] = set()
+    real = paged.attend
+
+    def counted(q: Tensor, k: Tensor, *others: Any, **keys: Any) -> Tensor:
+        if q.shape[2] > 1:
+            shapes.add((q.shape[2], k.shape[2]))
+        return real(q, k, *others, **keys)
+
+    monkeypatch.setattr(paged, "attend", counted)
+    told = []
+    for multiple in (16, 1):
+        monkeypatch.setattr(paged, "SHAPES", multiple)
+        shapes.clear()
+        engine = Engine(model.bfloat16(), None, max_batch_tokens=37)
+        some = [[token % 60 + 3 for token in range(size)] for size in (2, 17, 40, 90)]
+        told.append([engine.score(ids[:1], [ids[1:]])[0].logprobs for ids in some])
+        assert all(n % multiple == seen % multiple == 0 for n, seen in shapes) and len(shapes) > 2
+    for got, want in zip(*told, strict=True):
+        assert got == pytest.approx(want, abs=0.06)

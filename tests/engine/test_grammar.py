@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from herdbook.engine.engine import Engine
-from herdbook.engine.grammar import MOST_BYTES, MOST_DEPTH, Grammar
+from herdbook.engine.grammar import MOST_BYTES, MOST_DEPTH, Grammar, Grammars
 from herdbook.engine.loaded import load
 from herdbook.engine.request import Reply, Request, Sampling
 from herdbook.errors import RequestError
@@ -185,3 +185,56 @@ def test_hostile_grammars_end(engine: Engine) -> None:
         else:
             assert reply.finish in ("length", "stop")
     assert ask(engine, Grammar("regex", "ab")).text == "ab"
+
+
+class Characters:
+    """A tokenizer of whole characters: none of its tokens is a single byte of those it can write."""
+
+    tokens = ("<unk>", "</s>", "你", "佐", "是", "时", "你好", "好", "x")
+    special_ids = stop_ids = frozenset([1])
+    size = len(tokens)
+
+    @property
+    def codec(self) -> Characters:
+        return self
+
+    def token_bytes(self, id: int) -> bytes:
+        return b"" if id in (0, 1) else self.tokens[id].encode()
+
+    def within(self, data: bytes) -> list[int]:
+        known = {text: id for id, text in enumerate(self.tokens)}
+        return [known.get(character, 0) for character in data.decode()]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "texts"),
+    [
+        ("你|佐", {"你", "佐"}),  # they begin with the same two bytes
+        ("x(是|时)x", {"x是x", "x时x"}),
+        ("(你好|佐)x", {"你好x", "佐x"}),
+        ("x(呢|你)", {"x你"}),  # the other cannot be written
+    ],
+)
+def test_branches_inside_a_character_without_tokens_of_bytes(pattern: str, texts: set[str]) -> None:
+    tokenizer: Any = Characters()
+    grammars, found = Grammars(tokenizer, tokenizer.size), set()
+    under_way = [("", grammars.matcher(Grammar("regex", pattern)))]
+    while under_way:
+        text, matcher = under_way.pop()
+        if matcher.complete:
+            found.add(text)
+            continue
+        for id in matcher.allowed().nonzero()[0].tolist():
+            fork = matcher.fork()
+            fork.took(id)
+            under_way.append((text + tokenizer.tokens[id], fork))
+    assert found == texts
+
+
+@pytest.mark.parametrize("pattern", ["x呢x", "x(呢|呵)"])
+def test_a_text_without_tokens_is_refused_where_it_begins(pattern: str) -> None:
+    tokenizer: Any = Characters()
+    matcher = Grammars(tokenizer, tokenizer.size).matcher(Grammar("regex", pattern))
+    matcher.took(tokenizer.tokens.index("x"))
+    with pytest.raises(RequestError, match="cannot be continued with this model's tokens"):
+        matcher.allowed()
