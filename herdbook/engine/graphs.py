@@ -96,7 +96,8 @@ class Recorder:
 
     def __call__(self, step: Step) -> Replay:
         """Where that fails, the step itself, which is launched kernel by kernel."""
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what compiles and chooses on its first call has done so
             for _ in range(2):
