@@ -45,13 +45,11 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return kept + [value for value in vars(module).values() if isinstance(value, Tensor)]
 
 
-def estimated_bytes(
-    path: Path, cache_dtype: torch.dtype | None = None, device: str | None = None
-) -> int:
+def estimated_bytes(path: Path, cache_dtype: torch.dtype | None = None) -> int:
     """Of the model at `path`, from its headers; 0 for an adapter, whose base is not looked up."""
     if (path / peft_format.CONFIG).is_file():
         return 0
-    checkpoint, dtype = open_checkpoint(path), compute_dtype(device)
+    checkpoint, dtype = open_checkpoint(path), compute_dtype()
     config, weights = checkpoint.config, checkpoint.weights
     with torch.device("meta"):
         paged = build(config, headless=checkpoint.headless).memory == "pages"

@@ -42,15 +42,12 @@ class Setup:
                 served_name(ref),
                 partial(self.engine, ref, book, folders),
                 adapters=[*folders],
-                estimate_bytes=self._estimate(path) if counted else 0,
+                estimate_bytes=estimated_bytes(path, self._cache_dtype) if counted else 0,
             )
             for ref, path in zip(self.refs, paths, strict=True)
         ]
         by_name = {worker.name: worker for worker in workers}
         return Models(by_name, memory_bytes=self.memory_bytes, idle_s=self.idle_s)
-
-    def _estimate(self, path: Path) -> int:
-        return estimated_bytes(path, self._cache_dtype, self.device)
 
     @property
     def _cache_dtype(self) -> torch.dtype | None:
