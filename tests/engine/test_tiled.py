@@ -189,7 +189,7 @@ def test_recording(decoder: Decoder, fails: bool, caplog: pytest.LogCaptureFixtu
         current_stream=MagicMock(),
         graph_pool_handle=MagicMock(),
     ):
-        graphs = Graphs(decoder, engine.runner.cache, written_out)
+        graphs = Graphs(decoder, Cache(decoder, 41, 4), written_out)
         with patch.object(Step, "compute", autospec=True, side_effect=Step.compute) as computed:
             logits = [graphs.run(batch) for _ in range(3)]
     assert torch.allclose(logits[0], logits[2]) and logits[0].shape == (2, VOCAB)
