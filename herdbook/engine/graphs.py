@@ -12,6 +12,7 @@ Shapes: R rows (one token of a sequence each, or free), B of them taken, V vocab
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from functools import partial
@@ -27,6 +28,9 @@ from herdbook.model.decoder import Decoder
 
 #: rows of a recorded step; a larger batch is computed as it comes
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+#: a process records one graph at a time, and each engine has a thread of its own
+_RECORDING = threading.Lock()
 
 log = logging.getLogger("herdbook.engine")
 
@@ -92,14 +96,16 @@ class Recorder:
 
     def __call__(self, step: Step) -> Replay:
         """Where that fails, the step itself, which is launched kernel by kernel."""
-        graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):  # what compiles and chooses on its first call has done so
             for _ in range(2):
                 step.compute()
         torch.cuda.current_stream().wait_stream(aside)
+        record = torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local")
         try:
-            with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            with _RECORDING, record:
                 logits = step.compute()
         except RuntimeError as error:
             log.warning("decoding %d rows without a CUDA graph, slower: %s", step.rows, error)

@@ -23,8 +23,8 @@ from herdbook.engine.sequence import Sequence
 from herdbook.model.attention import Look
 from herdbook.model.config import DecoderConfig
 
-#: query heads × rows of a tile of a prompt
-TILE = 64
+#: query heads × rows of a tile of a prompt; half of it where a head is wider than WIDE
+TILE, WIDE = 64, 128
 #: as many programs as keep a GPU busy; with fewer tiles each tile's keys are split
 PROGRAMS = 256
 SPLITS = 16
@@ -104,13 +104,14 @@ def tiled(
     """The layout of a batch: one call for the sequences that compute one token, one for the others."""
     ones: list[tuple[int, int, int, int]] = []
     more: list[tuple[int, int, int, int]] = []
-    rows = max(1, TILE * config.kv_heads // config.heads)
+    tile = TILE if config.head_dim <= WIDE else TILE // 2
+    rows = max(1, tile * config.kv_heads // config.heads)
     first = 0
     for number, one in enumerate(batch):
         n = one.scheduled
         for at in range(0, n, rows):
-            tile = (number, first + at, min(rows, n - at), one.computed + at)
-            (more if n > 1 else ones).append(tile)
+            where = (number, first + at, min(rows, n - at), one.computed + at)
+            (more if n > 1 else ones).append(where)
         first += n
     most = max(len(one.pages) for one in batch)
     table = [one.pages + [0] * (most - len(one.pages)) for one in batch]

@@ -99,7 +99,8 @@ def _walk(
             score = softcap * (2 * tl.sigmoid(2 * score / softcap) - 1)
         if SLOPES:
             if ROUNDED:  # as Look.bias does it
-                bias = slope[:, None] * key.to(tl.bfloat16).to(tl.float32)[None, :]
+                at_place = key.to(tl.float32).to(tl.bfloat16).to(tl.float32)
+                bias = slope[:, None] * at_place[None, :]
                 bias = bias.to(tl.bfloat16).to(tl.float32) * scale
             else:
                 bias = slope[:, None] * (key[None, :] - place[:, None]).to(tl.float32)

@@ -15,6 +15,7 @@ from herdbook.engine.cache import Cache
 from herdbook.engine.engine import Engine
 from herdbook.engine.graphs import Graphs, recordable
 from herdbook.engine.request import Request, Sampling
+from herdbook.engine.store import Store
 from herdbook.engine.tiled import Kernel, Tiles
 from herdbook.model.attention import Look, alibi_slopes, attend
 from herdbook.model.config import DecoderConfig
@@ -123,9 +124,10 @@ def differ(
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": size, "layers": 1}
     decoder = Decoder(replace(tiny().config, **shape)).to(device)
     counts = [-(-(before + n) // page_tokens) for before, n, _ in BATCH]
-    cache = Cache(
-        decoder, 2 * sum(counts), page_tokens, cache_dtype or dtype, dimensions_first=first
-    )
+    pages, kept = 2 * sum(counts), cache_dtype or dtype
+    kind = str(kept).removeprefix("torch.")
+    store = Store(decoder.config, pages, page_tokens, kind) if first else None
+    cache = Cache(decoder, pages, page_tokens, kept, store)
     for one in [*cache.keys, *cache.values, *cache.scales]:
         one.fill_(float("nan") if one.is_floating_point() else 99)  # nobody's: must not be felt
     order = torch.randperm(cache.pages).tolist()
@@ -144,12 +146,12 @@ def differ(
             tile = [number, rows + start, min(5, n - start), before + start]
             (more if n > 1 else ones).append(tile)
         rows += n
-    pages = torch.tensor(table, dtype=torch.int32, device=device)
+    held = torch.tensor(table, dtype=torch.int32, device=device)
     contexts = torch.tensor([context for *_, context in BATCH], dtype=torch.int32, device=device)
     q = torch.randn(rows, heads, size).to(device, dtype)
     found, expected = torch.full((2, *q.shape), torch.nan, dtype=dtype, device=device)
     calls = [
-        Tiles(torch.tensor(some, dtype=torch.int32, device=device), most, pages, contexts, parts)
+        Tiles(torch.tensor(some, dtype=torch.int32, device=device), most, held, contexts, parts)
         for some, most, parts in ((ones, 1, splits), (more, 5, 1))
     ]
     asked = Look(size**-0.5, **look)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -17,11 +17,11 @@ from torch import Tensor
 from herdbook.engine import tiled
 from herdbook.engine.cache import Cache
 from herdbook.engine.engine import Engine
-from herdbook.engine.graphs import SIZES, Step, recordable
+from herdbook.engine.graphs import SIZES, Graphs, Step, recordable
 from herdbook.engine.request import Request, Sampling
 from herdbook.model.decoder import Decoder
 
-from .conftest import naive, prompts, tiny
+from .conftest import VOCAB, naive, prompts, tiny
 from .on_tiles import (
     FIXTURES,
     asked_of,
@@ -170,3 +170,30 @@ def test_a_recorded_step_looks_at_no_value_and_stays_on_its_device(path: Path) -
     with patch("torch.tensor", tensor):
         step.compute()
     assert from_host <= {"cpu"}, "a number of the host that a recorded step would copy"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@torch.inference_mode()
+def test_recording(decoder: Decoder, fails: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Twice computed, then recorded; where that fails, it is said and the step is computed each time."""
+    engine = on_tiles(Engine(decoder, None, page_tokens=4, pages=40))
+    batch = decoding(engine, prompts(2, 3, 9))
+    graph, capture = MagicMock(), MagicMock()
+    if fails:
+        capture.return_value.__exit__.side_effect = RuntimeError("operation not permitted")
+    with patch.multiple(
+        "torch.cuda",
+        CUDAGraph=lambda: graph,
+        graph=capture,
+        Stream=MagicMock(),
+        stream=MagicMock(),
+        current_stream=MagicMock(),
+        graph_pool_handle=MagicMock(),
+    ):
+        graphs = Graphs(decoder, Cache(decoder, 41, 4), written_out)
+        with patch.object(Step, "compute", autospec=True, side_effect=Step.compute) as computed:
+            logits = [graphs.run(batch) for _ in range(3)]
+    assert torch.allclose(logits[0], logits[2]) and logits[0].shape == (2, VOCAB)
+    assert graph.replay.call_count == (0 if fails else 3)
+    assert computed.call_count == 2 + 1 + (3 if fails else 0)
+    assert ("without a CUDA graph" in caplog.text) == fails
