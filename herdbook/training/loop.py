@@ -8,8 +8,9 @@ token's, not the pack's. The classic slip is to average each micro-batch first; 
 short micro-batch counts for more.
 
 What is learnt is the `Objective`'s business, which weights move the caller's (whatever of
-`parameters` it hands in). Steps are numbered from 0; each seeds the random numbers (dropout) anew
-from (seed, step), so nothing random has to be stored for a run to go on exactly.
+`parameters` it hands in), who computes which pack the `Team`'s. Steps are numbered from 0; each
+seeds the random numbers anew from (seed, step), and for each pack (dropout) from (seed, step, its
+number), so nothing random has to be stored for a run to go on exactly, or hangs on who computes it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from herdbook.tokens.packing import Pack
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
+from herdbook.training.parallel import Team
 from herdbook.training.state import State
 
 
@@ -109,13 +111,15 @@ def train(
     plan: Plan,
     work: Path,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> State:
     """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
-    work: folder for the state. Ctrl-C finishes the pack at hand, saves, and raises on.
+    work: folder for the state, the same for all processes of the team. Ctrl-C finishes the pack at
+    hand (several processes: the step), saves, and raises on.
     """
     optimisers.check_schedule(plan.schedule)
-    progress = progress or Progress()
+    progress, team = progress or Progress(), team or Team()
     total = plan.total(len(rows))
     warmup = optimisers.warmup_steps(total, ratio=plan.warmup_ratio, steps=plan.warmup_steps)
     mark = fingerprint(rows, plan, parameters)
@@ -149,16 +153,21 @@ def train(
             packs = objective.packs([rows[n] for n in cut], plan.pack)
             trained = sum(objective.weight(one) for one in packs)
             assert trained, "the check lets no row without a trained token pass"
-            loss = 0.0
-            for one in packs:
-                part = objective.loss(one)
+            loss, tokens = 0.0, sum(len(one.ids) for one in packs)
+            for share in team.deal(packs):
+                torch.manual_seed(_seed(plan.seed, state.step, share.number))
+                part = objective.loss(share.pack)
                 torch.autograd.backward(part / trained)
                 loss += part.item()
-                if interrupted:  # this step is only begun: it is taken again
+                if interrupted and team.alone:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, weights, optimiser, mark)
+                        states.save(work, state, weights, optimiser, mark, team)
                     raise KeyboardInterrupt
-                bar.advance(len(one.ids), loss=loss / trained)
+                bar.advance(len(share.pack.ids), loss=loss / trained)
+                tokens -= len(share.pack.ids)
+            loss, stop = team.add_up(parameters.values(), loss, bool(interrupted))
+            bar.advance(tokens, loss=loss / trained)  # what the others computed
+            torch.manual_seed(_seed(plan.seed, state.step))
             share = optimisers.rate(
                 state.step, total, schedule=plan.schedule, warmup=warmup, floor=plan.floor
             )
@@ -185,10 +194,10 @@ def train(
                     "norm": norm,
                 }
             )
-            if state.step % plan.save_every == 0 or state.step == total or interrupted:
-                states.save(work, state, weights, optimiser, mark)
+            if state.step % plan.save_every == 0 or state.step == total or stop:
+                states.save(work, state, weights, optimiser, mark, team)
                 saved_at = state.step
-            if interrupted and state.step < total:
+            if stop and state.step < total:
                 raise KeyboardInterrupt
     if plan.average:
         optimisers.take_average(optimiser)
@@ -208,8 +217,9 @@ def fingerprint(
     return seen.hexdigest()
 
 
-def _seed(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7], "big")
+def _seed(*places: int) -> int:
+    text = "/".join(map(str, places))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _first(cuts: Iterator[list[int]], count: int) -> list[list[int]]:

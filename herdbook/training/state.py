@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from herdbook.files import atomic
+from herdbook.training.parallel import Team
 
 NAME = "state.safetensors"
 
@@ -39,7 +40,12 @@ def save(
     parameters: Mapping[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     fingerprint: str,
+    team: Team,
 ) -> None:
+    """Every process of the team calls it; what all of them hold, the first writes."""
+    if not team.leads:
+        team.barrier()
+        return
     tensors: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         tensors[f"{name}:weight"] = parameter.detach()
@@ -53,6 +59,7 @@ def save(
     }
     with atomic.replacing(folder / NAME) as new:
         save_file(tensors, new, metadata=about)
+    team.barrier()
 
 
 def load(

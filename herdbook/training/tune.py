@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from herdbook.book.book import Artifact
-from herdbook.book.step import Bench, Input, Inputs, Step, require
+from herdbook.book.step import Bench, How, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
@@ -28,9 +28,10 @@ from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.precision import compute_dtype
+from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, methods, peft_format
+from herdbook.training import check, loop, memory, methods, parallel, peft_format, processes
 from herdbook.training.loop import Plan
 from herdbook.training.objective import Anchor, NextToken
 
@@ -113,17 +114,27 @@ class Tune(Step):
     balance: float = 0.02
     #: optimiser steps between two saved states
     save_every: int = 20
+    #: how the processes that torchrun started share a step (see training/parallel.py): ddp
+    parallel: How = "ddp"
 
     def __post_init__(self) -> None:
         if self.method in methods.WEIGHTS:
             object.__setattr__(self, "kind", "model")
+        if self.dropout:  # is drawn for each pack since revision 2
+            object.__setattr__(self, "revision", 2)
 
     def make(self, bench: Bench) -> dict[str, Any]:
+        processes.call(Tune._make, self, replace(bench, progress=Progress(), teacher=None))
+        return self._make(bench)
+
+    def _make(self, bench: Bench) -> dict[str, Any]:
+        """In every process; the first writes the files."""
         require(self, "model", "data")
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
 
+        team = parallel.Team()
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
@@ -137,7 +148,10 @@ class Tune(Step):
                 self._plan(),
                 bench.work,
                 bench.progress,
+                team,
             )
+        if not team.leads:
+            return {}
         records = state.records
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
@@ -158,10 +172,12 @@ class Tune(Step):
             "peak_memory_bytes": peak.bytes,
             "weights_bytes": held,
             "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "processes": team.size,
         }
 
     def check(self) -> None:
         methods.check(self)
+        parallel.check(self.parallel)
         below = {
             "dropout": 1.0,
             "warmup_ratio": 1.0,
