@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray large bench clean
+.PHONY: install demo test lint fuzz soak ray distributed large bench clean
 
 install: $(VENV)/.installed
 
@@ -56,6 +56,10 @@ soak: $(VENV)/.tested
 ray: $(VENV)/.tested
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[cluster]"
 	$(BIN)/python -m pytest tests/serving/test_ray.py
+
+# Every way to share a model among four processes, and torchrun with a process killed.
+distributed: $(VENV)/.tested
+	$(BIN)/python -m pytest -s tests/training/distributed_plans.py
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested

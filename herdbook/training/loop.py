@@ -122,17 +122,16 @@ def train(
     progress, team = progress or Progress(), team or Team()
     total = plan.total(len(rows))
     warmup = optimisers.warmup_steps(total, ratio=plan.warmup_ratio, steps=plan.warmup_steps)
-    mark = fingerprint(rows, plan, parameters)
-    moved = Moved(parameters, plan.precision)
-    weights = moved.weights
+    mark = fingerprint(rows, plan, team.moving or parameters)
+    moved = Moved(parameters, "float32" if team.apart else plan.precision)
     optimiser = optimisers.make(
         plan.optimiser,
-        weights,
+        moved.weights,
         learning_rate=plan.learning_rate,
         betas=plan.betas,
         weight_decay=plan.weight_decay,
     )
-    state = states.load(work, weights, optimiser, mark)
+    state = states.load(work, moved, optimiser, mark)
     moved.show()
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
@@ -154,18 +153,22 @@ def train(
             trained = sum(objective.weight(one) for one in packs)
             assert trained, "the check lets no row without a trained token pass"
             loss, tokens = 0.0, sum(len(one.ids) for one in packs)
-            for share in team.deal(packs):
-                torch.manual_seed(_seed(plan.seed, state.step, share.number))
-                part = objective.loss(share.pack)
-                torch.autograd.backward(part / trained)
+            if team.pipeline is not None:
+                loss = team.pipeline.accumulate([turn.pack for turn in team.deal(packs)], trained)
+            for turn in team.deal(packs) if team.pipeline is None else ():
+                torch.manual_seed(_seed(plan.seed, state.step, turn.number))
+                part = objective.loss(turn.pack)
+                torch.autograd.backward(part / trained if turn.counts else part * 0)
+                if not turn.counts:
+                    continue
                 loss += part.item()
                 if interrupted and team.alone:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, weights, optimiser, mark, team)
+                        states.save(work, state, moved, optimiser, mark, team)
                     raise KeyboardInterrupt
-                bar.advance(len(share.pack.ids), loss=loss / trained)
-                tokens -= len(share.pack.ids)
-            loss, stop = team.add_up(parameters.values(), loss, bool(interrupted))
+                bar.advance(len(turn.pack.ids), loss=loss / trained)
+                tokens -= len(turn.pack.ids)
+            loss, stop = team.add_up(parameters, loss, bool(interrupted))
             bar.advance(tokens, loss=loss / trained)  # what the others computed
             torch.manual_seed(_seed(plan.seed, state.step))
             share = optimisers.rate(
@@ -173,7 +176,7 @@ def train(
             )
             for group in optimiser.param_groups:
                 group["lr"] = plan.learning_rate * share
-            norm = optimisers.clip(parameters.values(), plan.clip)
+            norm = optimisers.clip(parameters.values(), plan.clip, team.norm)
             if not norm < float("inf"):  # also catches not-a-number
                 raise DataError(
                     f"the gradient of step {state.step + 1} is {norm} (rows {_some(cut)})",
@@ -195,7 +198,7 @@ def train(
                 }
             )
             if state.step % plan.save_every == 0 or state.step == total or stop:
-                states.save(work, state, weights, optimiser, mark, team)
+                states.save(work, state, moved, optimiser, mark, team)
                 saved_at = state.step
             if stop and state.step < total:
                 raise KeyboardInterrupt

@@ -69,28 +69,29 @@ def crew() -> Iterator[bool]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(iter(dist.rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://")))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    _calls = _Calls(dist.PrefixStore("crew", store))
-    try:
-        if rank == 0:
+    _calls = _Calls(store)
+    if rank == 0:
+        try:
             yield True
+        finally:
             _calls.send(None)
-        else:
-            while (call := _calls.receive()) is not None:
-                function, arguments = call
-                try:
-                    function(*arguments)
-                except HerdbookError as error:  # the leader has the same, and tells it
-                    raise SystemExit(error.exit_code) from error
-            yield False
-    finally:
-        _calls = None
-        dist.destroy_process_group()
+    else:
+        while (call := _calls.receive()) is not None:
+            function, arguments = call
+            try:
+                function(*arguments)
+            except (HerdbookError, KeyboardInterrupt):
+                continue  # the same has come to the leader, which tells it and sends us home
+        yield False
+    _calls = None
+    dist.destroy_process_group()
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> None:

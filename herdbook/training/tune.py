@@ -114,7 +114,9 @@ class Tune(Step):
     balance: float = 0.02
     #: optimiser steps between two saved states
     save_every: int = 20
-    #: how the processes that torchrun started share a step (see training/parallel.py): ddp
+    #: how the processes that torchrun started share a step: ddp (each has the model), fsdp (each a
+    #: share of it), tp:2 (two compute a pack together), pp:2 (each holds half of the blocks), fsdp+tp:2;
+    #: see training/parallel.py
     parallel: How = "ddp"
 
     def __post_init__(self) -> None:
@@ -134,15 +136,18 @@ class Tune(Step):
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
 
-        team = parallel.Team()
+        team = parallel.Team(self.parallel)
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             parameters = methods.prepare(decoder, self)
+            trainable = sum(p.numel() for p in parameters.values())
+            objective: loop.Objective = NextToken(decoder, self.anchor, self.balance)
+            objective, parameters = team.share(objective, decoder, self.precision == "mixed")
             state = loop.train(
-                NextToken(decoder, self.anchor, self.balance),
+                objective,
                 parameters,
                 rows,
                 self._plan(),
@@ -150,6 +155,7 @@ class Tune(Step):
                 bench.progress,
                 team,
             )
+            team.gather(decoder)
         if not team.leads:
             return {}
         records = state.records
@@ -171,13 +177,13 @@ class Tune(Step):
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
             "weights_bytes": held,
-            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "trainable_parameters": trainable,
             "processes": team.size,
         }
 
     def check(self) -> None:
         methods.check(self)
-        parallel.check(self.parallel)
+        parallel.check(self)
         below = {
             "dropout": 1.0,
             "warmup_ratio": 1.0,
