@@ -139,7 +139,7 @@ def train(
     sizes = [len(row.ids) for row in rows]
     passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
     to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
-    saved_at = state.step
+    saved_at = began_at = state.step
     interrupted = _Interrupt()
     with (
         torch.random.fork_rng(devices=[]),
@@ -152,6 +152,11 @@ def train(
             packs = objective.packs([rows[n] for n in cut], plan.pack)
             trained = sum(objective.weight(one) for one in packs)
             assert trained, "the check lets no row without a trained token pass"
+            if state.step == began_at and len(packs) < team.replicas:
+                progress.say(
+                    f"a step has {len(packs)} of the {team.replicas} packs that could be computed at "
+                    "once: lower pack or raise batch, and no process waits"
+                )
             loss, tokens = 0.0, sum(len(one.ids) for one in packs)
             if team.pipeline is not None:
                 loss = team.pipeline.accumulate([turn.pack for turn in team.deal(packs)], trained)
@@ -169,7 +174,8 @@ def train(
                 bar.advance(len(turn.pack.ids), loss=loss / trained)
                 tokens -= len(turn.pack.ids)
             loss, stop = team.add_up(parameters, loss, bool(interrupted))
-            bar.advance(tokens, loss=loss / trained)  # what the others computed
+            if tokens:  # what the others computed
+                bar.advance(tokens, loss=loss / trained)
             torch.manual_seed(_seed(plan.seed, state.step))
             share = optimisers.rate(
                 state.step, total, schedule=plan.schedule, warmup=warmup, floor=plan.floor

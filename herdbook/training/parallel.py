@@ -280,7 +280,8 @@ def _pieces(tensor: Any) -> int:
     if not hasattr(tensor, "placements"):
         return 1
     mesh = tensor.device_mesh
-    return math.prod(mesh.size(i) for i, one in enumerate(tensor.placements) if one.is_shard())
+    cut = (i for i, one in enumerate(tensor.placements) if not one.is_replicate())
+    return math.prod(mesh.size(i) for i in cut)
 
 
 def add(tensors: Iterable[Tensor], group: Any = None) -> None:

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from herdbook.errors import HerdbookError
+from herdbook.errors import ConfigError, HerdbookError
 
 #: the leader may be at other steps for long
 FOREVER = timedelta(days=365)
@@ -69,9 +69,12 @@ def crew() -> Iterator[bool]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
+    _check_store()
     store, rank, size = next(iter(rendezvous("env://")))
+    store = PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -92,6 +95,23 @@ def crew() -> Iterator[bool]:
         yield False
     _calls = None
     dist.destroy_process_group()
+
+
+def _check_store() -> None:
+    """torchrun keeps its store over a restart, addresses of dead processes included. On one machine
+    the number of the attempt keeps them apart; several machines do not agree on that number."""
+    said = os.environ.get
+    shared = said("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if (
+        shared
+        and int(said("GROUP_WORLD_SIZE", "1")) > 1
+        and said("TORCHELASTIC_MAX_RESTARTS") != "0"
+    ):
+        raise ConfigError(
+            "torchrun --max-restarts on several machines",
+            rule="finds the addresses of dead processes in its store after a restart",
+            next="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or leave it out",
+        )
 
 
 def call(function: Callable[..., Any], *arguments: Any) -> None:

@@ -96,6 +96,7 @@ def _write(
     if team.leads:
         atomic.write_text(new / ABOUT, json.dumps(about))
         atomic.sync_tree(new)
+        shutil.rmtree(place, ignore_errors=True)  # another run's, which is not continued
         os.rename(new, place)
         atomic.sync_folder(folder)
 
