@@ -65,6 +65,7 @@ def raise_command(
     """
     from herdbook import config, progress
     from herdbook import recipe as recipes
+    from herdbook.training import processes
 
     flags: dict[str, Any] = dict(config.parse_flags(settings))
     as_json = config.convert(flags.pop("json", False), bool, where="--json")
@@ -77,7 +78,10 @@ def raise_command(
             }
         )
         return
-    raised = recipes.raise_(recipe, progress=progress.for_terminal(), **flags)
+    with processes.crew() as leads:
+        if not leads:
+            return
+        raised = recipes.raise_(recipe, progress=progress.for_terminal(), **flags)
     if as_json:
         _print(
             {

@@ -40,6 +40,11 @@ INPUT = "reference to an artifact"
 Input = Annotated[str, INPUT]
 #: several of them, in an order that matters
 Inputs = Annotated[tuple[str, ...], INPUT]
+HOW = "how it is computed, not what"
+#: a step's field that says how the machines at hand are used. It is in neither the key nor the id:
+#: what one process made need not be made again by eight. Floating-point numbers added in another
+#: order may differ in their last bits; the id covers the bytes, so such artifacts have two ids.
+How = Annotated[str, HOW]
 
 
 @dataclass
@@ -83,12 +88,22 @@ class Step(ABC):
 
     @classmethod
     def input_fields(cls) -> tuple[str, ...]:
+        return cls._marked(INPUT)
+
+    @classmethod
+    def _marked(cls, mark: str) -> tuple[str, ...]:
+        """The fields whose type has this mark."""
         hints = get_type_hints(cls, include_extras=True)
         return tuple(
             f.name
             for f in dataclasses.fields(cls)
-            if INPUT in getattr(hints[f.name], "__metadata__", ())
+            if mark in getattr(hints[f.name], "__metadata__", ())
         )
+
+    def settings(self) -> dict[str, Any]:
+        """Plain data of all fields that decide what is made."""
+        how = self._marked(HOW)
+        return {name: value for name, value in config.to_mapping(self).items() if name not in how}
 
     def with_inputs(self, resolve: Callable[[str], str]) -> Step:
         """The same step with every reference passed through `resolve`; empty ones stay empty."""
@@ -115,7 +130,7 @@ class Step(ABC):
             {
                 "step": type(self).__name__,
                 "revision": self.revision,
-                "settings": config.to_mapping(self),
+                "settings": self.settings(),
                 "outside": self.fingerprint(),
             }
         )
@@ -165,7 +180,7 @@ class Step(ABC):
                 parents=[a.id for group in inputs.values() for a in group],
                 step=type(step).__name__,
                 key=key,
-                config=config.to_mapping(step),
+                config=step.settings(),
                 metrics=metrics,
                 versions=versions.all(),
             )

@@ -8,8 +8,9 @@ token's, not the pack's. The classic slip is to average each micro-batch first; 
 short micro-batch counts for more.
 
 What is learnt is the `Objective`'s business, which weights move the caller's (whatever of
-`parameters` it hands in). Steps are numbered from 0; each seeds the random numbers (dropout) anew
-from (seed, step), so nothing random has to be stored for a run to go on exactly.
+`parameters` it hands in), who computes which pack the `Team`'s. Steps are numbered from 0; each
+seeds the random numbers anew from (seed, step), and for each pack (dropout) from (seed, step, its
+number), so nothing random has to be stored for a run to go on exactly, or hangs on who computes it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from herdbook.tokens.packing import Pack
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
+from herdbook.training.parallel import Team
 from herdbook.training.state import State
 
 
@@ -109,26 +111,27 @@ def train(
     plan: Plan,
     work: Path,
     progress: Progress | None = None,
+    team: Team | None = None,
 ) -> State:
     """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
-    work: folder for the state. Ctrl-C finishes the pack at hand, saves, and raises on.
+    work: folder for the state, the same for all processes of the team. Ctrl-C finishes the pack at
+    hand (several processes: the step), saves, and raises on.
     """
     optimisers.check_schedule(plan.schedule)
-    progress = progress or Progress()
+    progress, team = progress or Progress(), team or Team()
     total = plan.total(len(rows))
     warmup = optimisers.warmup_steps(total, ratio=plan.warmup_ratio, steps=plan.warmup_steps)
-    mark = fingerprint(rows, plan, parameters)
-    moved = Moved(parameters, plan.precision)
-    weights = moved.weights
+    mark = fingerprint(rows, plan, team.moving or parameters)
+    moved = Moved(parameters, "float32" if team.apart else plan.precision)
     optimiser = optimisers.make(
         plan.optimiser,
-        weights,
+        moved.weights,
         learning_rate=plan.learning_rate,
         betas=plan.betas,
         weight_decay=plan.weight_decay,
     )
-    state = states.load(work, weights, optimiser, mark)
+    state = states.load(work, moved, optimiser, mark)
     moved.show()
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
@@ -136,7 +139,7 @@ def train(
     sizes = [len(row.ids) for row in rows]
     passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
     to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
-    saved_at = state.step
+    saved_at = began_at = state.step
     interrupted = _Interrupt()
     with (
         torch.random.fork_rng(devices=[]),
@@ -149,22 +152,37 @@ def train(
             packs = objective.packs([rows[n] for n in cut], plan.pack)
             trained = sum(objective.weight(one) for one in packs)
             assert trained, "the check lets no row without a trained token pass"
-            loss = 0.0
-            for one in packs:
-                part = objective.loss(one)
-                torch.autograd.backward(part / trained)
+            if state.step == began_at and len(packs) < team.replicas:
+                progress.say(
+                    f"a step has {len(packs)} of the {team.replicas} packs that could be computed at "
+                    "once: lower pack or raise batch, and no process waits"
+                )
+            loss, tokens = 0.0, sum(len(one.ids) for one in packs)
+            if team.pipeline is not None:
+                loss = team.pipeline.accumulate([turn.pack for turn in team.deal(packs)], trained)
+            for turn in team.deal(packs) if team.pipeline is None else ():
+                torch.manual_seed(_seed(plan.seed, state.step, turn.number))
+                part = objective.loss(turn.pack)
+                torch.autograd.backward(part / trained if turn.counts else part * 0)
+                if not turn.counts:
+                    continue
                 loss += part.item()
-                if interrupted:  # this step is only begun: it is taken again
+                if interrupted and team.alone:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, weights, optimiser, mark)
+                        states.save(work, state, moved, optimiser, mark, team)
                     raise KeyboardInterrupt
-                bar.advance(len(one.ids), loss=loss / trained)
+                bar.advance(len(turn.pack.ids), loss=loss / trained)
+                tokens -= len(turn.pack.ids)
+            loss, stop = team.add_up(parameters, loss, bool(interrupted))
+            if tokens:  # what the others computed
+                bar.advance(tokens, loss=loss / trained)
+            torch.manual_seed(_seed(plan.seed, state.step))
             share = optimisers.rate(
                 state.step, total, schedule=plan.schedule, warmup=warmup, floor=plan.floor
             )
             for group in optimiser.param_groups:
                 group["lr"] = plan.learning_rate * share
-            norm = optimisers.clip(parameters.values(), plan.clip)
+            norm = optimisers.clip(parameters.values(), plan.clip, team.norm)
             if not norm < float("inf"):  # also catches not-a-number
                 raise DataError(
                     f"the gradient of step {state.step + 1} is {norm} (rows {_some(cut)})",
@@ -185,10 +203,10 @@ def train(
                     "norm": norm,
                 }
             )
-            if state.step % plan.save_every == 0 or state.step == total or interrupted:
-                states.save(work, state, weights, optimiser, mark)
+            if state.step % plan.save_every == 0 or state.step == total or stop:
+                states.save(work, state, moved, optimiser, mark, team)
                 saved_at = state.step
-            if interrupted and state.step < total:
+            if stop and state.step < total:
                 raise KeyboardInterrupt
     if plan.average:
         optimisers.take_average(optimiser)
@@ -208,8 +226,9 @@ def fingerprint(
     return seen.hexdigest()
 
 
-def _seed(seed: int, step: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7], "big")
+def _seed(*places: int) -> int:
+    text = "/".join(map(str, places))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _first(cuts: Iterator[list[int]], count: int) -> list[list[int]]:

@@ -18,19 +18,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from herdbook.training.parallel import local
+
 PRECISIONS = ("float32", "mixed", "bfloat16")
 
 
 class Moved:
     """parameters: of the model, by name; for mixed float32, and bfloat16 from then on until `finish`.
 
-    `weights`: what the optimiser moves, under the same names.
+    `weights`: what the optimiser moves, under the same names; of a parameter that is shared out among
+    processes the share that is here, in the same memory. So an optimiser knows whole tensors only,
+    and must be one that looks at each number by itself.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], precision: str) -> None:
         assert precision in PRECISIONS, precision
         self.parameters, self.precision = parameters, precision
-        self.weights = dict(parameters)
+        self.weights = {name: _share(p) for name, p in parameters.items()}
         if precision == "mixed":
             self.weights = {name: nn.Parameter(p.data) for name, p in parameters.items()}
             self.show()
@@ -51,7 +55,7 @@ class Moved:
             _step_rounded(optimiser)
         else:
             for name, p in self.parameters.items():
-                self.weights[name].grad = p.grad
+                self.weights[name].grad = local(p.grad)
             optimiser.step()
             self.show()
         for p in (*self.parameters.values(), *self.weights.values()):
@@ -63,6 +67,11 @@ class Moved:
             for name, p in self.parameters.items():
                 p.grad_dtype = None
                 p.data = self.weights[name].data
+
+
+def _share(parameter: nn.Parameter) -> nn.Parameter:
+    here = local(parameter)
+    return parameter if here is parameter else nn.Parameter(here.detach())
 
 
 def _step_rounded(optimiser: torch.optim.Optimizer) -> None:

@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from herdbook.errors import ConfigError, nearest
 from herdbook.training.adamw8 import AdamW8
 from herdbook.training.lion import Lion
+from herdbook.training.parallel import local
 
 Groups = list[dict[str, Any]]
 
@@ -117,12 +118,19 @@ def take_average(optimiser: torch.optim.Optimizer) -> None:
         weight.copy_(state["average"])
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> float:
-    """Scale all gradients to a joint norm of at most `limit` (0: leave them); the norm before."""
+def clip(
+    parameters: Iterable[nn.Parameter],
+    limit: float,
+    total: Callable[[list[Tensor]], Tensor] = torch.nn.utils.get_total_norm,
+) -> float:
+    """Scale all gradients to a joint norm of at most `limit` (0: leave them); the norm before.
+
+    total: gives the norm, where each process has but a share of the gradients.
+    """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
+    norm = total(grads)
     if limit:
         factor = limit / (norm + 1e-6)
         if factor < 1:
-            torch._foreach_mul_(grads, factor)
+            torch._foreach_mul_([local(grad) for grad in grads], factor)
     return float(norm)

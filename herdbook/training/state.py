@@ -1,14 +1,20 @@
-"""What a run needs to go on after a kill: one file, whole or not there.
+"""What a run needs to go on after a kill, whole or not there.
 
-Weights, what the optimiser keeps of each (all of it tensors), and what was recorded so far, in `state.safetensors`, written
-beside itself and renamed. The random state is not in it: every step seeds its own (see `loop`),
-and the order of the rows follows from seed and epoch. So a run that goes on takes the very steps
-that it would have taken.
+Weights, what the optimiser keeps of each (all of it tensors), and what was recorded so far: in
+`state.safetensors`, written beside itself and renamed; or, where each process has a share of them, in
+the folder `state-STEP`, written by all of them with torch.distributed.checkpoint under another name
+and renamed. Either can be read by any number of processes, however they share the model.
+
+The random state is not in it: every step seeds its own (see `loop`), and the order of the rows follows
+from seed and epoch. So a run that goes on takes the very steps that it would have taken.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +23,15 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from herdbook.files import atomic
+from herdbook.training.moved import Moved
+from herdbook.training.parallel import Team, local
 
 NAME = "state.safetensors"
+FOLDERS = "state-*"
+ABOUT = "about.json"
 
 
 @dataclass
@@ -36,14 +46,16 @@ class State:
 def save(
     folder: Path,
     state: State,
-    parameters: Mapping[str, nn.Parameter],
+    moved: Moved,
     optimiser: torch.optim.Optimizer,
     fingerprint: str,
+    team: Team,
 ) -> None:
+    """Every process of the team calls it; what all of them hold, the first writes."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        tensors[f"{name}:weight"] = parameter.detach()
-        for key, value in optimiser.state[parameter].items():
+    for name, weight in moved.weights.items():
+        tensors[f"{name}:weight"] = weight.detach()
+        for key, value in optimiser.state[weight].items():
             tensors[f"{name}:{key}"] = value
     about = {
         "fingerprint": fingerprint,
@@ -51,40 +63,130 @@ def save(
         "seconds": repr(state.seconds),
         "records": json.dumps(state.records),
     }
-    with atomic.replacing(folder / NAME) as new:
-        save_file(tensors, new, metadata=about)
+    older = list(folder.glob(FOLDERS))
+    if team.apart:
+        shares = {
+            name: _shared(value, moved.parameters[name.rpartition(":")[0]])
+            for name, value in tensors.items()
+        }
+        _write(folder, folder / FOLDERS.replace("*", f"{state.step:09}"), shares, about, team)
+        older.append(folder / NAME)
+    elif team.leads:
+        with atomic.replacing(folder / NAME) as new:
+            save_file(tensors, new, metadata=about)
+    if team.leads:
+        for one in older:
+            shutil.rmtree(one) if one.is_dir() else one.unlink(missing_ok=True)
+    team.barrier()
 
 
-def load(
-    folder: Path,
-    parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    fingerprint: str,
-) -> State:
-    """Put a saved state back into parameters and optimiser; a new State where there is none.
+def _write(
+    folder: Path, place: Path, shares: dict[str, Any], about: Mapping[str, str], team: Team
+) -> None:
+    """The folder `place`, by all processes."""
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
+    new = folder / f".{place.name}.tmp"
+    if team.leads:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+    team.barrier()
+    write(shares, storage_writer=FileSystemWriter(new))
+    if team.leads:
+        atomic.write_text(new / ABOUT, json.dumps(about))
+        atomic.sync_tree(new)
+        shutil.rmtree(place, ignore_errors=True)  # another run's, which is not continued
+        os.rename(new, place)
+        atomic.sync_folder(folder)
+
+
+def load(folder: Path, moved: Moved, optimiser: torch.optim.Optimizer, fingerprint: str) -> State:
+    """Put a saved state back into weights and optimiser; a new State where there is none.
 
     fingerprint: of the rows and settings. One that differs is of another run (an older version of
     Herdbook, say) and is not continued.
     """
-    if not (folder / NAME).exists():
+    found: dict[Path, dict[str, str]] = {}
+    for place in folder.glob(FOLDERS):
+        found[place] = json.loads((place / ABOUT).read_text(encoding="utf-8"))
+    if (folder / NAME).exists():
+        with safe_open(folder / NAME, framework="pt") as file:
+            found[folder / NAME] = file.metadata()
+    ours = [place for place, about in found.items() if about["fingerprint"] == fingerprint]
+    if not ours:
         return State()
-    with safe_open(folder / NAME, framework="pt") as file:
-        about = file.metadata()
-        if about["fingerprint"] != fingerprint:
-            return State()
-        saved: dict[str, dict[str, Tensor]] = {}
+    newest = max(ours, key=lambda place: int(found[place]["step"]))
+    about, read = found[newest], _read_file if newest.name == NAME else _read
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read(newest, moved).items():
+        name, _, part = key.rpartition(":")
+        saved.setdefault(name, {})[part] = tensor
+    assert saved.keys() == moved.weights.keys()
+    with torch.no_grad():
+        for name, weight in moved.weights.items():
+            parts = saved[name]
+            weight.copy_(parts.pop("weight"))
+            optimiser.state[weight] = {key: value.to(weight.device) for key, value in parts.items()}
+    return State(int(about["step"]), float(about["seconds"]), json.loads(about["records"]))
+
+
+def _read_file(path: Path, moved: Moved) -> dict[str, Tensor]:
+    """What is here of each tensor of the one file."""
+    found: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            name, _, part = key.rpartition(":")
+            like = moved.parameters.get(key.rpartition(":")[0])
+            if like is None:
+                continue
             # clone: a tensor that lies in the mapped file may be aligned otherwise than a fresh
             # one, and BLAS may then round otherwise
-            saved.setdefault(name, {})[part] = file.get_tensor(key).clone()
-    assert saved.keys() == parameters.keys()
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parts = saved[name]
-            parameter.copy_(parts.pop("weight"))
-            optimiser.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device)
-                for key, value in parts.items()
-            }
-    return State(int(about["step"]), float(about["seconds"]), json.loads(about["records"]))
+            found[key] = _cut(file.get_tensor(key), like).clone()
+    return found
+
+
+def _read(place: Path, moved: Moved) -> dict[str, Tensor]:
+    """What is here of each tensor of a folder, whatever shares it was written in."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as fill
+
+    reader = FileSystemReader(place)
+    shares: dict[str, Any] = {}
+    for key, about in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(about, TensorStorageMetadata), key
+        like = moved.parameters.get(key.rpartition(":")[0])
+        if like is None:
+            continue
+        dtype = about.properties.dtype
+        if about.size == like.shape:
+            shares[key] = torch.zeros_like(like, dtype=dtype, requires_grad=False)
+        else:
+            shares[key] = torch.zeros(about.size, dtype=dtype)
+    alone = not torch.distributed.is_initialized()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        fill(shares, storage_reader=reader, no_dist=alone)  # alone it says that it is
+    return {key: local(value) for key, value in shares.items()}
+
+
+def _shared(tensor: Tensor, like: Any) -> Any:
+    """A share as a part of the whole, cut as the parameter `like` is; others are as they are."""
+    from torch.distributed.tensor import DTensor
+
+    if not hasattr(like, "placements") or tensor.shape != local(like).shape:
+        return tensor
+    return DTensor.from_local(
+        tensor, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
+
+
+def _cut(tensor: Tensor, like: Any) -> Tensor:
+    """The share of a whole tensor that `like` has of its own."""
+    if not hasattr(like, "placements") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    here: Tensor = local(distribute_tensor(tensor, mesh, placements, src_data_rank=None))
+    return here

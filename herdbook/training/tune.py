@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from herdbook.book.book import Artifact
-from herdbook.book.step import Bench, Input, Inputs, Step, require
+from herdbook.book.step import Bench, How, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
@@ -28,9 +28,10 @@ from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.precision import compute_dtype
+from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, methods, peft_format
+from herdbook.training import check, loop, memory, methods, parallel, peft_format, processes
 from herdbook.training.loop import Plan
 from herdbook.training.objective import Anchor, NextToken
 
@@ -113,31 +114,50 @@ class Tune(Step):
     balance: float = 0.02
     #: optimiser steps between two saved states
     save_every: int = 20
+    #: how the processes that torchrun started share a step: ddp (each has the model), fsdp (each a
+    #: share of it), tp:2 (two compute a pack together), pp:2 (each holds half of the blocks), fsdp+tp:2;
+    #: see training/parallel.py
+    parallel: How = "ddp"
 
     def __post_init__(self) -> None:
         if self.method in methods.WEIGHTS:
             object.__setattr__(self, "kind", "model")
+        if self.dropout:  # is drawn for each pack since revision 2
+            object.__setattr__(self, "revision", 2)
 
     def make(self, bench: Bench) -> dict[str, Any]:
+        processes.call(Tune._make, self, replace(bench, progress=Progress(), teacher=None))
+        return self._make(bench)
+
+    def _make(self, bench: Bench) -> dict[str, Any]:
+        """In every process; the first writes the files."""
         require(self, "model", "data")
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
 
+        team = parallel.Team(self.parallel)
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             parameters = methods.prepare(decoder, self)
+            trainable = sum(p.numel() for p in parameters.values())
+            objective: loop.Objective = NextToken(decoder, self.anchor, self.balance)
+            objective, parameters = team.share(objective, decoder, self.precision == "mixed")
             state = loop.train(
-                NextToken(decoder, self.anchor, self.balance),
+                objective,
                 parameters,
                 rows,
                 self._plan(),
                 bench.work,
                 bench.progress,
+                team,
             )
+            team.gather(decoder)
+        if not team.leads:
+            return {}
         records = state.records
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
@@ -157,11 +177,13 @@ class Tune(Step):
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
             "weights_bytes": held,
-            "trainable_parameters": sum(p.numel() for p in parameters.values()),
+            "trainable_parameters": trainable,
+            "processes": team.size,
         }
 
     def check(self) -> None:
         methods.check(self)
+        parallel.check(self)
         below = {
             "dropout": 1.0,
             "warmup_ratio": 1.0,
