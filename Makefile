@@ -6,11 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-<<<<<<< HEAD
-.PHONY: install demo test lint fuzz soak ray triton gpu large bench clean
-=======
-.PHONY: install demo test lint fuzz soak ray distributed large bench clean
->>>>>>> w-dist
+.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench clean
 
 install: $(VENV)/.installed
 
@@ -61,7 +57,6 @@ ray: $(VENV)/.tested
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[cluster]"
 	$(BIN)/python -m pytest tests/serving/test_ray.py
 
-<<<<<<< HEAD
 # The kernels of a GPU in Triton's interpreter, on the CPU; for torch's CPU builds, which bring no Triton.
 triton: $(VENV)/.tested
 	$(BIN)/python -c "import triton" || $(BIN)/pip install -q --disable-pip-version-check "triton>=3.4"
@@ -73,11 +68,10 @@ gpu: $(VENV)/.tested
 	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no GPU')"
 	$(BIN)/python -m pytest tests/engine/test_cuda.py
 	$(BIN)/python benchmarks/gpu.py
-=======
+
 # Every way to share a model among four processes, and torchrun with a process killed.
 distributed: $(VENV)/.tested
 	$(BIN)/python -m pytest -s tests/training/distributed_plans.py
->>>>>>> w-dist
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested
