@@ -30,7 +30,7 @@ from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.precision import compute_dtype
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, methods, peft_format
+from herdbook.training import check, fitting, loop, memory, methods, peft_format
 from herdbook.training.loop import Plan
 from herdbook.training.objective import Anchor, NextToken
 
@@ -123,6 +123,7 @@ class Tune(Step):
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
+        fitting.need_room(self, source.path, rows, bench.work)
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
