@@ -58,6 +58,7 @@ def probe(how: Tune, path: Path, short: Pack, full: Pack, several: bool) -> Tria
     with tempfile.TemporaryFile("w+") as log:
         ran = subprocess.run(
             [sys.executable, "-m", "herdbook.training.probe"],
+            check=False,
             input=json.dumps(question),
             stdout=subprocess.PIPE,
             stderr=log,
