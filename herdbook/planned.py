@@ -44,7 +44,8 @@ class Planned:
     assumed_rows: int
     tokens: int
     steps: int
-    seconds: float | None
+    seconds: float | None  # by the clock
+    cpu_seconds: float | None  # of the processor, all threads
     trial: Trial | None
 
     def to_mapping(self) -> dict[str, Any]:
@@ -128,18 +129,29 @@ def _plan(
     methods.prepare(decoder, how)
     steps = packs_of(rows, how, decoder)
     tokens = sum(len(pack.ids) for packs in steps for pack in packs)
-    found = seconds = None
+    found = seconds = cpu = None
     if trial:
         every = [pack for packs in steps for pack in packs]
         full = max(every, key=lambda one: len(one.ids))
         short = min(every, key=lambda one: abs(len(one.ids) - len(full.ids) // 3))
         found = probe(how, path, short, full, load.several)
         work = _Work(decoder, how)
-        seconds = seconds_of(
-            found, work(short), work(full), [[work(p) for p in one] for one in steps]
-        )
+        works = [[work(pack) for pack in one] for one in steps]
+        sizes = work(short), work(full)
+        seconds = seconds_of(found, *sizes, works)
+        cpu = seconds_of(found, *sizes, works, clock="cpu")
     return Planned(
-        called, needed, room, disk, len(rows), assumed, tokens, len(steps), seconds, found
+        step=called,
+        memory=needed,
+        room=room,
+        disk=disk,
+        rows=len(rows),
+        assumed_rows=assumed,
+        tokens=tokens,
+        steps=len(steps),
+        seconds=seconds,
+        cpu_seconds=cpu,
+        trial=found,
     )
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -112,7 +111,7 @@ def card_memory(
     config: DecoderConfig,
     tokens: int,
     *,
-    method: Literal["full", "lora"],
+    method: str,
     nf4: bool = False,
     recompute: bool = False,
     dropout: bool = False,
@@ -122,7 +121,7 @@ def card_memory(
 ) -> Memory:
     """Bytes on one of `cards` that share weights, gradients and optimiser's state (FSDP).
 
-    tokens: computed at once on a card. Weights, gradients and Adam's moments in bfloat16. fused: the
+    method: full, or lora of `rank` on q and v. tokens: computed at once on a card. Weights, gradients and Adam's moments in bfloat16. fused: the
     step is taken within the backward pass, moments of 8 bits wait in the host's memory (torchtune on
     one card), and logits are made an eighth at a time. dropout: of LoRA, whose inputs are then kept a
     second time, with their mask. Matrices in NF4 with float32 scales of 64.
@@ -155,8 +154,14 @@ def card_memory(
         kept = 2 * config.hidden * tokens * config.layers + block
     logits = tokens * config.vocab * 10 / (8 if fused else 1)
     dense = 2 * config.ffn * config.hidden if nf4 else 0
-    shared = (int(size / cards) for size in (weights, gradients, state))
-    return Memory(0, *shared, int(kept), int(logits + dense))
+    return Memory(
+        process=0,
+        weights=int(weights / cards),
+        gradients=int(gradients / cards),
+        optimiser=int(state / cards),
+        activations=int(kept),
+        work=int(logits + dense),
+    )
 
 
 def too_small(needed: float, card: Card, enough: int | None) -> CapacityError:

@@ -9,8 +9,8 @@ method or family is planned for without a formula of its own.
 
 The moments at which most is held:
 
-    packs      weights + optimiser + activations + gradients (of the packs before, in a step of several;
-               in a step of one pack they grow only as activations go) + the head's work
+    packs      weights + optimiser + activations + gradients (where a step has one pack they grow as
+               activations go, and take their places where these are large enough) + the head's work
     the step   weights + optimiser + gradients + the optimiser's work
 """
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from herdbook.training.tune import Tune
 
 #: what torch's kernels take once they have run, and what the allocator loses between tensors that come
-#: and go, as a share of these: both measured (docs/planning.md)
+#: and go, as a share of these: both measured (`make plan-bench`)
 KERNELS = 145 * 2**20
 SLACK = 0.05
 
@@ -121,10 +121,13 @@ def memory_of(
         first = decoder.config.hidden * load.tokens * decoder.dtype.itemsize
         kept = min(kept, first * len(decoder.blocks) + block)
     head = _head_work(decoder, load)
-    in_packs = (kept + gradients if load.several else max(kept, gradients)) + head + block
+    # a freed activation makes room for a gradient that is no larger
+    reused = load.tokens * decoder.dtype.itemsize >= 4 * decoder.config.hidden
+    added = load.several or not reused
+    in_packs = (kept + gradients if added else max(kept, gradients)) + head + block
     in_step = gradients + _step_work(how, sizes)
     most = max(in_packs, in_step)
-    held_then = gradients if load.several or in_step > in_packs else 0
+    held_then = gradients if added or in_step > in_packs else 0
     work = head + block if in_packs >= in_step else most - gradients
     return Memory(
         process=process,
@@ -287,7 +290,7 @@ def eager_bytes(config: Any, itemsize: int) -> int:
     kv = config.kv_heads * config.head_dim
     q = config.heads * config.head_dim
     inner = config.ffn * (4 if config.gated else 3)
-    return itemsize * (4 * config.hidden + 2 * q + 2 * kv + inner)
+    return int(itemsize * (4 * config.hidden + 2 * q + 2 * kv + inner))
 
 
 def _rough(decoder: Decoder, load: Load) -> tuple[int, int]:
@@ -329,7 +332,7 @@ def _head_work(decoder: Decoder, load: Load) -> int:
     head = decoder.head_layer
     matrix = 0
     if any(one.requires_grad for one in head.parameters()):
-        matrix = 2 * 4 * c.vocab * width
+        matrix = (2 * 4 + decoder.dtype.itemsize % 4) * c.vocab * width
     elif getattr(head, "weight", None) is None:
         matrix = 2 * c.vocab * width * decoder.dtype.itemsize
     return logits + hidden + matrix
@@ -339,7 +342,7 @@ def _step_work(how: Tune, sizes: Sequence[int]) -> int:
     """Of the optimiser: what it makes besides its state, for the largest weight at a time."""
     largest = 4 * max(sizes)
     work = {"adamw": 0, "adamw8": 8 * adamw8.STRIP, "lion": largest, "adafactor": 2 * largest}
-    return work[how.optimiser] + (3 * largest if how.precision == "bfloat16" else 0)
+    return work[how.optimiser] + (7 * largest // 2 if how.precision == "bfloat16" else 0)
 
 
 def _state_bytes(how: Tune, trained: dict[str, nn.Parameter]) -> int:
