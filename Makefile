@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench clean
+.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench plan-bench clean
 
 install: $(VENV)/.installed
 
@@ -88,6 +88,10 @@ $(BENCH)/.installed: pyproject.toml
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/engine.py
 	$(BENCH)/bin/python benchmarks/tuning.py
+
+# What `herd plan` says of ten configurations, and what they then take; writes the tables of docs/planning.
+plan-bench: $(VENV)/.tested
+	$(BIN)/python benchmarks/planning.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from herdbook import cli_keys, cli_tokenizer, versions
+from herdbook import cli_keys, cli_plan, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
 from herdbook.terminal import Json
 from herdbook.terminal import book as _book
@@ -31,6 +31,7 @@ app = App(
 )
 app.command(cli_tokenizer.app)
 app.command(cli_keys.app)
+app.command(cli_plan.plan)
 Template = Annotated[
     str | None,
     Parameter(

@@ -96,10 +96,12 @@ class Packed:
                 first = torch.tensor(firsts, device=device)
                 rows = (first[:, None] + torch.arange(n, device=device)).flatten()
             self.groups.append(_Group(n, context, len(firsts), rows))
-        order = torch.arange(at, device=device)
-        taken = torch.cat([order[g.rows] for g in self.groups])
+        taken = [first for firsts in starts.values() for first in firsts]
         # where each token's result lies once the groups' results are put end to end
-        self.back = None if torch.equal(taken, order) else torch.argsort(taken)
+        self.back = None
+        if taken != sorted(taken):
+            order = torch.arange(at, device=device)
+            self.back = torch.argsort(torch.cat([order[g.rows] for g in self.groups]))
         self._masks: dict[tuple[int, int, Look, int], Tensor] = {}
 
     def find_contexts(self, ids: Tensor, config: DecoderConfig) -> None:

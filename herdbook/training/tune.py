@@ -31,7 +31,16 @@ from herdbook.model.precision import compute_dtype
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, methods, parallel, peft_format, processes
+from herdbook.training import (
+    check,
+    fitting,
+    loop,
+    memory,
+    methods,
+    parallel,
+    peft_format,
+    processes,
+)
 from herdbook.training.loop import Plan
 from herdbook.training.objective import Anchor, NextToken
 
@@ -135,6 +144,7 @@ class Tune(Step):
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = self._rows(bench, tokenizer)
+        fitting.need_room(self, source.path, rows, bench.work)
 
         team = parallel.Team(self.parallel)
         with memory.Peak() as peak:

@@ -1,0 +1,363 @@
+"""What a tuning run will hold in memory, by part, before anything of it is loaded.
+
+    model's headers + settings + the fullest pack  →  weights · gradients · optimiser · activations · work
+
+Weights, gradients and the optimiser's state are exact: the decoder is laid out on the meta device,
+which has shapes and no bytes, and given its adapters there. Activations are what autograd keeps: the
+pack goes through that decoder, and every tensor kept for the way back is counted once. So a new
+method or family is planned for without a formula of its own.
+
+The moments at which most is held:
+
+    packs      weights + optimiser + activations + gradients (where a step has one pack they grow as
+               activations go, and take their places where these are large enough) + the head's work
+    the step   weights + optimiser + gradients + the optimiser's work
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from herdbook.model import blockwise, nf4
+from herdbook.model.checkpoint import Checkpoint
+from herdbook.model.checkpoint.compressed import CompressedWeights
+from herdbook.model.checkpoint.weights import GGUFWeights
+from herdbook.model.decoder import Decoder
+from herdbook.model.frozen import frozen_linear
+from herdbook.model.layers import BLOCK, Int4Linear, Int8Embedding, Int8Linear, Linear
+from herdbook.model.layout import Packed
+from herdbook.model.lora import replace
+from herdbook.model.modules import build
+from herdbook.model.precision import compute_dtype
+from herdbook.training import adamw8, loss, methods
+
+if TYPE_CHECKING:
+    from herdbook.training.tune import Tune
+
+#: what torch's kernels take once they have run, and what the allocator loses between tensors that come
+#: and go, as a share of these: both measured (`make plan-bench`)
+KERNELS = 145 * 2**20
+SLACK = 0.05
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the fullest moment, by part."""
+
+    #: Python, its libraries, the rows: what is held before the model is loaded
+    process: int
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    #: logits of a chunk, a matrix made dense, the optimiser's second copies, the kernels' own
+    work: int
+
+    @property
+    def peak(self) -> int:
+        return sum(getattr(self, one.name) for one in fields(self))
+
+
+@dataclass(frozen=True)
+class Load:
+    """The pack that takes most: how long its documents are, how many of its tokens are trained, and
+    whether a step has several packs, so that gradients wait."""
+
+    lengths: tuple[int, ...]
+    trained: int
+    several: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on the disk: what is made, and the states that a killed run goes on from (two while one
+    replaces the other)."""
+
+    result: int
+    states: int
+
+    @property
+    def total(self) -> int:
+        return self.result + self.states
+
+
+def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
+    decoder = lay_out(checkpoint, how)
+    trained = methods.prepare(decoder, how)
+    moved = 4 * sum(w.numel() for w in trained.values())
+    whole = sum(w.nbytes for w in decoder.parameters())
+    state = moved + _state_bytes(how, trained)
+    return Disk(whole if how.kind == "model" else moved, 2 * state)
+
+
+def memory_of(
+    checkpoint: Checkpoint, how: Tune, load: Load, process: int, rough: bool = False
+) -> Memory:
+    """Arithmetic alone; some tenths of a second whatever the model's size.
+
+    process: bytes held before the model is loaded. rough: a bound from above by a formula, in no time.
+    """
+    decoder = lay_out(checkpoint, how)
+    trained = methods.prepare(decoder, how)
+    sizes = [w.numel() for w in trained.values()]
+    gradients = 4 * sum(sizes)
+    held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+    if how.precision == "mixed":  # laid out as float32, computed in a bfloat16 copy
+        held += 2 * sum(sizes)
+        decoder.to(torch.bfloat16)
+    kept, block = (_rough if rough else activations)(decoder, load)
+    if how.recompute:
+        first = decoder.config.hidden * load.tokens * decoder.dtype.itemsize
+        kept = min(kept, first * len(decoder.blocks) + block)
+    head = _head_work(decoder, load)
+    # a freed activation makes room for a gradient that is no larger
+    reused = load.tokens * decoder.dtype.itemsize >= 4 * decoder.config.hidden
+    added = load.several or not reused
+    in_packs = (kept + gradients if added else max(kept, gradients)) + head + block
+    in_step = gradients + _step_work(how, sizes)
+    most = max(in_packs, in_step)
+    held_then = gradients if added or in_step > in_packs else 0
+    work = head + block if in_packs >= in_step else most - gradients
+    return Memory(
+        process=process,
+        weights=held,
+        gradients=held_then,
+        optimiser=_state_bytes(how, trained),
+        activations=most - held_then - work,
+        work=work + KERNELS + int(SLACK * (most - held_then)),
+    )
+
+
+def lay_out(checkpoint: Checkpoint, how: Tune) -> Decoder:
+    """The decoder that `Tune` will load, on the meta device: same layers, same types, no bytes."""
+    dtype = dtype_of(how)
+    with torch.device("meta"):
+        decoder = build(checkpoint.config, headless=checkpoint.headless).to(dtype)
+    decoder.requires_grad_(False)
+    decoder.family = checkpoint.family.name
+    for name, module in list(decoder.named_modules()):
+        if how.base == "dense" or name.endswith(".router"):
+            continue
+        inside = name.startswith("blocks.")
+        if not isinstance(module, Linear) and module is not decoder.embed:
+            continue
+        if how.base == "nf4":
+            made = _nf4(module, dtype) if inside and isinstance(module, Linear) else None
+        else:
+            made = _packaged(checkpoint, name, module, dtype)
+        if made is not None:
+            replace(decoder, name, made)
+    return decoder
+
+
+def dtype_of(how: Tune) -> torch.dtype:
+    """What the weights are loaded as."""
+    if how.precision == "bfloat16":
+        return torch.bfloat16
+    return torch.float32 if how.kind == "model" else compute_dtype()
+
+
+class _Few(nn.Module):
+    """A matrix in few bits, as far as memory goes: its buffers' bytes, and what it is multiplied as."""
+
+    def __init__(
+        self, linear: Linear, parts: Sequence[tuple[int, torch.dtype]], dtype: Any
+    ) -> None:
+        super().__init__()
+        self.outputs, self.inputs, self.dtype = linear.outputs, linear.inputs, dtype
+        self.bias = linear.bias
+        for number, (size, of) in enumerate(parts):
+            self.register_buffer(f"part{number}", torch.empty(size, dtype=of, device="meta"))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        return torch.empty(self.outputs, self.inputs, dtype=dtype, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+
+def _nf4(linear: Linear, dtype: torch.dtype) -> nn.Module:
+    blocks = -(-linear.outputs * linear.inputs // nf4.BLOCK)
+    parts = [
+        (blocks * nf4.BLOCK // 2, torch.uint8),
+        (blocks, torch.uint8),
+        (-(-blocks // blockwise.BLOCK), torch.float32),
+        (1, torch.float32),
+    ]
+    return _Few(linear, parts, dtype)
+
+
+def _packaged(
+    checkpoint: Checkpoint, name: str, module: nn.Module, dtype: torch.dtype
+) -> nn.Module | None:
+    """As `load_decoder` keeps a matrix that its file has in 4 or 8 bits."""
+    source = checkpoint.names[f"{name}.weight"]
+    if source.fold is not None and source.fold.transposed:
+        return None
+    weights = checkpoint.weights
+    if isinstance(weights, GGUFWeights):
+        bits = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}.get(weights.file.tensors[source.name].type)
+    elif isinstance(weights, CompressedWeights):
+        bits = weights.schemes[source.name].bits if source.name in weights.schemes else None
+    else:
+        bits = None
+    if bits is None:
+        return None
+    rows, columns = checkpoint.shapes[f"{name}.weight"]
+    count = columns // BLOCK
+    with torch.device("meta"):
+        bias = getattr(module, "bias", None)
+        if bits == 8:
+            codes, scale = (
+                torch.empty(rows, count, BLOCK, dtype=torch.int8),
+                torch.empty(rows, count),
+            )
+            if isinstance(module, Linear):
+                return Int8Linear(codes, scale, bias, dtype)
+            return Int8Embedding(codes, scale, None, dtype)
+        if not isinstance(module, Linear):
+            return None
+        half = torch.empty(rows, count, dtype=torch.float16)
+        few = torch.empty(rows, count, BLOCK // 2, dtype=torch.uint8)
+        made = Int4Linear(few, half, half.clone(), bias, dtype)
+    made.has_kernel = False
+    return made
+
+
+# --- activations -----------------------------------------------------------------------------------
+
+
+def activations(decoder: Decoder, load: Load) -> tuple[int, int]:
+    """(bytes that autograd keeps of a pass over the pack, of those a block's share)."""
+    recompute, decoder.recompute = decoder.recompute, False
+    own = {one.untyped_storage()._cdata for one in (*decoder.parameters(), *decoder.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.untyped_storage()._cdata not in own:
+            kept[x.untyped_storage()._cdata] = x
+        return x
+
+    c = decoder.config
+    layout = Packed(load.lengths, device="meta")
+    if c.position == "rope2d":
+        layout.positions = layout.positions[:, None].expand(-1, 2)
+    try:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            _FlashOnCPU(),
+        ):
+            x = torch.empty(load.tokens, c.hidden, dtype=decoder.dtype, device="meta")
+            x.requires_grad_(_first_needs(decoder))
+            soft = decoder.soft
+            x = layout.begin(x, soft, shift=c.prefix is None)
+            hidden = decoder.finish(decoder.through(x, layout))
+    except (NotImplementedError, KeyError, RuntimeError):
+        return _rough(decoder, load)
+    finally:
+        decoder.recompute = recompute
+    total = sum(one.untyped_storage().nbytes() for one in kept.values()) + hidden.nbytes
+    learning = {
+        int(name.split(".")[1])
+        for name, one in decoder.named_parameters()
+        if one.requires_grad and name.startswith("blocks.")
+    }
+    deep = len(decoder.blocks) - min(learning, default=0)
+    return total, total // max(1, deep)
+
+
+def _first_needs(decoder: Decoder) -> bool:
+    """Whether a gradient flows below the first block: then it keeps all of them."""
+    return any(
+        one.requires_grad for name, one in decoder.named_parameters() if name.startswith("embed")
+    )
+
+
+def eager_bytes(config: Any, itemsize: int) -> int:
+    """Bytes that a block keeps of a token when PyTorch runs a LLaMA as written: inputs and outputs of
+    both norms, of attention q, k, v and what it gives, four inner widths of the MLP."""
+    kv = config.kv_heads * config.head_dim
+    q = config.heads * config.head_dim
+    inner = config.ffn * (4 if config.gated else 3)
+    return int(itemsize * (4 * config.hidden + 2 * q + 2 * kv + inner))
+
+
+def _rough(decoder: Decoder, load: Load) -> tuple[int, int]:
+    """From above; also where the meta device cannot follow (a router's choices, an encoder)."""
+    block = eager_bytes(decoder.config, decoder.dtype.itemsize) * load.tokens * 3 // 2
+    return block * len(decoder.blocks), block
+
+
+class _FlashOnCPU(TorchFunctionMode):
+    """Attention on the meta device keeps what the CPU's kernel keeps, not a matrix of all scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty(mask.shape, dtype=args[0].dtype, device=mask.device)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found = flash(
+            *args, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
+        )
+        return found[0]
+
+
+# --- work and states -------------------------------------------------------------------------------
+
+
+def _head_work(decoder: Decoder, load: Load) -> int:
+    """Of the loss: logits of a chunk in the model's type and in float32, the gradient of the hidden
+    states, and of the head's matrix where it is trained (as made, and as multiplied)."""
+    c = decoder.config
+    width = c.embed_dim or c.hidden
+    rows = min(max(load.trained, 1), max(16, loss.CHUNK_BYTES // (c.vocab * 4)))
+    if not c.plain_head:
+        rows = max(load.trained, 1)
+    logits = rows * c.vocab * (4 + 2 * decoder.dtype.itemsize)
+    hidden = 2 * load.tokens * c.hidden * decoder.dtype.itemsize
+    head = decoder.head_layer
+    matrix = 0
+    if any(one.requires_grad for one in head.parameters()):
+        matrix = (2 * 4 + decoder.dtype.itemsize % 4) * c.vocab * width
+    elif getattr(head, "weight", None) is None:
+        matrix = 2 * c.vocab * width * decoder.dtype.itemsize
+    return logits + hidden + matrix
+
+
+def _step_work(how: Tune, sizes: Sequence[int]) -> int:
+    """Of the optimiser: what it makes besides its state, for the largest weight at a time."""
+    largest = 4 * max(sizes)
+    work = {"adamw": 0, "adamw8": 8 * adamw8.STRIP, "lion": largest, "adafactor": 2 * largest}
+    return work[how.optimiser] + (7 * largest // 2 if how.precision == "bfloat16" else 0)
+
+
+def _state_bytes(how: Tune, trained: dict[str, nn.Parameter]) -> int:
+    """What the optimiser keeps of all trained weights between steps."""
+    return sum(_state_of(how, tuple(w.shape)) for w in trained.values())
+
+
+def _state_of(how: Tune, shape: tuple[int, ...]) -> int:
+    size = math.prod(shape)
+    if how.optimiser == "adafactor":
+        rest = math.prod(shape[:-2])
+        factored = len(shape) > 1
+        kept = 4 * rest * (shape[-2] + shape[-1]) if factored else 4 * size
+    elif how.optimiser == "adamw8" and size >= adamw8.SMALL:
+        kept = 2 * (size + 4 * -(-size // blockwise.BLOCK))
+    else:
+        kept = 4 * size if how.optimiser == "lion" else 8 * size
+    return kept + (4 * size if how.average else 0)
