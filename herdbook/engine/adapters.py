@@ -3,7 +3,8 @@
     y[T, O] = x Wᵀ                     the base, once for the whole batch
     y[rows] += scale · (x[rows] Aᵀ) Bᵀ   each adapter, for the rows of its requests
 
-and with DoRA the rows, with IA3 inputs or outputs are scaled as well.
+and with DoRA the rows, with IA3 inputs or outputs are scaled as well. PEQA's rows are computed again,
+with the codes of the base and scales of their own.
 
 An adapter sits on the base's layers as a hook that does nothing unless `applied` has named its rows,
 so the base's own requests compute what they would without it, and no weight is changed. Chen et al.,
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from herdbook.errors import RequestError, nearest
 from herdbook.model.decoder import Decoder
 from herdbook.model.lora import adapters_of
+from herdbook.model.peqa import FewBits
 from herdbook.training import peft_format
 from herdbook.training.peft_matrices import Factors, LowRank
+from herdbook.training.peft_scales import Scales
 
 if TYPE_CHECKING:
     from herdbook.book.book import Artifact
@@ -64,6 +67,9 @@ class Adapter:
             layer = decoder.get_submodule(name)
             if isinstance(one, LowRank):
                 hook = layer.register_forward_hook(_Added(self, one, decoder, layer))
+            elif isinstance(one, Scales):
+                assert isinstance(layer, FewBits)
+                hook = layer.register_forward_hook(_Rescaled(self, one.on(layer)))
             elif one.inputs:
                 hook = layer.register_forward_pre_hook(_Scaled(self, one, decoder).inputs)
             else:
@@ -123,6 +129,18 @@ class _Scaled:
         """y [T, O], changed in place."""
         if self.adapter.rows is not None:
             y[self.adapter.rows] *= self.factor
+
+
+class _Rescaled:
+    """A layer with the base's codes and PEQA's scales, where the rows are."""
+
+    def __init__(self, adapter: Adapter, tuned: FewBits) -> None:
+        self.adapter, self.tuned = adapter, tuned
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        """y [T, O], changed in place."""
+        if self.adapter.rows is not None:
+            y[self.adapter.rows] = self.tuned(inputs[0][self.adapter.rows])
 
 
 @contextmanager

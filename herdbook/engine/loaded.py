@@ -31,6 +31,7 @@ from herdbook.model.checkpoint import check_vocabulary, load_decoder
 from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.layout import Packed
+from herdbook.model.lora import merge_lora
 from herdbook.model.precision import compute_dtype
 from herdbook.model.references import may_be_name, resolve
 from herdbook.tokens import templates
@@ -198,7 +199,8 @@ def load(
 ) -> LoadedModel:
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
-    An adapter loads its base model and sits on it unmerged. dtype: what is computed in (default:
+    An adapter loads its base model and sits on it unmerged (PEQA's scales take the place of the base's,
+    whose codes stay, so quantised is always so). dtype: what is computed in (default:
     bfloat16 where the hardware multiplies it, else float32). quantised=False dequantises a GGUF or a folder.
     template: a chat template to use instead of the model's own, by its name or its file.
     """
@@ -209,8 +211,11 @@ def load(
     path = _find(ref, book)
     if (path / peft_format.CONFIG).is_file():
         base = _base_of(path, book)
-        decoder = load_decoder(base, dtype=number)
+        scales = peft_format.method(path) == "PEQA"
+        decoder = load_decoder(base, dtype=number, quantised=scales)
         peft_format.load(decoder, path)
+        if scales:  # the same codes with other scales: nothing is lost, and the kernels fit
+            merge_lora(decoder)
         decoder.requires_grad_(False)
         with_tokenizer = path if Tokenizer.exists(path) else base
     else:

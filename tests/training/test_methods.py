@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from raising import stock, tune
+from safetensors.torch import load_file
 from test_resume import Interrupting, files
 from torch import Tensor, nn
 
@@ -24,7 +25,9 @@ from herdbook.model.ia3 import IA3Linear
 from herdbook.model.layers import Embedding, Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import LoRALinear, adapters_of, bypass
-from herdbook.model.whole import WholeEmbedding, WholeLinear
+from herdbook.model.vocabulary import Refit
+from herdbook.model.whole import RowsEmbedding, RowsLinear, WholeEmbedding, WholeLinear
+from herdbook.tokens.fetch import FetchTokenizer
 from herdbook.training import methods
 from herdbook.training.objective import Anchor, NextToken
 from tests.model.test_families import of_fixture
@@ -40,6 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix", "virtual_tokens": 19, "learning_rate": 0.1},
     "prompt": {"method": "prompt", "virtual_tokens": 19, "learning_rate": 0.1},
     "whole": {"whole": ("embed",), "targets": ("q", "v")},
+    "rows": {"whole": ("embed",), "rows_from": 100, "targets": ("q", "v")},
 }
 
 
@@ -124,6 +128,37 @@ def test_what_is_trained_whole_leaves_its_base() -> None:
     torch.testing.assert_close(merged(x), 2 * before[1])
 
 
+def test_rows_of_new_tokens_equal_a_matrix_that_holds_them() -> None:
+    torch.manual_seed(0)
+    embedding, head = Embedding(6, 4), Linear(4, 6, bias=True)
+    for parameter in (*embedding.parameters(), *head.parameters()):
+        nn.init.normal_(parameter)
+    chosen, ids = torch.tensor([2, 5]), torch.tensor([1, 5, 2, 5])
+    x = torch.randn(3, 4, requires_grad=True)
+    embed, project = RowsEmbedding(embedding, chosen), RowsLinear(head, chosen)
+    for layer in (embed, project):
+        with torch.no_grad():
+            layer.rows.mul_(2)
+        matrix = layer.base.weight.detach().clone()
+        matrix[chosen] = layer.rows.detach()
+        matrix.requires_grad_()
+        pairs = [(layer.project(x), x @ matrix.T)] if layer is embed else []
+        pairs += [
+            (layer(ids), matrix[ids]) if layer is embed else (layer(x), x @ matrix.T + head.bias)
+        ]
+        pairs += [(layer.weight, matrix)]  # as the loss multiplies it
+        for ours, plain in pairs:
+            torch.testing.assert_close(ours, plain)
+            above = torch.randn_like(ours)
+            (mine,) = torch.autograd.grad(ours, layer.rows, above, retain_graph=True)
+            (whole,) = torch.autograd.grad(plain, matrix, above, retain_graph=True)
+            torch.testing.assert_close(mine, whole[chosen])
+        layer.bypassed = True
+        assert torch.equal(layer.dense(torch.float32), layer.base.weight)
+        layer.bypassed = False
+        assert torch.equal(layer.merge().weight, matrix)
+
+
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Book:
     book, _, _ = stock(tmp_path_factory.mktemp("home"), tiny_folder)
@@ -165,7 +200,7 @@ def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str)
     # beside its base, chosen by request
     engine = Engine(base.decoder, base.tokenizer)
     prompt = base.render(CHAT, reply=True).ids
-    if kind == "whole":
+    if kind in ("whole", "rows"):
         with pytest.raises(RequestError, match="brings an embed"):
             engine.load_adapter("one", adapter.path)
         return
@@ -212,6 +247,56 @@ def test_freezing_moves_what_was_named(
     new = load_decoder(model.path, dtype=torch.float32)
     for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
         assert torch.equal(a, b) != name.startswith(tuple(moved)), name
+
+
+@pytest.mark.parametrize("how", ["freeze", "lora"])
+def test_an_extended_vocabulary_warms_up_in_its_new_rows_alone(
+    shelf: Book, how: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Chinese-LLaMA's first stage, and rows beside LoRA: 384 tokens, extended by 16."""
+    words = [
+        "who are you",
+        "I am a small model",
+        " model model",
+        "你好",
+        " you you",
+        *map(str, range(11)),
+    ]
+    folder = tmp_path / "extended"
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    assert tokenizer.add_tokens(words) == 16 and len(tokenizer) == 400
+    tokenizer.save_pretrained(folder)
+    made = FetchTokenizer(path=str(folder)).run(shelf, name=f"extended-{how}")
+    base = Refit(model="base", tokenizer=made.id).run(shelf, name=f"wide-{how}")
+    settings = {"freeze": {"parts": ("embed",)}, "lora": {"whole": ("embed",), "targets": ("q",)}}
+    step = tune(
+        model=base.ref, method=how, rows_from=384, epochs=6, dropout=0.0, learning_rate=0.05,
+        save_every=99, **settings[how],
+    )  # fmt: skip
+    warm = step.run(shelf, name=f"warm-{how}")
+    assert warm.metrics["loss"] < 0.8 * warm.metrics["first_loss"]
+    if how == "lora":
+        tensors = load_file(warm.path / "adapter_model.safetensors")
+        assert max(len(one) for name, one in tensors.items() if "token_adapter" in name) == 16
+        warm = Merge(model=base.ref, adapter=warm.ref).run(shelf)
+    else:
+        assert warm.metrics["trainable_parameters"] == 16 * 64
+    old = load_decoder(base.path, dtype=torch.float32)
+    new = load_decoder(warm.path, dtype=torch.float32)
+    for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
+        if name == "embed.weight":
+            assert torch.equal(a[:384], b[:384]) and not torch.isclose(a[384:390], b[384:390]).any()
+        else:
+            assert torch.equal(a, b) == (how == "freeze" or "attention.q" not in name), name
+
+
+def test_rows_of_what_is_not_trained(shelf: Book) -> None:
+    for how in ({"whole": ()}, {"method": "freeze", "parts": ("mlp",)}):
+        with pytest.raises(ConfigError, match="neither the embedding nor the head is trained"):
+            tune(rows_from=9, **how).run(shelf)
+    with pytest.raises(ConfigError, match="vocabulary has 384 tokens, none of them new"):
+        tune(rows_from=384, whole=("embed",)).run(shelf)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
