@@ -83,7 +83,7 @@ def check_rescaled(decoder: Decoder, folder: Path) -> Decoder:
     for name, layer in decoder.blocks.named_modules():
         if not isinstance(layer, FewBits):
             continue
-        found = saved.blocks.get_submodule(name)
+        found: Any = saved.blocks.get_submodule(name)
         same = type(found) is type(layer) and torch.equal(scale_of(found), scale_of(layer))
         same = same and torch.equal(found.codes, layer.codes)
         if same and isinstance(layer, Int4Linear) and isinstance(found, Int4Linear):

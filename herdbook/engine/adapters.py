@@ -47,6 +47,12 @@ class Adapter:
                 rule="and requests of one batch share the base's",
                 next="load the adapter's own reference, or merge it (step Merge)",
             )
+        if found.config != decoder.config:
+            raise RequestError(
+                f"{folder} was trained with a stretched rotation",
+                rule="and requests of one batch share the base's",
+                next="load the adapter's own reference, or merge it (step Merge)",
+            )
         inside = next((name for name in found.layers if ".experts." in name), None)
         if inside is not None:
             raise RequestError(

@@ -128,6 +128,8 @@ class Decoder(nn.Module):
     whole_prompts = False
     #: training keeps what enters each block, and computes the rest again for its gradient
     recompute = False
+    #: its rotation is another than its source's (see model/stretch.py)
+    stretched = False
     #: what PEFT calls its task
     peft_task = "CAUSAL_LM"
 

@@ -13,6 +13,7 @@ Beside an adapter, the embedding and the head can be trained whole, or the rows 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from herdbook.model.dora import DoRALinear
 from herdbook.model.lora import TARGETS, LoRALinear, apply_lora
 from herdbook.model.peqa import apply_peqa
 from herdbook.model.soft import Prefix, Prompt, Soft, apply_soft
+from herdbook.model.stretch import stretch, stretched
 from herdbook.model.whole import train_rows, train_whole
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def check(how: Tune) -> None:
             )
     belong = {
         "rslora": ("lora",), "dora": ("lora",), "parts": ("freeze",),
-        "rows_from": ("lora", "ia3", "freeze"),
+        "rows_from": ("lora", "ia3", "freeze"), "prefix_projection": ("prefix",),
         "targets": MATRICES, "whole": ("lora", "ia3"), "last_layers": (*MATRICES, "freeze"),
     }  # fmt: skip
     for field, owners in belong.items():
@@ -87,6 +89,18 @@ def check(how: Tune) -> None:
             rule="but only plain LoRA is trained beside weights in few bits",
             next="set method to lora, without dora and whole, or base to dense",
         )
+    if bool(how.rope) != (how.rope_factor > 1) or how.rope_factor == math.inf:
+        raise ConfigError(
+            f"tune.rope is {how.rope!r} and tune.rope_factor is {how.rope_factor:g}",
+            rule="but a rotation is stretched in one of the ways, by a finite factor above 1",
+            next="set both, as rope yarn and rope_factor 4, or neither",
+        )
+    if how.rope and how.method == "peqa":
+        raise ConfigError(
+            f"tune.rope is {how.rope} and tune.method is peqa",
+            rule="but its scales go into the base's own file, whose rotation stays",
+            next="set method to lora, or leave rope out",
+        )
     if how.method == "freeze" and not (how.parts or how.last_layers):
         raise ConfigError(
             "method freeze without parts and last_layers",
@@ -101,6 +115,8 @@ def prepare(decoder: Decoder, how: Tune, *, minima: bool = False) -> dict[str, n
     minima: how the base's file keeps its blocks (see `peqa.PEQALinear`).
     """
     decoder.train()
+    if how.rope:
+        stretch(decoder, stretched(decoder.config, how.rope, how.rope_factor))
     if how.method == "full":
         decoder.requires_grad_(True)
     elif how.method == "freeze":
@@ -166,7 +182,8 @@ def _soft(decoder: Decoder, how: Tune) -> None:
             rule=f"need more than the {config.max_pos} places that this model has learnt",
             next=f"set length to {config.max_pos - how.virtual_tokens}",
         )
-    apply_soft(decoder, SOFT[how.method], how.virtual_tokens, how.seed)
+    kind, projection = SOFT[how.method], how.prefix_projection
+    apply_soft(decoder, kind, how.virtual_tokens, how.seed, projection)
 
 
 def _rows(decoder: Decoder, first: int) -> Tensor:

@@ -12,6 +12,7 @@ PEQA's scales lie in the same manner (peft_scales.py). What brings more than the
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from herdbook.errors import FileError
 from herdbook.files import atomic
+from herdbook.model import stretch
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Decoder
 from herdbook.model.dora import DoRALinear
 from herdbook.model.ia3 import IA3Linear, put_factors
@@ -35,6 +38,7 @@ from herdbook.training.peft_matrices import (
     Factors,
     LowRank,
     Reader,
+    Tensors,
     write_ia3,
     write_lora,
 )
@@ -62,6 +66,8 @@ class Found:
     layers: Mapping[str, LowRank | Factors | Scales] = field(default_factory=dict)
     whole: Mapping[str, Table] = field(default_factory=dict)
     soft: Soft | None = None
+    #: of the decoder, where the adapter was trained with a stretched rotation
+    config: DecoderConfig | None = None
 
 
 def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> None:
@@ -84,6 +90,8 @@ def save(decoder: Decoder, folder: Path, *, base: str, kept: str = "dense") -> N
         "base_model_name_or_path": base,
         "inference_mode": True,
     }
+    if decoder.stretched:
+        about |= stretch.said(decoder.config)
     if kept != "dense":
         computed = str(decoder.dtype).removeprefix("torch.")
         about |= {"base_kept": kept, "base_computed": computed}
@@ -99,6 +107,8 @@ def load(decoder: Decoder, folder: Path) -> dict[str, Adapter]:
     """
     found = read(decoder, folder)
     adapters: dict[str, Adapter] = {}
+    if found.config is not None and found.config != decoder.config:
+        stretch.stretch(decoder, found.config)
     if found.soft is not None:
         decoder.soft = adapters["soft"] = found.soft
     with torch.no_grad():
@@ -157,6 +167,12 @@ def read(decoder: Decoder, folder: Path) -> Found:
         ) from error
     if not tensors:
         raise FileError(f"{file}", rule="holds no tensor", next="train it again")
+    longer = stretch.understood(decoder.config, config, str(folder / CONFIG))
+    found = _found(decoder, tensors, config, file)
+    return dataclasses.replace(found, config=longer)
+
+
+def _found(decoder: Decoder, tensors: Tensors, config: dict[str, Any], file: Path) -> Found:
     if config["peft_type"] in SOFT:
         return Found(soft=read_soft(decoder, tensors, config, file))
     whole = read_whole(decoder, tensors, config, file)

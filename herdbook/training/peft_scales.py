@@ -51,8 +51,8 @@ def write_scales(
         now = [one.tuned() if isinstance(one, PEQALinear) else one for one in layers]
         few = [one for one in now if isinstance(one, FewBits)]
         assert len(few) == len(now), "a packed matrix is in few bits as a whole"
-        scales = torch.cat([scale_of(one) for one in few]).split([one.outputs for one in few])
-        tensors[f"{PREFIX}{source.name}.{SCALE}"] = _narrow(joined(decoder, source, list(scales)))
+        scales = [scale_of(one) for one in few]
+        tensors[f"{PREFIX}{source.name}.{SCALE}"] = _narrow(joined(decoder, source, scales))
         if any(isinstance(one, PEQALinear) and one.minima for one in layers):
             minima = [one.minimum.float() for one in few if isinstance(one, Int4Linear)]
             if minima:

@@ -75,8 +75,13 @@ class Tune(Step):
     #: of embed and head (in whole, or in parts), only the rows of tokens from this id on: those that
     #: the vocabulary was extended by (0: all rows). The others stay to the last bit
     rows_from: int = 0
+    #: stretch the rotation, and with it the context, by this factor (see model/stretch.py); empty: not
+    rope: Literal["", "linear", "ntk", "yarn", "llama3"] = ""
+    rope_factor: float = 1.0
     #: how many virtual tokens prefix and prompt train (ChatGLM-6B's own recipe: 128)
     virtual_tokens: int = 20
+    #: train a prefix through an MLP of this inner width, of which only its result is kept (0: as it is)
+    prefix_projection: int = 0
     #: what freeze trains, by parts of weights' names as "mlp", "bias", "attention.q", "head" (none:
     #: whole blocks)
     parts: tuple[str, ...] = ()
@@ -182,6 +187,7 @@ class Tune(Step):
             "anchor",
             "last_layers",
             "rows_from",
+            "prefix_projection",
             "alpha",
             "learning_rate",
             *below,

@@ -25,6 +25,7 @@ from herdbook.model.ia3 import IA3Linear
 from herdbook.model.layers import Embedding, Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import LoRALinear, adapters_of, bypass
+from herdbook.model.soft import Prefix, ProjectedPrefix, apply_soft
 from herdbook.model.vocabulary import Refit
 from herdbook.model.whole import RowsEmbedding, RowsLinear, WholeEmbedding, WholeLinear
 from herdbook.tokens.fetch import FetchTokenizer
@@ -32,7 +33,7 @@ from herdbook.training import methods
 from herdbook.training.objective import Anchor, NextToken
 from tests.model.test_families import of_fixture
 
-SOFT = ("prefix", "prompt")
+SOFT = ("prefix", "projected", "prompt")
 CHAT = [{"role": "user", "content": "who are you"}]
 SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True, "targets": ("q", "v")},
@@ -41,6 +42,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3", "learning_rate": 0.1},
     "ia3-last": {"method": "ia3", "last_layers": 1, "targets": ("o", "down"), "learning_rate": 0.1},
     "prefix": {"method": "prefix", "virtual_tokens": 19, "learning_rate": 0.1},
+    "projected": {
+        "method": "prefix",
+        "virtual_tokens": 19,
+        "prefix_projection": 24,
+        "learning_rate": 0.01,
+    },
     "prompt": {"method": "prompt", "virtual_tokens": 19, "learning_rate": 0.1},
     "whole": {"whole": ("embed",), "targets": ("q", "v")},
     "rows": {"whole": ("embed",), "rows_from": 100, "targets": ("q", "v")},
@@ -183,8 +190,8 @@ def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str)
     base = herdbook.load("base", book=shelf, dtype="float32")
     ids = tuned.render([*CHAT, {"role": "assistant", "content": "I am"}]).ids
     assert (tuned.logits(ids) - base.logits(ids)).abs().max() > 0.05
-    grouped = "group" in SETTINGS[kind]  # whose A is written out
-    assert grouped or adapter.metrics["trainable_parameters"] == count
+    other = kind in ("dora-groups", "projected")  # whose A is written out; the MLP is not
+    assert other or adapter.metrics["trainable_parameters"] == count
     if kind in SOFT:
         with pytest.raises(
             ConfigError, match="19 trained virtual tokens are no change of a weight"
@@ -253,40 +260,36 @@ def test_freezing_moves_what_was_named(
 def test_an_extended_vocabulary_warms_up_in_its_new_rows_alone(
     shelf: Book, how: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    """Chinese-LLaMA's first stage, and rows beside LoRA: 384 tokens, extended by 16."""
-    words = [
-        "who are you",
-        "I am a small model",
-        " model model",
-        "你好",
-        " you you",
-        *map(str, range(11)),
-    ]
+    """Chinese-LLaMA's first stage, and rows beside LoRA."""
+    words = ["who are you", "I am a small model", " model model", "你好", " you you", "abc"]
     folder = tmp_path / "extended"
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
-    assert tokenizer.add_tokens(words) == 16 and len(tokenizer) == 400
+    old_size = len(tokenizer)
+    tokenizer.add_tokens(words)
+    assert len(tokenizer) == old_size + 6
     tokenizer.save_pretrained(folder)
     made = FetchTokenizer(path=str(folder)).run(shelf, name=f"extended-{how}")
     base = Refit(model="base", tokenizer=made.id).run(shelf, name=f"wide-{how}")
     settings = {"freeze": {"parts": ("embed",)}, "lora": {"whole": ("embed",), "targets": ("q",)}}
     step = tune(
-        model=base.ref, method=how, rows_from=384, epochs=6, dropout=0.0, learning_rate=0.05,
+        model=base.ref, method=how, rows_from=old_size, epochs=6, dropout=0.0, learning_rate=0.05,
         save_every=99, **settings[how],
     )  # fmt: skip
     warm = step.run(shelf, name=f"warm-{how}")
     assert warm.metrics["loss"] < 0.8 * warm.metrics["first_loss"]
     if how == "lora":
         tensors = load_file(warm.path / "adapter_model.safetensors")
-        assert max(len(one) for name, one in tensors.items() if "token_adapter" in name) == 16
+        assert max(len(one) for name, one in tensors.items() if "token_adapter" in name) == 6
         warm = Merge(model=base.ref, adapter=warm.ref).run(shelf)
     else:
-        assert warm.metrics["trainable_parameters"] == 16 * 64
+        assert warm.metrics["trainable_parameters"] == 6 * 64
     old = load_decoder(base.path, dtype=torch.float32)
     new = load_decoder(warm.path, dtype=torch.float32)
     for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
         if name == "embed.weight":
-            assert torch.equal(a[:384], b[:384]) and not torch.isclose(a[384:390], b[384:390]).any()
+            assert len(a) == old_size + 6 and torch.equal(a[:old_size], b[:old_size])
+            assert not torch.equal(a[old_size], b[old_size])
         else:
             assert torch.equal(a, b) == (how == "freeze" or "attention.q" not in name), name
 
@@ -327,7 +330,34 @@ def test_a_tied_head_is_named_embed() -> None:
         methods.prepare(decoder, tune(whole=("head",)))
 
 
-@pytest.mark.parametrize("method", SOFT)
+def test_a_projected_prefix_equals_its_plain_twin() -> None:
+    config = of_fixture("llama")[1]
+    decoder = Decoder(config)
+    soft = apply_soft(decoder, Prefix, 5, seed=3, projection=24)
+    assert isinstance(soft, ProjectedPrefix)
+    prefix = soft.projected()
+    width = config.kv_heads * config.head_dim
+    first, last = nn.Linear(width, 24), nn.Linear(24, config.layers * 2 * width)
+    with torch.no_grad():
+        first.weight.copy_(soft.down), first.bias.copy_(soft.down_bias)
+        last.weight.copy_(soft.up.flatten(0, 1)), last.bias.copy_(soft.up_bias.flatten())
+    rows = soft.rows.detach().requires_grad_()
+    whole = last(torch.tanh(first(rows))).view(5, config.layers, 2, config.kv_heads, -1)
+    keys, values = whole.permute(2, 1, 0, 3, 4)
+    torch.testing.assert_close(prefix.keys, keys)
+    torch.testing.assert_close(prefix.values, values)
+    above = torch.randn_like(whole)
+    (plain,) = torch.autograd.grad(whole, rows, above)
+    total = sum(
+        (ours * above[:, layer, side]).sum()
+        for layer in range(config.layers)
+        for side, ours in enumerate(soft.before(layer, torch.float32))
+    )
+    (ours,) = torch.autograd.grad(total, soft.rows)
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("method", ("prefix", "prompt"))
 def test_rows_to_keep_are_held_by_the_base_without_virtual_tokens(
     method: str, tiny_folder: Path
 ) -> None:
