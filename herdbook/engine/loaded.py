@@ -130,6 +130,16 @@ class LoadedModel:
         request = self._request(prompt, _sampling(sampling))
         return (piece.text for piece in self.engine.stream(request) if piece.text)
 
+    @torch.no_grad()
+    def classify(self, texts: Sequence[str | Messages]) -> list[dict[str, float]]:
+        """Of each text (or conversation) the chance of each label, by a model that step Classify made."""
+        found: list[dict[str, float]] = []
+        for one in texts:
+            ids = self.tokenizer.prompt(one) if isinstance(one, str) else self.render(one).ids
+            chances = self.decoder.scores(self._forward(ids)[-1:]).softmax(-1)[0]
+            found.append(dict(zip(self.config.labels, chances.tolist(), strict=True)))
+        return found
+
     def embed(
         self, texts: str | Sequence[str | Sequence[int]], *, normalise: bool = False
     ) -> Tensor:

@@ -150,6 +150,8 @@ class Decoder(nn.Module):
         self.project_out = Linear(c.hidden, width) if c.embed_dim else None
         own = not (c.tied or headless)
         self.head = Linear(width, c.vocab, c.head_bias) if own else None
+        #: of a classifier: scores of its labels
+        self.score = Linear(c.hidden, len(c.labels)) if c.labels else None
         turning = c.position.startswith("rope")
         self.rotary = Rotary(c) if turning else None
         self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
@@ -242,6 +244,17 @@ class Decoder(nn.Module):
             logits = logits / layer.dense(torch.float32).norm(dim=1)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """A classifier's, of its labels: [T, hidden] → float32 [T, labels]."""
+        if self.score is None:
+            raise RequestError(
+                "this model has no labels",
+                rule="so it classifies nothing",
+                next="train one that does (step Classify)",
+            )
+        scores: Tensor = self.score(hidden).float()
+        return scores
 
     @property
     def head_layer(self) -> Linear | Embedding | Int8Embedding:

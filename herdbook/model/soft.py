@@ -84,7 +84,7 @@ class ProjectedPrefix(Soft):
         """A layer's keys and values, [n, KV, D] each."""
         inner = torch.tanh(nn.functional.linear(self.rows, self.down, self.down_bias))
         both = nn.functional.linear(inner, self.up[layer], self.up_bias[layer])
-        keys, values = both.to(dtype).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        keys, values = both.to(dtype).view(self.tokens, 2, self.heads, -1).unbind(1)
         return keys, values
 
     @torch.no_grad()
