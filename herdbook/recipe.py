@@ -42,6 +42,7 @@ STEPS = {
     "PruneTokenizer": "herdbook.tokens.prune",
     "Refit": "herdbook.model.vocabulary",
     "Tune": "herdbook.training.tune",
+    "Classify": "herdbook.training.classify",
     "Merge": "herdbook.compression.merge",
     "Quantise": "herdbook.compression.quantise",
     "Report": "herdbook.evaluation.report",

@@ -3,7 +3,8 @@
     y[T, O] = x Wᵀ                     the base, once for the whole batch
     y[rows] += scale · (x[rows] Aᵀ) Bᵀ   each adapter, for the rows of its requests
 
-and with DoRA the rows, with IA3 inputs or outputs are scaled as well.
+and with DoRA the rows, with IA3 inputs or outputs are scaled as well. PEQA's rows are computed again,
+with the codes of the base and scales of their own.
 
 An adapter sits on the base's layers as a hook that does nothing unless `applied` has named its rows,
 so the base's own requests compute what they would without it, and no weight is changed. Chen et al.,
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from herdbook.errors import RequestError
 from herdbook.model.decoder import Decoder
+from herdbook.model.peqa import FewBits
 from herdbook.training import peft_format
 from herdbook.training.peft_matrices import Factors, LowRank
+from herdbook.training.peft_scales import Scales
 
 if TYPE_CHECKING:
     from herdbook.engine.sequence import Sequence
@@ -39,6 +42,12 @@ class Adapter:
         if found.whole:
             raise RequestError(
                 f"{folder} brings an {' and a '.join(found.whole)} of its own",
+                rule="and requests of one batch share the base's",
+                next="load the adapter's own reference, or merge it (step Merge)",
+            )
+        if found.config != decoder.config:
+            raise RequestError(
+                f"{folder} was trained with a stretched rotation",
                 rule="and requests of one batch share the base's",
                 next="load the adapter's own reference, or merge it (step Merge)",
             )
@@ -62,6 +71,9 @@ class Adapter:
             layer = decoder.get_submodule(name)
             if isinstance(one, LowRank):
                 hook = layer.register_forward_hook(_Added(self, one, decoder, layer))
+            elif isinstance(one, Scales):
+                assert isinstance(layer, FewBits)
+                hook = layer.register_forward_hook(_Rescaled(self, one.on(layer)))
             elif one.inputs:
                 hook = layer.register_forward_pre_hook(_Scaled(self, one, decoder).inputs)
             else:
@@ -121,6 +133,18 @@ class _Scaled:
         """y [T, O], changed in place."""
         if self.adapter.rows is not None:
             y[self.adapter.rows] *= self.factor
+
+
+class _Rescaled:
+    """A layer with the base's codes and PEQA's scales, where the rows are."""
+
+    def __init__(self, adapter: Adapter, tuned: FewBits) -> None:
+        self.adapter, self.tuned = adapter, tuned
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        """y [T, O], changed in place."""
+        if self.adapter.rows is not None:
+            y[self.adapter.rows] = self.tuned(inputs[0][self.adapter.rows])
 
 
 @contextmanager

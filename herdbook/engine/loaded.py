@@ -140,6 +140,18 @@ class LoadedModel:
         request = self._request(prompt, _sampling(sampling))
         return (piece.text for piece in self.engine.stream(request) if piece.text)
 
+    def classify(self, texts: Sequence[str | Messages]) -> list[dict[str, float]]:
+        """Of each text (or conversation) the chance of each label, by a model that step Classify made."""
+        import torch
+
+        found: list[dict[str, float]] = []
+        for one in texts:
+            ids = self.tokenizer.prompt(one) if isinstance(one, str) else self.render(one).ids
+            with torch.no_grad():
+                chances = self.decoder.scores(self._forward(ids)[-1:]).softmax(-1)[0]
+            found.append(dict(zip(self.config.labels, chances.tolist(), strict=True)))
+        return found
+
     def embed(
         self, texts: str | Sequence[str | Sequence[int]], *, normalise: bool = False
     ) -> np.ndarray:
@@ -210,9 +222,10 @@ def load(
 ) -> LoadedModel:
     """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
 
-    An adapter loads its base model and sits on it unmerged. device: cpu or cuda (default: cuda where
-    torch sees a GPU). dtype: what is computed in (default: bfloat16 where that hardware multiplies it,
-    else float32). quantised=False dequantises a GGUF or a folder.
+    An adapter loads its base model and sits on it unmerged (PEQA's scales take the place of the base's,
+    whose codes stay, so quantised is always so). device: cpu or cuda (default: cuda where torch sees a
+    GPU). dtype: what is computed in (default: bfloat16 where that hardware multiplies it, else float32).
+    quantised=False dequantises a GGUF or a folder.
     template: a chat template to use instead of the model's own, by its name or its file.
     """
     source = templates.read(template) if template else None
@@ -222,11 +235,15 @@ def load(
     path = with_tokenizer = _find(ref, book)
     model: Model | None = None
     if (path / ADAPTER).is_file():
+        from herdbook.model.lora import merge_lora
         from herdbook.training import peft_format
 
         base = _base_of(path, book)
-        model = _opened(base, number, where)
+        scales = peft_format.method(path) == "PEQA"
+        model = _opened(base, number, where, quantised=scales)
         peft_format.load(model, path)
+        if scales:  # the same codes with other scales: nothing is lost, and the kernels fit
+            merge_lora(model)
         model.requires_grad_(False)
         with_tokenizer = path if Tokenizer.exists(path) else base
         model.to(where)

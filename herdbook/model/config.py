@@ -93,6 +93,8 @@ class DecoderConfig:
     head_bias: bool = False
     head_norm: bool = False  # the head's rows count by their direction alone (Baichuan 2)
     logit_softcap: float = 0.0
+    #: a classifier's: what its scores stand for (transformers' id2label)
+    labels: tuple[str, ...] = ()
     # the context before the reply sees itself whole (ChatGLM-6B, GLM-130B): marks of where it ends
     prefix: PrefixMarks | None = None
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from herdbook.errors import RequestError
 from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
 from herdbook.model.interface import Model
@@ -123,6 +124,8 @@ class Decoder(nn.Module, Model):
     head: Linear | None
     #: training keeps what enters each block, and computes the rest again for its gradient
     recompute = False
+    #: its rotation is another than its source's (see model/stretch.py)
+    stretched = False
     #: what PEFT calls its task
     peft_task = "CAUSAL_LM"
 
@@ -142,6 +145,8 @@ class Decoder(nn.Module, Model):
         self.project_out = Linear(c.hidden, width) if c.embed_dim else None
         own = not (c.tied or headless)
         self.head = Linear(width, c.vocab, c.head_bias) if own else None
+        #: of a classifier: scores of its labels
+        self.score = Linear(c.hidden, len(c.labels)) if c.labels else None
         turning = c.position.startswith("rope")
         self.rotary = Rotary(c) if turning else None
         self.local_rotary = Rotary(c, c.rope_local_base) if c.rope_local_base else None
@@ -222,6 +227,17 @@ class Decoder(nn.Module, Model):
             logits = logits / layer.dense(torch.float32).norm(dim=1)
         cap = self.config.logit_softcap
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """A classifier's, of its labels: [T, hidden] → float32 [T, labels]."""
+        if self.score is None:
+            raise RequestError(
+                "this model has no labels",
+                rule="so it classifies nothing",
+                next="train one that does (step Classify)",
+            )
+        scores: Tensor = self.score(hidden).float()
+        return scores
 
     @property
     def head_layer(self) -> Linear | Embedding | Int8Embedding:

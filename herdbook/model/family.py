@@ -115,6 +115,8 @@ class Family:
         return self._tensor(name, config, 1)
 
     def _tensor(self, name: str, config: DecoderConfig, side: int) -> SourceTensor:
+        if name == "score.weight":  # a classifier's, under this name everywhere
+            return SourceTensor(name, (name,), None)
         source, template, numbers = _place(name, ChainMap(self.renamed(config), self.names), side)
         fold = self.folds.get(template)
         if fold is None:

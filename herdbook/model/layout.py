@@ -23,7 +23,7 @@ from torch import Tensor
 from herdbook.model.attention import Look, attend
 from herdbook.model.config import DecoderConfig
 from herdbook.model.prefix import find_context
-from herdbook.model.soft import Prefix, Prompt, Soft
+from herdbook.model.soft import Prefix, ProjectedPrefix, Prompt, Soft
 
 
 class Layout(Protocol):
@@ -125,7 +125,7 @@ class Packed:
         return x[self.soft.tokens :] if isinstance(self.soft, Prompt) else x
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, look: Look) -> Tensor:
-        if isinstance(self.soft, Prefix):
+        if isinstance(self.soft, Prefix | ProjectedPrefix):
             return self._attend(q, k, v, look, *self.soft.before(layer, k.dtype))
         if isinstance(self.soft, Prompt):
             n = self.soft.tokens

@@ -115,8 +115,8 @@ def train(
 ) -> State:
     """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
-    work: folder for the state, the same for all processes of the team. Ctrl-C finishes the pack at
-    hand (several processes: the step), saves, and raises on.
+    work: folder for the state, the same for all processes of the team. Ctrl-C and SIGTERM finish the
+    pack at hand (several processes: the step), save, and raise on.
     """
     optimisers.check_schedule(plan.schedule)
     progress, team = progress or Progress(), team or Team()
@@ -140,7 +140,7 @@ def train(
     passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
     to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
     saved_at = began_at = state.step
-    interrupted = _Interrupt()
+    interrupted = _Interrupt(progress)
     with (
         torch.random.fork_rng(devices=[]),
         progress.task("tune", total=passed + to_come, unit="tokens", done=passed) as bar,
@@ -241,31 +241,40 @@ def _some(numbers: Sequence[int]) -> str:
 
 
 class _Interrupt:
-    """Ctrl-C as a flag that is looked at between packs, so that it never cuts a step in two.
+    """Ctrl-C, and SIGTERM (a batch system, a machine that goes down), as a flag that is looked at
+    between packs, so that they never cut a step in two.
 
-    A second Ctrl-C does not wait.
+    A second one does not wait.
     """
 
-    def __init__(self) -> None:
-        self.seen = False
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seen = ""
 
     def __bool__(self) -> bool:
-        return self.seen
+        return bool(self.seen)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread gets signals
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.seen:
                 raise KeyboardInterrupt
-            self.seen = True
+            self.seen = signal.Signals(number).name
 
-        signal.signal(signal.SIGINT, note)
+        before = {one: signal.signal(one, note) for one in self.SIGNALS}
         try:
             yield
+        except KeyboardInterrupt:
+            self.progress.say(
+                f"stopped by {self.seen or 'Ctrl-C'}; the same command, given again, goes on"
+            )
+            raise
         finally:
-            signal.signal(signal.SIGINT, before)
+            for one, handler in before.items():
+                signal.signal(one, handler)

@@ -93,7 +93,7 @@ def write_lora(
             ranks[source.name] = len(A)
         if any(isinstance(adapters.get(name), DoRALinear) for name in source.ours):
             lengths = [_lengths(decoder, name) for name in source.ours]
-            tensors[f"{PREFIX}{source.name}.lora_magnitude_vector"] = _joined(
+            tensors[f"{PREFIX}{source.name}.lora_magnitude_vector"] = joined(
                 decoder, source, lengths
             )
     one = next(iter(adapters.values()))
@@ -138,7 +138,7 @@ def write_ia3(
                 first.factor.new_ones(_outputs(decoder, name)) if one is None else one.factor
                 for name, one in zip(source.ours, mine, strict=True)
             ]
-            factor = _joined(decoder, source, parts)[:, None]
+            factor = joined(decoder, source, parts)[:, None]
         tensors[f"{PREFIX}{source.name}.ia3_l"] = factor.contiguous()
     return tensors, {
         "peft_type": "IA3",
@@ -210,10 +210,10 @@ def _packed(
             part[:, at : at + one.rank] = one.B.detach()
             at += one.rank
         parts.append(part)
-    return A.contiguous(), _joined(decoder, source, parts)
+    return A.contiguous(), joined(decoder, source, parts)
 
 
-def _joined(decoder: Decoder, source: SourceTensor, parts: list[Tensor]) -> Tensor:
+def joined(decoder: Decoder, source: SourceTensor, parts: list[Tensor]) -> Tensor:
     """What belongs to the rows of our parts, in the order of the source's rows."""
     if source.fold is None:
         return parts[0].detach().contiguous()
@@ -251,8 +251,8 @@ class Reader:
         """Our name of each matrix → its adapter; every tensor used and of the right shape."""
         names = r"lora_(A)\.weight|lora_(B)\.weight|lora_(magnitude)_vector"
         found: dict[str, LowRank] = {}
-        for name, parts in self._by_module(names).items():
-            source, inputs, rows = self._sizes(name)
+        for name, parts in self.by_module(names).items():
+            source, inputs, rows = self.sizes(name)
             rank = int(setting(config, "r", "rank_pattern", name))
             wanted: dict[str, tuple[int, ...]] = {"A": (rank, inputs), "B": (sum(rows), rank)}
             if config.get("use_dora"):
@@ -266,18 +266,18 @@ class Reader:
     def ia3(self) -> dict[str, Factors]:
         """Our name of each matrix → its factors. Of inputs they are a row, of outputs a column."""
         found: dict[str, Factors] = {}
-        for name, parts in self._by_module(r"ia3_(l)").items():
-            source, inputs, rows = self._sizes(name)
+        for name, parts in self.by_module(r"ia3_(l)").items():
+            source, inputs, rows = self.sizes(name)
             factor = parts["l"]
             if of_inputs := tuple(factor.shape) == (1, inputs):
                 found |= {one: Factors(factor[0], inputs=True) for one in source.ours}
             self._check(name, parts, {"l": (1, inputs) if of_inputs else (sum(rows), 1)}, "asked")
             if not of_inputs:
-                mine = self._parts(source, factor[:, 0], rows)
+                mine = self.parts(source, factor[:, 0], rows)
                 found |= {one: Factors(part, inputs=False) for one, part in mine.items()}
         return found
 
-    def _by_module(self, ends: str) -> dict[str, Tensors]:
+    def by_module(self, ends: str) -> dict[str, Tensors]:
         """The source's module → its tensors, by the group of `ends` that they match."""
         found: dict[str, Tensors] = {}
         for key, tensor in self.tensors.items():
@@ -293,7 +293,7 @@ class Reader:
             found.setdefault(match[1], {})[part] = tensor
         return found
 
-    def _sizes(self, name: str) -> tuple[SourceTensor, int, list[int]]:
+    def sizes(self, name: str) -> tuple[SourceTensor, int, list[int]]:
         """Of the source's matrix: what it is, its inputs, and how many rows each of our parts has."""
         source = self.sources[name]
         linears: list[Any] = [self.decoder.get_submodule(one) for one in source.ours]
@@ -312,7 +312,7 @@ class Reader:
                     next="check that the adapter was made for this base model",
                 )
 
-    def _parts(self, source: SourceTensor, rows_of: Tensor, rows: list[int]) -> Tensors:
+    def parts(self, source: SourceTensor, rows_of: Tensor, rows: list[int]) -> Tensors:
         """What belongs to the source's rows, by our parts."""
         if source.fold is None:
             return {source.ours[0]: rows_of}
@@ -323,9 +323,9 @@ class Reader:
         self, source: SourceTensor, parts: Tensors, rows: list[int], scale: float
     ) -> dict[str, LowRank]:
         """The adapter of each part. Of a packed matrix, what says nothing about a part is left out."""
-        A, B = parts["A"], self._parts(source, parts["B"], rows)
+        A, B = parts["A"], self.parts(source, parts["B"], rows)
         if "magnitude" in parts:
-            lengths = self._parts(source, parts["magnitude"], rows)
+            lengths = self.parts(source, parts["magnitude"], rows)
             return {one: LowRank(A, part, scale, lengths[one]) for one, part in B.items()}
         if len(B) == 1 or not parts["B"].any():
             return {one: LowRank(A, part, scale) for one, part in B.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from herdbook.errors import FileError
 from herdbook.model.decoder import Decoder
 from herdbook.model.families import families
-from herdbook.model.soft import Prefix, Prompt, Soft, check_soft
+from herdbook.model.soft import Prefix, ProjectedPrefix, Prompt, Soft, check_soft
 
 TENSOR = "prompt_embeddings"
 KINDS: dict[str, type[Soft]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt}
@@ -29,6 +29,8 @@ KINDS: dict[str, type[Soft]] = {"PREFIX_TUNING": Prefix, "PROMPT_TUNING": Prompt
 def write_soft(decoder: Decoder, soft: Soft) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """peft's tensor and settings."""
     c = decoder.config
+    if isinstance(soft, ProjectedPrefix):
+        soft = soft.projected()
     about: dict[str, Any] = {
         "num_virtual_tokens": soft.tokens,
         "num_transformer_submodules": 1,

@@ -24,9 +24,11 @@ from herdbook.book.step import Bench, How, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
-from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
+from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
+from herdbook.model.lora import merge_lora
 from herdbook.model.precision import compute_dtype
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering, render
@@ -54,13 +56,14 @@ class Tune(Step):
     #: the model to tune, and the datasets, whose rows are taken in this order
     model: Input = ""
     data: Inputs = ()
-    #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; freeze:
-    #: the last blocks or named parts; full: all weights
+    #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; peqa: the
+    #: scales of those that the file keeps in 4 or 8 bits; freeze: the last blocks or named parts; full:
+    #: all weights
     #: prefix: keys and values of virtual tokens before each row (P-tuning v2); prompt: their embeddings
-    method: Literal["lora", "ia3", "prefix", "prompt", "freeze", "full"] = "lora"
+    method: Literal["lora", "ia3", "peqa", "prefix", "prompt", "freeze", "full"] = "lora"
     #: how the frozen weights beside LoRA are kept. dense: in the format that is computed in;
     #: packaged: in the 4 or 8 bits of the file that they come from (a GGUF, compressed-tensors), which
-    #: changes nothing but memory; nf4: the blocks' matrices rounded to 4 bits (QLoRA)
+    #: changes nothing but memory (peqa: always so); nf4: the blocks' matrices rounded to 4 bits (QLoRA)
     base: Literal["dense", "packaged", "nf4"] = "dense"
     #: LoRA's rank, its alpha (the correction counts alpha / rank), dropout on its input
     rank: int = 8
@@ -79,8 +82,16 @@ class Tune(Step):
     last_layers: int = 0
     #: trained whole beside an adapter, of: embed head (as for new tokens)
     whole: tuple[str, ...] = ()
+    #: of embed and head (in whole, or in parts), only the rows of tokens from this id on: those that
+    #: the vocabulary was extended by (0: all rows). The others stay to the last bit
+    rows_from: int = 0
+    #: stretch the rotation, and with it the context, by this factor (see model/stretch.py); empty: not
+    rope: Literal["", "linear", "ntk", "yarn", "llama3"] = ""
+    rope_factor: float = 1.0
     #: how many virtual tokens prefix and prompt train (ChatGLM-6B's own recipe: 128)
     virtual_tokens: int = 20
+    #: train a prefix through an MLP of this inner width, of which only its result is kept (0: as it is)
+    prefix_projection: int = 0
     #: what freeze trains, by parts of weights' names as "mlp", "bias", "attention.q", "head" (none:
     #: whole blocks)
     parts: tuple[str, ...] = ()
@@ -152,7 +163,8 @@ class Tune(Step):
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
-            parameters = methods.prepare(decoder, self)
+            gguf = isinstance(open_checkpoint(source.path).weights, GGUFWeights)
+            parameters = methods.prepare(decoder, self, minima=gguf)
             trainable = sum(p.numel() for p in parameters.values())
             objective: loop.Objective = NextToken(decoder, self.anchor, self.balance)
             objective, parameters = team.share(objective, decoder, self.precision == "mixed")
@@ -172,9 +184,10 @@ class Tune(Step):
         lines = "".join(json.dumps(record) + "\n" for record in records)
         atomic.write_text(bench.out / "losses.jsonl", lines)
         if self.kind == "model":
+            merge_lora(decoder)  # rows of new tokens
             save_hf(decoder, tokenizer, bench.out, decoder.dtype)
         else:
-            peft_format.save(decoder, bench.out, base=source.id, kept=self.base)
+            peft_format.save(decoder, bench.out, base=source.id, kept=self._kept)
         return {
             "loss": records[-1]["loss"],
             "first_loss": records[0]["loss"],
@@ -200,7 +213,17 @@ class Tune(Step):
             "average": 1.0,
             "floor": math.nextafter(1.0, 2.0),
         }
-        free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
+        free = (
+            "weight_decay",
+            "clip",
+            "anchor",
+            "last_layers",
+            "rows_from",
+            "prefix_projection",
+            "alpha",
+            "learning_rate",
+            *below,
+        )
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
         given |= {f"betas, {beta:g} of {self.betas},": (beta, 1.0) for beta in self.betas}
         for name, (value, top) in given.items():
@@ -227,19 +250,27 @@ class Tune(Step):
                 )
 
     def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
-        kept = {"quantised": self.base == "packaged", "nf4": self.base == "nf4"}
+        kept = {"quantised": self._kept == "packaged", "nf4": self.base == "nf4"}
         decoder = load_decoder(source.path, dtype=dtype, **kept)
         few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
-        if self.base == "packaged" and not few:
+        if self._kept == "packaged" and not few:
+            scales = self.method == "peqa"
             raise ConfigError(
-                f"tune.base is packaged, and {source.ref} keeps no matrix in 4 or 8 bits",
-                rule="so nothing would be saved",
-                next="set base to nf4, or leave it out",
+                f"tune.{'method is peqa' if scales else 'base is packaged'}, and {source.ref} keeps no "
+                "matrix in 4 or 8 bits",
+                rule="so there are no scales to train" if scales else "so nothing would be saved",
+                next="quantise it first (step Quantise), or set method to lora"
+                if scales
+                else "set base to nf4, or leave it out",
             )
         for layer in few:
             if isinstance(layer, Int4Linear):
                 layer.has_kernel = False  # it rounds otherwise than what the adapter learns beside
         return decoder
+
+    @property
+    def _kept(self) -> str:
+        return "packaged" if self.method == "peqa" else self.base
 
     def _plan(self) -> Plan:
         return Plan(

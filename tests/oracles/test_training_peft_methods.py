@@ -16,7 +16,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.dora import DoRALinear
 from herdbook.model.ia3 import apply_ia3
 from herdbook.model.lora import adapters_of, apply_lora, merge_lora
-from herdbook.model.whole import train_whole
+from herdbook.model.whole import train_rows, train_whole
 from herdbook.training import peft_format
 from tests.oracles.peers import differ, make, ours, prompt, theirs
 from tests.oracles.shapes import SHAPES, stem
@@ -28,7 +28,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
 ]
 
-KINDS = ("rslora", "dora", "ia3", "whole")
+KINDS = ("rslora", "dora", "ia3", "whole", "rows")
+#: ids whose rows are trained
+ROWS = [3, 7, 8]
 
 
 def put(decoder: Decoder, kind: str, targets: tuple[str, ...]) -> None:
@@ -45,6 +47,9 @@ def put(decoder: Decoder, kind: str, targets: tuple[str, ...]) -> None:
         train_whole(decoder, "embed")
         if decoder.head is not None:
             train_whole(decoder, "head")
+    if kind == "rows":
+        for name in ("embed",) if decoder.head is None else ("embed", "head"):
+            train_rows(decoder, name, torch.tensor(ROWS))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in decoder.parameters() if p.requires_grad):
@@ -80,11 +85,13 @@ def config_for(kind: str, family: str, base: Any) -> Any:
         modules = [one for one in modules if "gate_up" not in one]
         last = [one for one in modules if one.split(".")[-1] in LAST]
         return IA3Config(target_modules=modules, feedforward_modules=last, fan_in_fan_out=turned)
-    whole = None
-    if kind == "whole":
+    whole = rows = None
+    if kind in ("whole", "rows"):
         layers = (base.get_input_embeddings(), base.get_output_embeddings())
         named = {id(module): name for name, module in base.named_modules()}
-        whole = [named[id(one)].rpartition(".")[2] for one in layers]
+        names = [named[id(one)].rpartition(".")[2] for one in layers]
+        whole = names if kind == "whole" else None
+        rows = dict.fromkeys(names, ROWS) if kind == "rows" else None
     return LoraConfig(
         r=4,
         lora_alpha=6,
@@ -94,6 +101,7 @@ def config_for(kind: str, family: str, base: Any) -> Any:
         use_rslora=kind == "rslora",
         use_dora=kind == "dora",
         modules_to_save=whole,
+        trainable_token_indices=rows,
     )
 
 

@@ -6,6 +6,7 @@ python raising.py HOME FOLDER     so that a test can kill it where it likes
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any, ClassVar
 from herdbook.book.book import Artifact, Book
 from herdbook.book.step import Bench, Step
 from herdbook.progress import Progress
+from herdbook.training.classify import Classify
 from herdbook.training.tune import Tune
 
 
@@ -81,6 +83,28 @@ def tune(**changes: Any) -> Tune:
         "save_every": 2,
     }
     return Tune(**(settings | changes))
+
+
+def classify(folder: Path, **changes: Any) -> Classify:
+    """Texts of three labels in a file, and the step that learns them."""
+    draw = random.Random(0)
+    words = {"cat": ("small", "model"), "dog": ("hello", "who"), "牛": ("你好", "你是谁")}
+    file = folder / "rows.jsonl"
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(20):
+            for label, known in words.items():
+                text = " ".join(
+                    draw.choice([*known, "a", "you"]) for _ in range(draw.randint(3, 9))
+                )
+                row: dict[str, Any] = {"text": text + f" {known[0]}", "label": label}
+                if draw.random() < 0.2:
+                    row = {"messages": [{"role": "user", "content": text}], "label": label}
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+    settings = {
+        "model": "base", "file": str(file), "learning_rate": 3e-3, "batch": 8, "epochs": 6,
+        "length": 64, "pack": 128, "save_every": 4, "rank": 4,
+    }  # fmt: skip
+    return Classify(**(settings | changes))
 
 
 class Printing(Progress):

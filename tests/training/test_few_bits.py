@@ -21,8 +21,9 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.lora import apply_lora
 from herdbook.model.nf4 import NF4Linear
+from herdbook.progress import Progress
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import loop
+from herdbook.training import loop, peft_format
 from herdbook.training.objective import NextToken
 
 
@@ -105,6 +106,26 @@ def test_the_adapter_says_what_it_learnt_beside_and_is_served_like_others(shelf:
         assert made.metrics["loss"] < made.metrics["first_loss"]
         merged = Merge(model="base", adapter=made.ref).run(shelf, name=f"{base}-merged")
         assert merged.metrics["merged_matrices"] == 21
+
+
+def test_merged_is_what_was_trained_beside_nf4_and_what_else_is_told(
+    shelf: Book, packaged: dict[str, Path]
+):
+    class Listening(Progress):
+        said = ""
+
+        def say(self, text: str) -> None:
+            self.said += text
+
+    made = tune(base="nf4", dropout=0.0).run(shelf, name="on-nf4")
+    progress = Listening()
+    merged = Merge(model="base", adapter=made.ref).run(shelf, progress=progress)
+    assert "merged into these; on the base's own it would say something else" in progress.said
+    beside = load_decoder(packaged["Q4_1"], dtype=torch.float32, nf4=True)
+    whole = load_decoder(merged.path, dtype=torch.float32)
+    for name, adapter in peft_format.load(beside, made.path).items():
+        trained = adapter.base.plain() + adapter.correction()
+        torch.testing.assert_close(whole.get_submodule(name).weight, trained)
 
 
 def test_a_grouped_adapter_beside_the_file_s_four_bits_goes_back_onto_its_grid(shelf: Book):

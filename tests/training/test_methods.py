@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from raising import stock, tune
+from safetensors.torch import load_file
 from test_resume import Interrupting, files
 from torch import Tensor, nn
 
@@ -24,12 +25,15 @@ from herdbook.model.ia3 import IA3Linear
 from herdbook.model.layers import Embedding, Linear
 from herdbook.model.layout import Packed
 from herdbook.model.lora import LoRALinear, adapters_of, bypass
-from herdbook.model.whole import WholeEmbedding, WholeLinear
+from herdbook.model.soft import Prefix, ProjectedPrefix, apply_soft
+from herdbook.model.vocabulary import Refit
+from herdbook.model.whole import RowsEmbedding, RowsLinear, WholeEmbedding, WholeLinear
+from herdbook.tokens.fetch import FetchTokenizer
 from herdbook.training import methods
 from herdbook.training.objective import Anchor, NextToken
 from tests.model.test_families import of_fixture
 
-SOFT = ("prefix", "prompt")
+SOFT = ("prefix", "projected", "prompt")
 CHAT = [{"role": "user", "content": "who are you"}]
 SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"rslora": True, "targets": ("q", "v")},
@@ -38,8 +42,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ia3": {"method": "ia3", "learning_rate": 0.1},
     "ia3-last": {"method": "ia3", "last_layers": 1, "targets": ("o", "down"), "learning_rate": 0.1},
     "prefix": {"method": "prefix", "virtual_tokens": 19, "learning_rate": 0.1},
+    "projected": {
+        "method": "prefix",
+        "virtual_tokens": 19,
+        "prefix_projection": 24,
+        "learning_rate": 0.01,
+    },
     "prompt": {"method": "prompt", "virtual_tokens": 19, "learning_rate": 0.1},
     "whole": {"whole": ("embed",), "targets": ("q", "v")},
+    "rows": {"whole": ("embed",), "rows_from": 100, "targets": ("q", "v")},
 }
 
 
@@ -124,6 +135,37 @@ def test_what_is_trained_whole_leaves_its_base() -> None:
     torch.testing.assert_close(merged(x), 2 * before[1])
 
 
+def test_rows_of_new_tokens_equal_a_matrix_that_holds_them() -> None:
+    torch.manual_seed(0)
+    embedding, head = Embedding(6, 4), Linear(4, 6, bias=True)
+    for parameter in (*embedding.parameters(), *head.parameters()):
+        nn.init.normal_(parameter)
+    chosen, ids = torch.tensor([2, 5]), torch.tensor([1, 5, 2, 5])
+    x = torch.randn(3, 4, requires_grad=True)
+    embed, project = RowsEmbedding(embedding, chosen), RowsLinear(head, chosen)
+    for layer in (embed, project):
+        with torch.no_grad():
+            layer.rows.mul_(2)
+        matrix = layer.base.weight.detach().clone()
+        matrix[chosen] = layer.rows.detach()
+        matrix.requires_grad_()
+        pairs = [(layer.project(x), x @ matrix.T)] if layer is embed else []
+        pairs += [
+            (layer(ids), matrix[ids]) if layer is embed else (layer(x), x @ matrix.T + head.bias)
+        ]
+        pairs += [(layer.weight, matrix)]  # as the loss multiplies it
+        for ours, plain in pairs:
+            torch.testing.assert_close(ours, plain)
+            above = torch.randn_like(ours)
+            (mine,) = torch.autograd.grad(ours, layer.rows, above, retain_graph=True)
+            (whole,) = torch.autograd.grad(plain, matrix, above, retain_graph=True)
+            torch.testing.assert_close(mine, whole[chosen])
+        layer.bypassed = True
+        assert torch.equal(layer.dense(torch.float32), layer.base.weight)
+        layer.bypassed = False
+        assert torch.equal(layer.merge().weight, matrix)
+
+
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Book:
     book, _, _ = stock(tmp_path_factory.mktemp("home"), tiny_folder)
@@ -148,8 +190,8 @@ def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str)
     base = herdbook.load("base", book=shelf, dtype="float32")
     ids = tuned.render([*CHAT, {"role": "assistant", "content": "I am"}]).ids
     assert (tuned.logits(ids) - base.logits(ids)).abs().max() > 0.05
-    grouped = "group" in SETTINGS[kind]  # whose A is written out
-    assert grouped or adapter.metrics["trainable_parameters"] == count
+    other = kind in ("dora-groups", "projected")  # whose A is written out; the MLP is not
+    assert other or adapter.metrics["trainable_parameters"] == count
     if kind in SOFT:
         with pytest.raises(
             ConfigError, match="19 trained virtual tokens are no change of a weight"
@@ -165,7 +207,7 @@ def test_learns_is_saved_and_answers_unmerged_and_merged(shelf: Book, kind: str)
     # beside its base, chosen by request
     engine = Engine(base.decoder, base.tokenizer)
     prompt = base.render(CHAT, reply=True).ids
-    if kind == "whole":
+    if kind in ("whole", "rows"):
         with pytest.raises(RequestError, match="brings an embed"):
             engine.load_adapter("one", adapter.path)
         return
@@ -214,6 +256,52 @@ def test_freezing_moves_what_was_named(
         assert torch.equal(a, b) != name.startswith(tuple(moved)), name
 
 
+@pytest.mark.parametrize("how", ["freeze", "lora"])
+def test_an_extended_vocabulary_warms_up_in_its_new_rows_alone(
+    shelf: Book, how: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Chinese-LLaMA's first stage, and rows beside LoRA."""
+    words = ["who are you", "I am a small model", " model model", "你好", " you you", "abc"]
+    folder = tmp_path / "extended"
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_folder)
+    old_size = len(tokenizer)
+    tokenizer.add_tokens(words)
+    assert len(tokenizer) == old_size + 6
+    tokenizer.save_pretrained(folder)
+    made = FetchTokenizer(path=str(folder)).run(shelf, name=f"extended-{how}")
+    base = Refit(model="base", tokenizer=made.id).run(shelf, name=f"wide-{how}")
+    settings = {"freeze": {"parts": ("embed",)}, "lora": {"whole": ("embed",), "targets": ("q",)}}
+    step = tune(
+        model=base.ref, method=how, rows_from=old_size, epochs=6, dropout=0.0, learning_rate=0.05,
+        save_every=99, **settings[how],
+    )  # fmt: skip
+    warm = step.run(shelf, name=f"warm-{how}")
+    assert warm.metrics["loss"] < 0.8 * warm.metrics["first_loss"]
+    if how == "lora":
+        tensors = load_file(warm.path / "adapter_model.safetensors")
+        assert max(len(one) for name, one in tensors.items() if "token_adapter" in name) == 6
+        warm = Merge(model=base.ref, adapter=warm.ref).run(shelf)
+    else:
+        assert warm.metrics["trainable_parameters"] == 6 * 64
+    old = load_decoder(base.path, dtype=torch.float32)
+    new = load_decoder(warm.path, dtype=torch.float32)
+    for (name, a), b in zip(old.named_parameters(), new.parameters(), strict=True):
+        if name == "embed.weight":
+            assert len(a) == old_size + 6 and torch.equal(a[:old_size], b[:old_size])
+            assert not torch.equal(a[old_size], b[old_size])
+        else:
+            assert torch.equal(a, b) == (how == "freeze" or "attention.q" not in name), name
+
+
+def test_rows_of_what_is_not_trained(shelf: Book) -> None:
+    for how in ({"whole": ()}, {"method": "freeze", "parts": ("mlp",)}):
+        with pytest.raises(ConfigError, match="neither the embedding nor the head is trained"):
+            tune(rows_from=9, **how).run(shelf)
+    with pytest.raises(ConfigError, match="vocabulary has 384 tokens, none of them new"):
+        tune(rows_from=384, whole=("embed",)).run(shelf)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_rows_to_keep_are_held_by_the_base_s_own_embedding(family: str) -> None:
     """Tied, and with a head of its own."""
@@ -242,7 +330,34 @@ def test_a_tied_head_is_named_embed() -> None:
         methods.prepare(decoder, tune(whole=("head",)))
 
 
-@pytest.mark.parametrize("method", SOFT)
+def test_a_projected_prefix_equals_its_plain_twin() -> None:
+    config = of_fixture("llama")[1]
+    decoder = Decoder(config)
+    soft = apply_soft(decoder, Prefix, 5, seed=3, projection=24)
+    assert isinstance(soft, ProjectedPrefix)
+    prefix = soft.projected()
+    width = config.kv_heads * config.head_dim
+    first, last = nn.Linear(width, 24), nn.Linear(24, config.layers * 2 * width)
+    with torch.no_grad():
+        first.weight.copy_(soft.down), first.bias.copy_(soft.down_bias)
+        last.weight.copy_(soft.up.flatten(0, 1)), last.bias.copy_(soft.up_bias.flatten())
+    rows = soft.rows.detach().requires_grad_()
+    whole = last(torch.tanh(first(rows))).view(5, config.layers, 2, config.kv_heads, -1)
+    keys, values = whole.permute(2, 1, 0, 3, 4)
+    torch.testing.assert_close(prefix.keys, keys)
+    torch.testing.assert_close(prefix.values, values)
+    above = torch.randn_like(whole)
+    (plain,) = torch.autograd.grad(whole, rows, above)
+    total = sum(
+        (ours * above[:, layer, side]).sum()
+        for layer in range(config.layers)
+        for side, ours in enumerate(soft.before(layer, torch.float32))
+    )
+    (ours,) = torch.autograd.grad(total, soft.rows)
+    torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("method", ("prefix", "prompt"))
 def test_rows_to_keep_are_held_by_the_base_without_virtual_tokens(
     method: str, tiny_folder: Path
 ) -> None:

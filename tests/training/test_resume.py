@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -14,9 +15,13 @@ from typing import Any
 import pytest
 import raising
 from raising import stock, tune
+from safetensors import SafetensorError
 
+from herdbook.book.book import Artifact, Book
+from herdbook.errors import CapacityError, DataError
 from herdbook.progress import Progress
 from herdbook.training import state
+from herdbook.training.objective import NextToken
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,9 +65,10 @@ def test_killed_at_several_moments(uninterrupted, tmp_path: Path, tiny_folder: P
 
 
 class Interrupting(Progress):
-    """Presses Ctrl-C after six packs."""
+    """Presses Ctrl-C after six packs, or sends another signal."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: signal.Signals = signal.SIGINT) -> None:
+        self.number = number
         self.said: list[str] = []
         self.packs = 0
 
@@ -76,20 +82,76 @@ class Interrupting(Progress):
     def advance(self, amount: float, **notes: float) -> None:
         self.packs += 1
         if self.packs == 6:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
-def test_ctrl_c_saves_and_raises_on(uninterrupted, tmp_path: Path, tiny_folder: Path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda one: one.name)
+def test_ctrl_c_and_sigterm_save_and_raise_on(
+    uninterrupted, number: signal.Signals, tmp_path: Path, tiny_folder: Path
+):
     book, _, _ = stock(tmp_path, tiny_folder)
-    handler = signal.getsignal(signal.SIGINT)
-    progress = Interrupting()
+    handler = signal.getsignal(number)
+    progress = Interrupting(number)
     with pytest.raises(KeyboardInterrupt):
         tune().run(book, progress=progress)
-    assert signal.getsignal(signal.SIGINT) == handler
+    assert signal.getsignal(number) == handler
+    assert progress.said[-1].startswith(f"stopped by {number.name}; the same command")
     assert book.find("tune") is None
     resumed = tune().run(book, progress=progress)
     assert any(line.startswith("going on after step") for line in progress.said)
     assert files(resumed.path) == files(uninterrupted.path)
+
+
+def goes_on(book: Book, whole: Artifact) -> None:
+    """The run was stopped with its state on disk, nothing else left, and ends as if it had not been."""
+    assert book.find("tune") is None
+    (saved,) = book.home.rglob(state.NAME)
+    assert [one for one in saved.parent.iterdir() if one.name.endswith(".tmp")] == []
+    progress = Interrupting()
+    progress.packs = 99
+    resumed = tune().run(book, progress=progress)
+    assert any(line.startswith("going on after step") for line in progress.said)
+    assert files(resumed.path) == files(whole.path)
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_with_the_reason(
+    uninterrupted, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    book, _, _ = stock(tmp_path, tiny_folder)
+    right, calls = NextToken.loss, []
+
+    def wrong(self: NextToken, pack: Any) -> Any:
+        calls.append(pack)
+        return right(self, pack) * (float("nan") if len(calls) == 7 else 1)
+
+    monkeypatch.setattr(NextToken, "loss", wrong)
+    with pytest.raises(DataError, match=r"the gradient of step \d is nan \(rows [\d, ]+\)"):
+        tune().run(book)
+    monkeypatch.undo()
+    goes_on(book, uninterrupted)
+
+
+@pytest.mark.parametrize("error", ["OSError", "SafetensorError"])
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    uninterrupted, error: str, tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    book, _, _ = stock(tmp_path, tiny_folder)
+    right, calls = state.save_file, []
+
+    def full(tensors: Any, path: Path, **more: Any) -> None:
+        calls.append(path)
+        if len(calls) < 3:
+            return right(tensors, path, **more)
+        path.write_bytes(b"half of a file")
+        if error == "OSError":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError(f"I/O error: No space left on device (os error {errno.ENOSPC})")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(CapacityError, match=r"the disk is full(.|\n)*it goes on from there"):
+        tune().run(book)
+    monkeypatch.undo()
+    goes_on(book, uninterrupted)
 
 
 def test_another_run_s_state_is_not_continued(tmp_path: Path, tiny_folder: Path):

@@ -70,6 +70,8 @@ def understand(
     if family.ties_by_tensors and head in found and embed in found:
         config = dataclasses.replace(config, tied=weights.same(head, embed))
     headless = not config.tied and head not in found
+    if "score.weight" in found:
+        config = dataclasses.replace(config, labels=labels(source, found["score.weight"][0], where))
     expected = expected_shapes(config, headless=headless)
     names = {name: family.hf_tensor(name, config) for name in expected}
     if base:
@@ -92,6 +94,18 @@ def understand(
             )
     check_shapes(folder, source_shapes(expected, names), weights, found)
     return Checkpoint(folder, family, config, source, headless, names, expected, weights)
+
+
+def labels(source: dict[str, Any], count: int, where: Path) -> tuple[str, ...]:
+    """A classifier's, in the order of its scores."""
+    named = source.get("id2label") or {str(n): f"LABEL_{n}" for n in range(count)}
+    if not isinstance(named, dict) or set(map(str, named)) != {str(n) for n in range(count)}:
+        raise FileError(
+            f"{where}: id2label is {str(named)[:200]}",
+            rule=f"but score.weight has {count} rows",
+            next="name a label for each of them, counted from 0",
+        )
+    return tuple(str({str(key): one for key, one in named.items()}[str(n)]) for n in range(count))
 
 
 def _renamed(

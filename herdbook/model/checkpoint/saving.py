@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,9 +72,15 @@ def source_config(decoder: Decoder) -> dict[str, Any]:
     family, source = _family(decoder), dict(decoder.source_config)
     if not source:
         return family.source(decoder.config)
-    if family.config(source, "config.json") != decoder.config:
+    plain = dataclasses.replace(decoder.config, labels=())
+    if family.config(source, "config.json") != plain:
         source.pop("rope_parameters", None)
-        source |= family.write(decoder.config)
+        source |= family.write(plain)
+    if named := decoder.config.labels:
+        architecture = re.sub("(ForCausalLM|LMHeadModel)$", "", family.architecture)
+        source["architectures"] = [f"{architecture}ForSequenceClassification"]
+        source["id2label"] = {str(n): one for n, one in enumerate(named)}
+        source["label2id"] = {one: n for n, one in enumerate(named)}
     return source
 
 
@@ -256,6 +263,10 @@ def gguf_head(
 ) -> dict[str, Any]:
     """The metadata of a GGUF of such a model, but for the file's own. FamilyError or FileError where a
     GGUF cannot say it."""
+    if config.labels:
+        raise FamilyError(
+            "a model that classifies", rule="cannot be written as GGUF", next="use its folder"
+        )
     metadata = {"general.architecture": family.gguf, **gguf_metadata(config, family)}
     expected = expected_shapes(config)
     names = {name: family.gguf_tensor(name, config) for name in expected}
