@@ -34,6 +34,7 @@ FOLDER = Path(__file__).parent / "recipes"
 STEPS = {
     "Fetch": "herdbook.model.fetch",
     "Import": "herdbook.data.user",
+    "Text": "herdbook.data.plain",
     "Identity": "herdbook.data.identity",
     "Retain": "herdbook.data.retention",
     "FetchTokenizer": "herdbook.tokens.fetch",
@@ -68,6 +69,7 @@ class Recipe:
     steps: Mapping[str, Mapping[str, Any]]
     result: str
     profiles: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    source: str = ""  # where its hyperparameters were published
 
     @classmethod
     def read(cls, ref: str) -> Recipe:
@@ -176,7 +178,8 @@ class Recipe:
             values = {key: value_of(value) for key, value in {**entry, **changes[name]}.items()}
             for key in cls.input_fields():
                 if isinstance(values.get(key), list):
-                    values[key] = [one for one in values[key] if one not in left_out]
+                    there = [one for one in values[key] if one not in left_out]
+                    values[key] = there if cls.many(key) else next(iter(there), "")
             resolved[name] = config.from_mapping(
                 cls, values, where=f"step {name} ({cls.__name__}) of recipe {self.name}"
             )

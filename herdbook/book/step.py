@@ -90,6 +90,11 @@ class Step(ABC):
             if INPUT in getattr(hints[f.name], "__metadata__", ())
         )
 
+    @classmethod
+    def many(cls, name: str) -> bool:
+        """Whether input `name` takes several artifacts."""
+        return get_type_hints(cls)[name] is not str
+
     def with_inputs(self, resolve: Callable[[str], str]) -> Step:
         """The same step with every reference passed through `resolve`; empty ones stay empty."""
         changes: dict[str, Any] = {}

@@ -29,6 +29,7 @@ from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.precision import compute_dtype
 from herdbook.tokens.chat import Rendering, render
+from herdbook.tokens.documents import windows
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import check, loop, memory, methods, peft_format
 from herdbook.training.loop import Plan
@@ -233,8 +234,12 @@ class Tune(Step):
     def _rows(self, bench: Bench, tokenizer: Tokenizer) -> tuple[list[Rendering], int]:
         """All conversations as ids and mask, checked and shown; how many were too long."""
         named: list[tuple[str, Rendering]] = []
+        whole: list[Rendering] = []  # of documents
         for dataset in bench.inputs["data"]:
-            for number, one in enumerate(records.read(dataset.path / "train.jsonl"), 1):
+            for number, one in enumerate(records.stream(dataset.path / "train.jsonl"), 1):
+                if isinstance(one, records.Document):
+                    whole += windows(tokenizer, one.text, self.length)
+                    continue
                 row = render(tokenizer, one.messages)
                 if one.extra.get("learn") == "keep":
                     if self.kind == "model":
@@ -247,7 +252,7 @@ class Tune(Step):
                 named.append((f"{dataset.ref} line {number}", row))
         long = [(name, len(row.ids)) for name, row in named if len(row.ids) > self.length]
         kept = [(name, row) for name, row in named if len(row.ids) <= self.length]
-        if long and (self.too_long == "refuse" or not kept):
+        if long and (self.too_long == "refuse" or not (kept or whole)):
             raise DataError(
                 f"{len(long)} of {len(named)} rows have more than {self.length} tokens "
                 f"({', '.join(f'{name}: {size}' for name, size in long[:5])}"
@@ -261,10 +266,14 @@ class Tune(Step):
                 f"left out {len(long)} of {len(named)} rows: more than {self.length} tokens"
             )
         learnt = [(name, row) for name, row in kept if not isinstance(row, Anchor)]
-        check.before_training(learnt, tokenizer, bench.progress)
+        if learnt or not whole:
+            check.before_training(learnt, tokenizer, bench.progress)
+        if whole:
+            tokens = sum(len(row.ids) for row in whole)
+            bench.progress.say(f"{len(whole):,} rows of plain text, {tokens:,} tokens, all trained")
         if len(learnt) < len(kept):
             bench.progress.say(f"on {len(kept) - len(learnt):,} rows it will stay what the base is")
-        return [row for _, row in kept], len(long)
+        return [*(row for _, row in kept), *whole], len(long)
 
     def _tokens_seen(self, rows: Sequence[Rendering]) -> int:
         sizes = [len(row.ids) for row in rows]

@@ -1,0 +1,160 @@
+"""Each recipe's full profile is what its authors published, and its cpu profile runs on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from herdbook import recipe
+from herdbook.book.book import Book
+from herdbook.book.step import Bench
+from herdbook.data.plain import Text
+from herdbook.engine.loaded import load
+from herdbook.evaluation import report as evaluation
+from herdbook.recipe import Recipe, raise_
+from herdbook.training.tune import Tune
+
+ALPACA_LORA = {
+    "method": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": ("q", "v"),
+    "learning_rate": 3e-4, "warmup_steps": 100, "batch": 128, "epochs": 3, "length": 256,
+}  # fmt: skip
+ALPACA = {
+    "method": "full", "batch": 128, "learning_rate": 2e-5, "epochs": 3, "length": 512,
+    "weight_decay": 0.0, "warmup_ratio": 0.03, "schedule": "cosine",
+}  # fmt: skip
+CHATGLM = {
+    "rank": 8, "alpha": 32.0, "dropout": 0.1, "targets": ("q", "k", "v"), "learning_rate": 5e-5,
+    "schedule": "cosine", "batch": 16,
+}  # fmt: skip
+EVERY = ("q", "k", "v", "o", "gate", "up", "down")
+
+#: recipe → step → its published settings
+PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
+    "alpaca": {"tune": ALPACA},
+    "expertllama": {"tune": ALPACA},
+    "vicuna": {"tune": ALPACA | {"length": 2048}},
+    "koala": {"tune": {"method": "full", "epochs": 2}},
+    "dolly": {
+        "tune": {"method": "full", "learning_rate": 5e-6, "epochs": 2, "batch": 48, "warmup_steps": 50}
+    },
+    "belle": {
+        "tune": {"method": "full", "batch": 64, "learning_rate": 8e-6, "epochs": 2, "length": 1024}
+    },
+    "alpaca-lora": {"tune": ALPACA_LORA},
+    "taoli": {"tune": ALPACA_LORA},
+    "huatuo": {"tune": ALPACA_LORA | {"epochs": 10, "warmup_ratio": 0.1, "warmup_steps": 0}},
+    "baize": {
+        "tune": {
+            "method": "lora", "rank": 8, "alpha": 16.0, "dropout": 0.05, "batch": 64, "epochs": 1,
+            "length": 512, "learning_rate": 2e-4, "warmup_steps": 100,
+            "targets": ("q", "k", "v", "gate", "up", "down"),
+        }
+    },
+    "gpt4all": {
+        "tune": {
+            "method": "lora", "rank": 8, "alpha": 32.0, "dropout": 0.1, "batch": 32, "epochs": 4,
+            "learning_rate": 5e-5, "length": 1024, "warmup_steps": 100,
+        }
+    },
+    "chatglm-ptuning": {
+        "tune": {
+            "method": "prefix", "virtual_tokens": 128, "learning_rate": 2e-2, "batch": 16,
+            "steps": 3000, "length": 128,
+        }
+    },
+    "chatglm-freeze": {
+        "tune": {"method": "freeze", "parts": ("mlp",), "last_layers": 3, "epochs": 3, "batch": 16}
+    },
+    "chatglm-lora": {"tune": CHATGLM | {"method": "lora", "base": "dense", "epochs": 3}},
+    "chatglm-qlora": {"tune": CHATGLM | {"method": "lora", "base": "nf4", "epochs": 1}},
+    "llmtune": {
+        "tune": {
+            "method": "lora", "base": "packaged", "rank": 8, "alpha": 16.0, "dropout": 0.05,
+            "batch": 2, "epochs": 3, "learning_rate": 2e-4, "length": 256, "warmup_steps": 50,
+        }
+    },
+    "firefly": {
+        "tune": {
+            "method": "lora", "base": "nf4", "rank": 64, "alpha": 16.0, "dropout": 0.05, "clip": 0.3,
+            "learning_rate": 2e-4, "schedule": "constant", "warmup_steps": 3000, "batch": 16,
+            "length": 1024, "epochs": 1, "weight_decay": 0.0,
+        }
+    },
+    "camel": {
+        "read": ALPACA | {"epochs": 1, "length": 2048},
+        "tune": ALPACA | {"length": 2048},
+    },
+    "lawgpt": {
+        "read": {
+            "method": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.05, "batch": 128, "epochs": 1,
+            "learning_rate": 3e-4, "length": 1024, "targets": ("q", "k", "v", "o"),
+        },
+        "tune": ALPACA_LORA | {"batch": 64, "epochs": 20},
+    },
+    "cama": {
+        "read": {"method": "full"},
+        "tune": {
+            "method": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.05, "batch": 128, "epochs": 3,
+            "learning_rate": 3e-4, "length": 512, "warmup_steps": 10, "targets": EVERY,
+        },
+    },
+}  # fmt: skip
+
+
+def settings_of(name: str, **given: str) -> dict[str, str]:
+    """Of `given` what the recipe takes."""
+    return {key: value for key, value in given.items() if key in Recipe.read(name).settings}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_full_profile_is_the_published_one(name: str) -> None:
+    described = Recipe.read(name)
+    assert described.source.startswith("https://")
+    steps = described.resolve({"profile": "full", **settings_of(name, data="x", text="x")})
+    for step, published in PUBLISHED[name].items():
+        assert {key: getattr(steps[step], key) for key in published} == published, step
+
+
+def test_every_recipe_has_a_source_and_a_place_in_the_list() -> None:
+    assert set(PUBLISHED) | {"cria"} == set(recipe.shipped())
+    abouts = [Recipe.read(name).about for name in recipe.shipped()]
+    assert all(len(about["en"]) <= 100 and len(about["zh"]) <= 50 for about in abouts)
+
+
+@dataclass(frozen=True)
+class Report(evaluation.Report):
+    """Both models answer; nothing is measured."""
+
+    def make(self, bench: Bench) -> dict[str, Any]:
+        ids = [5, 6, 7]
+        for side in ("before", "after"):
+            assert load(str(bench.artifact(side).path)).logits(ids).isfinite().all()
+        (bench.out / "report.json").write_text("{}")
+        return {}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_the_cpu_profile_runs(
+    name: str, book: Book, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(recipe.STEPS, "Report", __name__)
+    rows = [{"instruction": f"who {'you ' * n}", "output": f"a model {n}"} for n in range(12)]
+    data, text = tmp_path / "rows.jsonl", tmp_path / "notes.txt"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    text.write_text("\n\n".join(f"hello {n} you are small model " * 20 for n in range(12)))
+    given = settings_of(name, base=str(tiny_folder), data=str(data), text=str(text))
+    small = {}
+    for step, made in Recipe.read(name).resolve(given).items():
+        if isinstance(made, Tune):
+            small |= {f"{step}.steps": 2, f"{step}.batch": 2, f"{step}.length": 192}
+            small |= {f"{step}.rank": 2, f"{step}.virtual_tokens": 4}
+        if isinstance(made, Text):
+            small |= {f"{step}.size": 200}
+    raised = raise_(name, book=book, **given, **small)
+    assert raised.artifact.name == name and book.verify()[1] == []
+    again = raise_(name, book=book, **given, **small)
+    assert not again.made and again.artifact == raised.artifact
