@@ -201,5 +201,3 @@ def test_shipped_recipes_resolve_in_every_profile(name: str) -> None:
                 step.with_inputs(lambda ref, seen=seen: ref if ref in seen else pytest.fail(ref))
                 seen.add(called)
     assert set(described.about) == {"en", "zh"}
-
-

@@ -34,6 +34,7 @@ from herdbook.errors import DataError
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import Pack
+from herdbook.training import mixing
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
@@ -61,6 +62,9 @@ class Plan:
     precision: str
     seed: int
     save_every: int
+    #: of a mixture: rows of each dataset, and how many of them an epoch takes
+    sizes: tuple[int, ...] = ()
+    mix: tuple[int, ...] = ()
 
     def total(self, rows: int) -> int:
         """Steps in all."""
@@ -80,15 +84,14 @@ class Objective(Protocol):
         """The summed loss of a pack, a scalar with a gradient."""
 
 
-def order(rows: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch: a shuffle that depends on nothing but (seed, epoch), cut in pieces.
-
-    >>> order(5, 2, seed=0, epoch=0) == order(5, 2, seed=0, epoch=0) != order(5, 2, seed=0, epoch=1)
-    True
-    """
-    numbers = list(range(rows))
-    random.Random(f"{seed}/{epoch}").shuffle(numbers)
-    return [numbers[start : start + batch] for start in range(0, rows, batch)]
+def order(plan: Plan, rows: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: a shuffle that depends on nothing but (seed, epoch), cut in pieces."""
+    if plan.mix:
+        numbers = mixing.epoch(plan.sizes, plan.mix, plan.seed, epoch)
+    else:
+        numbers = list(range(rows))
+        random.Random(f"{plan.seed}/{epoch}").shuffle(numbers)
+    return [numbers[start : start + plan.batch] for start in range(0, rows, plan.batch)]
 
 
 def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
@@ -98,7 +101,7 @@ def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
     for step in range(done, plan.total(rows)):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            cuts = order(rows, plan.batch, plan.seed, epoch)
+            cuts = order(plan, rows, epoch)
         yield cuts[step % per_epoch]
 
 

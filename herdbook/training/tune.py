@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -21,19 +20,17 @@ from torch import Tensor
 
 from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, Input, Inputs, Step, require
-from herdbook.data import records
-from herdbook.errors import ConfigError, DataError
+from herdbook.errors import ConfigError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.precision import compute_dtype
-from herdbook.tokens.chat import Rendering, render
-from herdbook.tokens.documents import windows
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import check, loop, memory, methods, peft_format
+from herdbook.training import loop, memory, methods, mixing, peft_format
 from herdbook.training.loop import Plan
-from herdbook.training.objective import Anchor, NextToken
+from herdbook.training.objective import NextToken
+from herdbook.training.rows import Rows, gather
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,12 @@ class Tune(Step):
 
     kind: ClassVar[str] = "adapter"  # methods "full" and "freeze": "model"
 
-    #: the model to tune, and the datasets, whose rows are taken in this order
+    #: the model to tune, and the datasets
     model: Input = ""
     data: Inputs = ()
+    #: a weight for each dataset: of so many rows an epoch takes from it, whatever its size (none: each
+    #: row once). See `mixing`
+    mix: tuple[float, ...] = ()
     #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; freeze:
     #: the last blocks or named parts; full: all weights
     #: prefix: keys and values of virtual tokens before each row (P-tuning v2); prompt: their embeddings
@@ -123,7 +123,8 @@ class Tune(Step):
         require(self, "model", "data")
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
-        rows, dropped = self._rows(bench, tokenizer)
+        rows, dropped = gather(self, bench, tokenizer)
+        plan = self._plan(rows)
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
@@ -135,7 +136,7 @@ class Tune(Step):
                 NextToken(decoder, self.anchor, self.balance),
                 parameters,
                 rows,
-                self._plan(),
+                plan,
                 bench.work,
                 bench.progress,
             )
@@ -153,8 +154,8 @@ class Tune(Step):
             "rows": len(rows),
             "dropped_rows": dropped,
             "trained_tokens": sum(record["tokens"] for record in records),
-            "total_tokens": self._tokens_seen(rows),
-            "tokens_per_s": round(self._tokens_seen(rows) / max(state.seconds, 1e-9), 1),
+            "total_tokens": (seen := self._tokens_seen(rows, plan)),
+            "tokens_per_s": round(seen / max(state.seconds, 1e-9), 1),
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
             "weights_bytes": held,
@@ -163,6 +164,12 @@ class Tune(Step):
 
     def check(self) -> None:
         methods.check(self)
+        if self.mix and (len(self.mix) != len(self.data) or not min(self.mix) > 0):
+            raise ConfigError(
+                f"tune.mix is {self.mix} for {len(self.data)} datasets",
+                rule="but must have a weight above 0 for each",
+                next="write a weight for each dataset, as 0.7,0.3, or leave mix out",
+            )
         below = {
             "dropout": 1.0,
             "warmup_ratio": 1.0,
@@ -210,8 +217,11 @@ class Tune(Step):
                 layer.has_kernel = False  # it rounds otherwise than what the adapter learns beside
         return decoder
 
-    def _plan(self) -> Plan:
+    def _plan(self, rows: Rows) -> Plan:
+        sizes = rows.counts()
         return Plan(
+            sizes=sizes if self.mix else (),
+            mix=mixing.shares(sizes, self.mix) if self.mix else (),
             batch=self.batch,
             epochs=self.epochs,
             steps=self.steps,
@@ -231,50 +241,6 @@ class Tune(Step):
             save_every=self.save_every,
         )
 
-    def _rows(self, bench: Bench, tokenizer: Tokenizer) -> tuple[list[Rendering], int]:
-        """All conversations as ids and mask, checked and shown; how many were too long."""
-        named: list[tuple[str, Rendering]] = []
-        whole: list[Rendering] = []  # of documents
-        for dataset in bench.inputs["data"]:
-            for number, one in enumerate(records.stream(dataset.path / "train.jsonl"), 1):
-                if isinstance(one, records.Document):
-                    whole += windows(tokenizer, one.text, self.length)
-                    continue
-                row = render(tokenizer, one.messages)
-                if one.extra.get("learn") == "keep":
-                    if self.kind == "model":
-                        raise ConfigError(
-                            f"{dataset.ref} holds rows to keep",
-                            rule=f"and {self.method} tuning has no base beside it to keep them by",
-                            next=f"set method to lora, or leave {dataset.ref} out of data",
-                        )
-                    row = Anchor(row.ids, row.mask)
-                named.append((f"{dataset.ref} line {number}", row))
-        long = [(name, len(row.ids)) for name, row in named if len(row.ids) > self.length]
-        kept = [(name, row) for name, row in named if len(row.ids) <= self.length]
-        if long and (self.too_long == "refuse" or not (kept or whole)):
-            raise DataError(
-                f"{len(long)} of {len(named)} rows have more than {self.length} tokens "
-                f"({', '.join(f'{name}: {size}' for name, size in long[:5])}"
-                f"{', …' if len(long) > 5 else ''})",
-                rule="and rows are never cut",
-                next=f"raise length (the longest needs {max(size for _, size in long)})"
-                + (", or set too_long to drop" if kept else ""),
-            )
-        if long:
-            bench.progress.say(
-                f"left out {len(long)} of {len(named)} rows: more than {self.length} tokens"
-            )
-        learnt = [(name, row) for name, row in kept if not isinstance(row, Anchor)]
-        if learnt or not whole:
-            check.before_training(learnt, tokenizer, bench.progress)
-        if whole:
-            tokens = sum(len(row.ids) for row in whole)
-            bench.progress.say(f"{len(whole):,} rows of plain text, {tokens:,} tokens, all trained")
-        if len(learnt) < len(kept):
-            bench.progress.say(f"on {len(kept) - len(learnt):,} rows it will stay what the base is")
-        return [*(row for _, row in kept), *whole], len(long)
-
-    def _tokens_seen(self, rows: Sequence[Rendering]) -> int:
-        sizes = [len(row.ids) for row in rows]
-        return sum(sum(sizes[n] for n in cut) for cut in loop.batches(self._plan(), len(rows)))
+    def _tokens_seen(self, rows: Rows, plan: Plan) -> int:
+        sizes = rows.column("sizes")
+        return sum(int(sizes[cut].sum()) for cut in loop.batches(plan, len(rows)))
