@@ -16,10 +16,9 @@ from cyclopts.exceptions import CycloptsError
 
 from herdbook import cli_keys, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
-from herdbook.terminal import Json
+from herdbook.terminal import Json, language
 from herdbook.terminal import book as _book
 from herdbook.terminal import console as _console
-from herdbook.terminal import language
 from herdbook.terminal import print_json as _print
 
 app = App(

@@ -42,10 +42,12 @@ STEPS = {
     "ExtendTokenizer": "herdbook.tokens.extend",
     "PruneTokenizer": "herdbook.tokens.prune",
     "Refit": "herdbook.model.vocabulary",
+    "Init": "herdbook.model.init",
     "Tune": "herdbook.training.tune",
     "Merge": "herdbook.compression.merge",
     "Quantise": "herdbook.compression.quantise",
     "Report": "herdbook.evaluation.report",
+    "Scaling": "herdbook.evaluation.scaling",
 }
 DEFAULT_PROFILE = "cpu"
 

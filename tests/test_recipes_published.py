@@ -17,7 +17,9 @@ from herdbook.compression import quantise as compression
 from herdbook.data.plain import Text
 from herdbook.engine.loaded import load
 from herdbook.evaluation import report as evaluation
+from herdbook.model.init import Init
 from herdbook.recipe import Recipe, raise_
+from herdbook.tokens.train import TrainTokenizer
 from herdbook.training.tune import Tune
 
 ALPACA_LORA = {
@@ -104,7 +106,38 @@ PUBLISHED: dict[str, dict[str, dict[str, Any]]] = {
             "learning_rate": 3e-4, "length": 512, "warmup_steps": 10, "targets": EVERY,
         },
     },
+    "llama": {
+        "model": {"hidden": 4096, "layers": 32, "heads": 32, "ffn": 11008, "context": 2048},
+        "tune": {
+            "learning_rate": 3e-4, "schedule": "cosine", "floor": 0.1, "warmup_steps": 2000,
+            "weight_decay": 0.1, "betas": (0.9, 0.95), "clip": 1.0, "batch": 2048, "length": 2048,
+        },
+    },
+    "cerebras-gpt": {
+        "first": {"hidden": 768, "layers": 10, "heads": 12},
+        "second": {"hidden": 1088, "layers": 14, "heads": 17},
+        "third": {"hidden": 1536, "layers": 18, "heads": 12},
+        "small": {"tokens_per_parameter": 20.0, "batch": 120, "learning_rate": 6e-4, "length": 2048},
+        "middle": {"tokens_per_parameter": 20.0, "batch": 264, "learning_rate": 6e-4},
+        "large": {"tokens_per_parameter": 20.0, "batch": 264, "learning_rate": 2e-4},
+    },
+    "chinese-llama-alpaca": {
+        "trained": {"size": 20_000},
+        "read": {
+            "rank": 8, "alpha": 32.0, "dropout": 0.05, "targets": (), "whole": ("embed", "head"),
+            "learning_rate": 2e-4, "length": 512, "epochs": 1, "warmup_ratio": 0.05,
+            "weight_decay": 0.01, "schedule": "cosine",
+        },
+        "tune": {"rank": 8, "alpha": 32.0, "learning_rate": 1e-4, "length": 512, "warmup_ratio": 0.03},
+    },
+    "billa": {
+        "read": {"method": "full", "learning_rate": 3e-5, "steps": 100_000, "warmup_steps": 2000},
+        "mixed": {"method": "full", "learning_rate": 2e-5, "steps": 20_000, "mix": (1.0, 1.0)},
+        "tune": {"method": "full", "learning_rate": 2e-5, "steps": 20_000, "length": 1024},
+    },
 }  # fmt: skip
+#: what needs a LLaMA with a SentencePiece tokenizer
+WITH_PIECES = ("chinese-llama-alpaca", "billa")
 
 
 def settings_of(name: str, **given: str) -> dict[str, str]:
@@ -116,7 +149,9 @@ def settings_of(name: str, **given: str) -> dict[str, str]:
 def test_the_full_profile_is_the_published_one(name: str) -> None:
     described = Recipe.read(name)
     assert described.source.startswith("https://")
-    steps = described.resolve({"profile": "full", **settings_of(name, data="x", text="x")})
+    steps = described.resolve(
+        {"profile": "full", **settings_of(name, data="x", text="x", tasks="x", base="x")}
+    )
     for step, published in PUBLISHED[name].items():
         assert {key: getattr(steps[step], key) for key in published} == published, step
 
@@ -150,6 +185,16 @@ class Quantise(compression.Quantise):
         return {}
 
 
+def _with_pieces(book: Book, text: Path) -> Path:
+    """A LLaMA with a SentencePiece tokenizer that does not know the text's words."""
+    other = text.with_name("other.txt")
+    other.write_text("the quick brown fox jumps over a lazy dog\n" * 20)
+    tokens = TrainTokenizer(text=(str(other),), size=300).run(book, name="few")
+    made = Init(tokenizer=tokens.id, hidden=32, layers=2, heads=2, context=256).run(book)
+    shutil.copytree(made.path, text.with_name("base"))
+    return text.with_name("base")
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_the_cpu_profile_runs(
     name: str, book: Book, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -160,14 +205,19 @@ def test_the_cpu_profile_runs(
     data, text = tmp_path / "rows.jsonl", tmp_path / "notes.txt"
     data.write_text("\n".join(map(json.dumps, rows)))
     text.write_text("\n\n".join(f"hello {n} you are small model " * 20 for n in range(12)))
-    given = settings_of(name, base=str(tiny_folder), data=str(data), text=str(text))
-    small = {}
+    base = _with_pieces(book, text) if name in WITH_PIECES else tiny_folder
+    files = {"data": str(data), "tasks": str(data), "text": str(text)}
+    given = settings_of(name, base=str(base), **files)
+    small: dict[str, Any] = {}
     for step, made in Recipe.read(name).resolve(given).items():
         if isinstance(made, Tune):
             small |= {f"{step}.steps": 2, f"{step}.batch": 2, f"{step}.length": 192}
             small |= {f"{step}.rank": 2, f"{step}.virtual_tokens": 4}
+            small |= {f"{step}.tokens_per_parameter": 0}
         if isinstance(made, Text):
             small |= {f"{step}.size": 200}
+        if isinstance(made, TrainTokenizer):
+            small |= {f"{step}.size": 270 if made.algorithm == "bytes" else 300}
     raised = raise_(name, book=book, **given, **small)
     assert raised.artifact.name == name
     assert not raise_(name, book=book, **given, **small).made

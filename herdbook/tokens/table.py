@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import overload
 
@@ -130,15 +130,14 @@ def _make(dataset: Path, tokenizer: Tokenizer, model: Path, length: int, folder:
     with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
         others = [
             subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, model, dataset, str(length), str(start),
-                 str(end), Path(parts) / str(start)],
+                _command(model, dataset, length, start, end, Path(parts) / str(start)),
                 stderr=subprocess.DEVNULL,  # a part that fails is made here, where its error is told
             )
-            for start, end in zip(cuts[1:-1], cuts[2:], strict=True)
-        ]  # fmt: skip
+            for start, end in pairwise(cuts[1:])
+        ]
         try:
             write(_rows(dataset, tokenizer, length, 0, cuts[1]), folder)
-            for start, end, other in zip(cuts[1:-1], cuts[2:], others, strict=True):
+            for (start, end), other in zip(pairwise(cuts[1:]), others, strict=True):
                 part = Path(parts) / str(start)
                 if other.wait():
                     part = part.with_suffix(".again")
@@ -149,6 +148,12 @@ def _make(dataset: Path, tokenizer: Tokenizer, model: Path, length: int, folder:
             for other in others:
                 other.kill()
                 other.wait()
+
+
+def _command(*arguments: object) -> list[str]:
+    """This module as a program, which writes a part of a table."""
+    assert __spec__ is not None
+    return [sys.executable, "-m", __spec__.name, *map(str, arguments)]
 
 
 def _rows(

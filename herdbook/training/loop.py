@@ -84,14 +84,19 @@ class Objective(Protocol):
         """The summed loss of a pack, a scalar with a gradient."""
 
 
-def order(plan: Plan, rows: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch: a shuffle that depends on nothing but (seed, epoch), cut in pieces."""
-    if plan.mix:
-        numbers = mixing.epoch(plan.sizes, plan.mix, plan.seed, epoch)
-    else:
-        numbers = list(range(rows))
-        random.Random(f"{plan.seed}/{epoch}").shuffle(numbers)
-    return [numbers[start : start + plan.batch] for start in range(0, rows, plan.batch)]
+def order(rows: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: a shuffle that depends on nothing but (seed, epoch), cut in pieces.
+
+    >>> order(5, 2, seed=0, epoch=0) == order(5, 2, seed=0, epoch=0) != order(5, 2, seed=0, epoch=1)
+    True
+    """
+    numbers = list(range(rows))
+    random.Random(f"{seed}/{epoch}").shuffle(numbers)
+    return _cut(numbers, batch)
+
+
+def _cut(numbers: list[int], batch: int) -> list[list[int]]:
+    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 
 
 def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
@@ -101,7 +106,10 @@ def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
     for step in range(done, plan.total(rows)):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            cuts = order(plan, rows, epoch)
+            if plan.mix:
+                cuts = _cut(mixing.epoch(plan.sizes, plan.mix, plan.seed, epoch), plan.batch)
+            else:
+                cuts = order(rows, plan.batch, plan.seed, epoch)
         yield cuts[step % per_epoch]
 
 

@@ -96,9 +96,11 @@ class Tune(Step):
     #: keep of a pack no more than what enters each block, and compute the rest again on the way back:
     #: a third more arithmetic for a fraction of the memory
     recompute: bool = False
-    #: passes over the data, or exactly so many optimiser steps (0: by epochs)
+    #: passes over the data, or exactly so many optimiser steps (0: by epochs), or as many as take
+    #: about so many tokens for each of the model's parameters (0: the others; Chinchilla's optimum: 20)
     epochs: int = 1
     steps: int = 0
+    tokens_per_parameter: float = 0.0
     #: conversations per optimiser step
     batch: int = 8
     #: most tokens of a conversation; longer ones are dropped and counted, or refused, never cut
@@ -124,13 +126,13 @@ class Tune(Step):
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = gather(self, bench, tokenizer)
-        plan = self._plan(rows)
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+            plan = self._plan(rows, decoder.parameter_count())
             parameters = methods.prepare(decoder, self)
             state = loop.train(
                 NextToken(decoder, self.anchor, self.balance),
@@ -176,7 +178,10 @@ class Tune(Step):
             "average": 1.0,
             "floor": math.nextafter(1.0, 2.0),
         }
-        free = ("weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate", *below)
+        free = (
+            "weight_decay", "clip", "anchor", "last_layers", "alpha", "learning_rate",
+            "tokens_per_parameter", *below,
+        )  # fmt: skip
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
         given |= {f"betas, {beta:g} of {self.betas},": (beta, 1.0) for beta in self.betas}
         for name, (value, top) in given.items():
@@ -217,14 +222,15 @@ class Tune(Step):
                 layer.has_kernel = False  # it rounds otherwise than what the adapter learns beside
         return decoder
 
-    def _plan(self, rows: Rows) -> Plan:
+    def _plan(self, rows: Rows, parameters: int) -> Plan:
         sizes = rows.counts()
+        tokens = self.batch * float(rows.column("sizes").mean())  # of a step
         return Plan(
             sizes=sizes if self.mix else (),
             mix=mixing.shares(sizes, self.mix) if self.mix else (),
             batch=self.batch,
             epochs=self.epochs,
-            steps=self.steps,
+            steps=math.ceil(self.tokens_per_parameter * parameters / tokens) or self.steps,
             pack=max(self.pack, self.length),
             learning_rate=self.learning_rate,
             schedule=self.schedule,
