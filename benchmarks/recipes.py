@@ -43,7 +43,7 @@ FILES = {
         "text": WIKI,
         "pieces": "tokenizers/chinese_sp.model",
     },
-    "billa": {"data": CHINESE, "tasks": "gsm8k/train.jsonl.gz", "text": WIKI},
+    "billa": {"data": CHINESE, "tasks": ENGLISH, "text": WIKI},
 }
 #: they need a LLaMA with a SentencePiece tokenizer: the one that the recipe llama raises
 ON_LLAMA = ("chinese-llama-alpaca", "billa")

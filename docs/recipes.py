@@ -29,7 +29,8 @@ Written by `python docs/recipes.py` from `herdbook/recipes/*.yaml` and `benchmar
 FILE holds conversations or instructions in any format that `Import` reads; `--text` takes plain text (.txt, or JSON
 lines with "text"). Every result goes into the book with its parents and a report: base against raised model.
 
-The full profile is what the authors published (`source` in the recipe; a test pins it). What is known to differ: rows
+The full profile is what the authors published (`source` in the recipe; a test pins it), their prompt included
+where it is known (`herd templates`); with a chat model as the base, `--base.template ""` keeps its own. What is known to differ: rows
 are packed and never cut (theirs are cut at the length), and only the assistant's words are learnt. Of Koala and of
 CaMA's first stage no rates were found; the recipes say what stands in for them. A cpu profile changes sizes and counts
 alone, but for pretraining, whose small models learn at a higher rate.
@@ -54,7 +55,8 @@ full profile is. «not measured»: its cpu profile is tested on a tiny model onl
 文件可以是 `Import` 能读的任何格式的对话或指令；`--text` 接受纯文本（.txt，或含 "text" 的 JSON 行）。每个结果连同其来源和
 报告（底座对比养成的模型）一起记入谱系。
 
-full 档位即作者公布的设置（配方中的 `source`；有测试固定）。已知的不同：样本打包而从不截断（原作按长度截断），只学习助手
+full 档位即作者公布的设置（配方中的 `source`；有测试固定），已知的提示格式也包括在内（`herd templates`）；底座本身是对话模型时，
+用 `--base.template ""` 保留它自己的格式。已知的不同：样本打包而从不截断（原作按长度截断），只学习助手
 说的话。Koala 的学习率以及 CaMA 第一阶段的设置没有公布，配方中写明了代替的数值。cpu 档位只改变大小和数量；预训练除外，小
 模型用更高的学习率。
 

@@ -1,11 +1,13 @@
 """Recipes: a named list of steps, run in order, only what is missing. The one place that knows all rooms.
 
     about: Raise a small private assistant that knows its name.
+    source: https://example.org/paper                     # where its settings were published
     settings: {name: Luna, base: smollm2, data: ""}       # herd raise cria --name Nova
     steps:
       base: {do: Fetch, ref: $base}                       # $base: a setting
       own: {do: Import, if: data, data: $data}            # only when the setting is not empty
-      tune: {do: Tune, model: base, data: [own]}          # base, own: earlier steps
+      tune: {do: Tune, model: base, data: [own]}          # base, own: earlier steps; of [read, base]
+                                                          # one model is the first that is there
     result: tune                                          # this one is named like the recipe
     profiles:
       cpu: {tune: {epochs: 1}}

@@ -214,6 +214,8 @@ def test_the_cpu_profile_runs(
             small |= {f"{step}.steps": 2, f"{step}.batch": 2, f"{step}.length": 192}
             small |= {f"{step}.rank": 2, f"{step}.virtual_tokens": 4}
             small |= {f"{step}.tokens_per_parameter": 0}
+        if isinstance(made, Init):
+            small |= {f"{step}.context": 192}
         if isinstance(made, Text):
             small |= {f"{step}.size": 200}
         if isinstance(made, TrainTokenizer):

@@ -210,6 +210,12 @@ class Tune(Step):
     def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
         kept = {"quantised": self.base == "packaged", "nf4": self.base == "nf4"}
         decoder = load_decoder(source.path, dtype=dtype, **kept)
+        if decoder.config.position == "learned" and self.length > decoder.config.max_pos:
+            raise ConfigError(
+                f"tune.length is {self.length}",
+                rule=f"and {source.ref} has learnt {decoder.config.max_pos} places",
+                next=f"set length to {decoder.config.max_pos}",
+            )
         few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
         if self.base == "packaged" and not few:
             raise ConfigError(
