@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray large bench clean
+.PHONY: install demo test lint fuzz soak ray large bench recipes clean
 
 install: $(VENV)/.installed
 
@@ -72,6 +72,11 @@ $(BENCH)/.installed: pyproject.toml
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/engine.py
 	$(BENCH)/bin/python benchmarks/tuning.py
+
+# Every recipe's cpu profile on real rows, in the folder DATA, and their tables in docs (slow).
+recipes: $(VENV)/.tested
+	$(BIN)/python benchmarks/recipes.py $(DATA)
+	$(BIN)/python docs/recipes.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -29,11 +29,14 @@ Written by `python docs/recipes.py` from `herdbook/recipes/*.yaml` and `benchmar
 FILE holds conversations or instructions in any format that `Import` reads; `--text` takes plain text (.txt, or JSON
 lines with "text"). Every result goes into the book with its parents and a report: base against raised model.
 
-The full profile is what the authors published (`source` in the recipe; a test pins it), their prompt included
-where it is known (`herd templates`); with a chat model as the base, `--base.template ""` keeps its own. What is known to differ: rows
-are packed and never cut (theirs are cut at the length), and only the assistant's words are learnt. Of Koala and of
+The full profile is what the authors published (`source` in the recipe; a test pins it), their prompt included where it
+is known (`herd templates`); with a chat model as the base, `--base.template ""` keeps its own. What is known to differ:
+rows are packed and never cut (theirs are cut at the length), and only the assistant's words are learnt. Of Koala and of
 CaMA's first stage no rates were found; the recipes say what stands in for them. A cpu profile changes sizes and counts
 alone, but for pretraining, whose small models learn at a higher rate.
+
+Preference learning, data generation and evaluation of these families are steps of their own and are not in these
+recipes yet (Koala's and BELLE's ranked answers, Baize's self-chat, ExpertLLaMA's rewriting).
 
 Measured: perplexity of 16 held-out replies (or documents), raised model against base, with the relative change; loss of
 the first and the last step; time of the whole command. So few rows show that a recipe runs and learns, not how good its
@@ -55,10 +58,11 @@ full profile is. «not measured»: its cpu profile is tested on a tiny model onl
 文件可以是 `Import` 能读的任何格式的对话或指令；`--text` 接受纯文本（.txt，或含 "text" 的 JSON 行）。每个结果连同其来源和
 报告（底座对比养成的模型）一起记入谱系。
 
-full 档位即作者公布的设置（配方中的 `source`；有测试固定），已知的提示格式也包括在内（`herd templates`）；底座本身是对话模型时，
-用 `--base.template ""` 保留它自己的格式。已知的不同：样本打包而从不截断（原作按长度截断），只学习助手
-说的话。Koala 的学习率以及 CaMA 第一阶段的设置没有公布，配方中写明了代替的数值。cpu 档位只改变大小和数量；预训练除外，小
-模型用更高的学习率。
+full 档位即作者公布的设置（配方中的 `source`；有测试固定），已知的提示格式也包括在内（`herd templates`）；底座本身是对话模
+型时，用 `--base.template ""` 保留它自己的格式。已知的不同：样本打包而从不截断（原作按长度截断），只学习助手说的话。Koala 的
+学习率以及 CaMA 第一阶段的设置没有公布，配方中写明了代替的数值。cpu 档位只改变大小和数量；预训练除外，小模型用更高的学习率。
+
+偏好学习、数据生成和评测是各自的步骤，还不在这些配方里（Koala 和 BELLE 的排序回答、白泽的自我对话、ExpertLLaMA 的改写）。
 
 实测：16 条留出回答（或文档）的困惑度，养成的模型相对底座的变化；第一步与最后一步的损失；整条命令的时间。样本这么少，只说明
 配方能运行、能学习，不代表 full 档位的质量。「未测」：cpu 档位只在极小的模型上测试过。

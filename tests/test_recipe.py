@@ -193,7 +193,7 @@ def test_shipped_recipes_resolve_in_every_profile(name: str) -> None:
     described = Recipe.read(name)
     for profile in described.profiles:
         given = {key: "some/file.json" for key in ("data", "text") if key in described.settings}
-        for overrides in ({}, {"data": "some/file.json"}, given):
+        for overrides in ({}, dict([*given.items()][:1]), given):
             steps = described.resolve({"profile": profile, **overrides})
             assert described.result in steps
             seen: set[str] = set()
