@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench plan-bench clean
+.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench plan-bench recipes clean
 
 install: $(VENV)/.installed
 
@@ -92,6 +92,11 @@ bench: $(BENCH)/.installed
 # What `herd plan` says of ten configurations, and what they then take; writes the tables of docs/planning.
 plan-bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/planning.py
+
+# Every recipe's cpu profile on real rows, in the folder DATA, and their tables in docs (slow).
+recipes: $(VENV)/.tested
+	$(BIN)/python benchmarks/recipes.py $(DATA)
+	$(BIN)/python docs/recipes.py
 
 clean:
 	rm -rf $(VENV) $(BENCH) .demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache

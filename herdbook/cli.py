@@ -16,7 +16,7 @@ from cyclopts.exceptions import CycloptsError
 
 from herdbook import cli_keys, cli_plan, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
-from herdbook.terminal import Json
+from herdbook.terminal import Json, language
 from herdbook.terminal import book as _book
 from herdbook.terminal import console as _console
 from herdbook.terminal import print_json as _print
@@ -507,12 +507,16 @@ def recipes(name: str = "", /, *, json: Json = False) -> None:
             _print(abouts)
         else:
             for one, about in abouts.items():
-                print(f"{one}: {about['en']}\n{' ' * len(one)}  {about['zh']}")
+                print(f"{one:<18} {about[language()]}")
+            print(
+                "\nherd recipes NAME lists what can be set, herd raise NAME --data FILE raises one"
+            )
         return
     recipe = recipes_.Recipe.read(name)
     steps = recipe.resolve({})
     plain = {
         "about": dict(recipe.about),
+        "source": recipe.source,
         "settings": dict(recipe.settings),
         "profiles": {name: dict(changes) for name, changes in recipe.profiles.items()},
         "steps": {

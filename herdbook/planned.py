@@ -29,6 +29,7 @@ from herdbook.tokens.chat import Rendering
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import fitting, memory, methods, planning
 from herdbook.training.probe import Trial, packs_of, probe
+from herdbook.training.rows import gather
 from herdbook.training.tune import Tune
 
 
@@ -112,10 +113,15 @@ def _plan(
     trial: bool,
 ) -> Planned:
     checkpoint = open_checkpoint(path)
-    bench: Any = SimpleNamespace(inputs={"data": tuple(data)}, progress=Progress())
+    bench: Any = SimpleNamespace(
+        inputs={"data": tuple(data)},
+        artifact=lambda name: SimpleNamespace(path=path),
+        book=book,
+        progress=Progress(),
+    )
     rows: list[Rendering] = []
     if data:
-        rows, _ = how._rows(bench, Tokenizer.load(path))
+        rows = list(gather(how, bench, Tokenizer.load(path))[0])
     assumed = sum(int(getattr(step, "rows", 0)) for step in missing)
     rows += _assumed(rows, assumed, how.length)
     load = fitting.fullest(rows, how)

@@ -1,11 +1,13 @@
 """Recipes: a named list of steps, run in order, only what is missing. The one place that knows all rooms.
 
     about: Raise a small private assistant that knows its name.
+    source: https://example.org/paper                     # where its settings were published
     settings: {name: Luna, base: smollm2, data: ""}       # herd raise cria --name Nova
     steps:
       base: {do: Fetch, ref: $base}                       # $base: a setting
       own: {do: Import, if: data, data: $data}            # only when the setting is not empty
-      tune: {do: Tune, model: base, data: [own]}          # base, own: earlier steps
+      tune: {do: Tune, model: base, data: [own]}          # base, own: earlier steps; of [read, base]
+                                                          # one model is the first that is there
     result: tune                                          # this one is named like the recipe
     profiles:
       cpu: {tune: {epochs: 1}}
@@ -34,6 +36,7 @@ FOLDER = Path(__file__).parent / "recipes"
 STEPS = {
     "Fetch": "herdbook.model.fetch",
     "Import": "herdbook.data.user",
+    "Text": "herdbook.data.plain",
     "Identity": "herdbook.data.identity",
     "Retain": "herdbook.data.retention",
     "FetchTokenizer": "herdbook.tokens.fetch",
@@ -41,11 +44,13 @@ STEPS = {
     "ExtendTokenizer": "herdbook.tokens.extend",
     "PruneTokenizer": "herdbook.tokens.prune",
     "Refit": "herdbook.model.vocabulary",
+    "Init": "herdbook.model.init",
     "Tune": "herdbook.training.tune",
     "Classify": "herdbook.training.classify",
     "Merge": "herdbook.compression.merge",
     "Quantise": "herdbook.compression.quantise",
     "Report": "herdbook.evaluation.report",
+    "Scaling": "herdbook.evaluation.scaling",
 }
 DEFAULT_PROFILE = "cpu"
 
@@ -69,6 +74,7 @@ class Recipe:
     steps: Mapping[str, Mapping[str, Any]]
     result: str
     profiles: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    source: str = ""  # where its hyperparameters were published
 
     @classmethod
     def read(cls, ref: str) -> Recipe:
@@ -177,7 +183,8 @@ class Recipe:
             values = {key: value_of(value) for key, value in {**entry, **changes[name]}.items()}
             for key in cls.input_fields():
                 if isinstance(values.get(key), list):
-                    values[key] = [one for one in values[key] if one not in left_out]
+                    there = [one for one in values[key] if one not in left_out]
+                    values[key] = there if cls.many(key) else next(iter(there), "")
             resolved[name] = config.from_mapping(
                 cls, values, where=f"step {name} ({cls.__name__}) of recipe {self.name}"
             )

@@ -222,9 +222,15 @@ def test_plan_prints_the_resolved_configuration(herd: Herd) -> None:
     assert (plan["identity"]["name"], plan["tune"]["rank"]) == ("Nova", 4)
 
 
-def test_recipes_lists_in_both_languages(herd: Herd) -> None:
-    done = herd("recipes")
-    assert "cria: A small assistant" in done.out and "助手" in done.out
+@pytest.mark.parametrize(
+    ("spoken", "said"), [("en_US.UTF-8", "A small assistant"), ("zh_CN", "助手")]
+)
+def test_recipes_are_listed_in_the_terminal_s_language(
+    herd: Herd, monkeypatch: pytest.MonkeyPatch, spoken: str, said: str
+) -> None:
+    monkeypatch.setenv("LC_ALL", spoken)
+    lines = herd("recipes").out.splitlines()
+    assert any(line.startswith("cria  ") and said in line for line in lines)
 
 
 def test_templates_are_listed_and_shown(herd: Herd) -> None:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def test_the_table_of_families_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("families_page", DOCS / "families.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_page", DOCS / f"{name}.py")
     assert spec and spec.loader
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
-    table = page.table()
+    return page
+
+
+def test_the_tables_of_recipes_are_up_to_date() -> None:
+    page = load("recipes")
+    for language, file in (("en", "recipes.md"), ("zh", "recipes.zh.md")):
+        assert (DOCS / file).read_text(encoding="utf-8") == page.table(language), (
+            "run: python docs/recipes.py"
+        )
+
+
+def test_the_table_of_families_is_up_to_date() -> None:
+    table = load("families").table()
     assert (DOCS / "families.md").read_text(encoding="utf-8") == table, (
         "run: python docs/families.py"
     )

@@ -100,6 +100,13 @@ def test_only_what_is_missing_is_done(words: str, book: Book) -> None:
     assert changed.artifact.ref == "words@2"
 
 
+def test_an_input_of_several_names_takes_the_first_that_is_there(words: str, book: Book) -> None:
+    text = Path(words).read_text().replace("after: join", "after: [two, other, join]")
+    Path(words).write_text(text)
+    assert Recipe.read(words).resolve({})["judge"] == Judge(after="other")
+    assert Recipe.read(words).resolve({"second": "b"})["judge"] == Judge(after="two")
+
+
 def test_steps_left_out_by_a_setting(words: str, book: Book) -> None:
     assert (raise_(words, book=book, second="b").artifact.path / "word").read_text() == "a-b"
 
@@ -185,7 +192,8 @@ def test_unknown_recipe_and_step(tmp_path: Path) -> None:
 def test_shipped_recipes_resolve_in_every_profile(name: str) -> None:
     described = Recipe.read(name)
     for profile in described.profiles:
-        for overrides in ({}, {"data": "some/file.json"}):
+        given = {key: "some/file.json" for key in ("data", "text") if key in described.settings}
+        for overrides in ({}, dict([*given.items()][:1]), given):
             steps = described.resolve({"profile": profile, **overrides})
             assert described.result in steps
             seen: set[str] = set()
@@ -193,19 +201,3 @@ def test_shipped_recipes_resolve_in_every_profile(name: str) -> None:
                 step.with_inputs(lambda ref, seen=seen: ref if ref in seen else pytest.fail(ref))
                 seen.add(called)
     assert set(described.about) == {"en", "zh"}
-
-
-def test_alpaca_s_full_profile_is_the_published_one() -> None:
-    """https://github.com/tatsu-lab/stanford_alpaca#fine-tuning"""
-    tune = Recipe.read("alpaca").resolve({"profile": "full", "data": "x"})["tune"]
-    published = {
-        "method": "full",
-        "batch": 128,
-        "learning_rate": 2e-5,
-        "epochs": 3,
-        "length": 512,
-        "weight_decay": 0.0,
-        "warmup_ratio": 0.03,
-        "schedule": "cosine",
-    }
-    assert {key: getattr(tune, key) for key in published} == published

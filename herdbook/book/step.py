@@ -105,6 +105,11 @@ class Step(ABC):
         how = self._marked(HOW)
         return {name: value for name, value in config.to_mapping(self).items() if name not in how}
 
+    @classmethod
+    def many(cls, name: str) -> bool:
+        """Whether input `name` takes several artifacts."""
+        return get_type_hints(cls)[name] is not str
+
     def with_inputs(self, resolve: Callable[[str], str]) -> Step:
         """The same step with every reference passed through `resolve`; empty ones stay empty."""
         changes: dict[str, Any] = {}

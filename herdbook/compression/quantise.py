@@ -153,7 +153,12 @@ def beside(name: str, dtype: torch.dtype) -> torch.dtype:
 def calibration(bench: Bench, tokenizer: Tokenizer, tokens: int) -> list[Pack]:
     """About so many tokens of the conversations in the model's pedigree; none where it has none."""
     datasets = [a for a in bench.book.ancestors(bench.artifact("model")) if a.kind == "dataset"]
-    rows = [row.messages for one in datasets for row in records.read(one.path / "train.jsonl")]
+    rows = [
+        row.messages
+        for one in datasets
+        for row in records.stream(one.path / "train.jsonl")
+        if not isinstance(row, records.Document)
+    ]
     random.Random(0).shuffle(rows)
     chosen: list[Rendering] = []
     for messages in rows:

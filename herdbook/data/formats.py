@@ -4,6 +4,9 @@
 format   one row                                                           roles
 ======== ================================================================= ===================
 Alpaca   {"instruction": "Add.", "input": "2 and 3", "output": "5"}        –
+Dolly    {"instruction": "Add.", "context": "2 and 3", "response": "5"}    –
+GPT4All  {"prompt": "Add 2 and 3.", "response": "5"}                       –
+Firefly  {"input": "Add 2 and 3.", "target": "5"} (BELLE's, too)           –
 ShareGPT {"conversations": [{"from": "human", "value": "Hi"}, …]}          human, gpt, system, …
 OpenAI   {"messages": [{"role": "user", "content": "Hi"}, …]}              user, assistant, system
 SMILE    {"dialogue": [{"role": "client", "content": "Hi"}, …]}            client, counselor
@@ -18,8 +21,8 @@ it was not what its owner thinks it is. A row that keeps the format but **cannot
 empty answer: Alpaca's published file has 28; a chat that begins in the middle of another: 4 in 10 of
 ShareGPT's) is trimmed or left out, and counted by reason. A file in which nothing is left is refused.
 
-An Alpaca row becomes a chat by the model's own template, not by Alpaca's prompt: the user says
-instruction, blank line, input.
+A pair becomes a chat by the model's own template, not by Alpaca's prompt: the user says instruction,
+blank line, input.
 """
 
 from __future__ import annotations
@@ -55,9 +58,15 @@ ROLES = {
 }
 #: roles that the formats know, but conversations of ours do not (yet)
 TOOL_ROLES = {"tool", "function", "function_call", "observation"}
-#: the key by which a row of a format is known
+#: formats of one question and one answer: their keys of task, what it is about, and answer
+PAIRS = {
+    "Alpaca": ("instruction", "input", "output"),
+    "Dolly": ("instruction", "context", "response"),
+    "GPT4All": ("prompt", "", "response"),
+    "Firefly": ("input", "", "target"),
+}
+#: the key by which a row of chats is known
 KEYS = {
-    "instruction": "Alpaca",
     "conversations": "ShareGPT",
     "messages": "OpenAI",
     "dialogue": "SMILE",
@@ -108,7 +117,7 @@ def parse(path: Path | str) -> Parsed:
             )
         parsed.rows += 1
         try:
-            messages = _alpaca(row, broken) if name == "Alpaca" else _chat(row, name, broken)
+            messages = _pair(row, name, broken) if name in PAIRS else _chat(row, name, broken)
             messages, trims = _tidy(messages)
         except _Unusable as reason:
             parsed.skipped[str(reason)] += 1
@@ -267,13 +276,15 @@ def _recognise(row: Any, broken: Broken) -> str:
             "a preference pair (chosen, rejected)",
             "where conversations with one answer each were expected",
         )
-    known = [key for key in KEYS if key in row]
+    known = [name for key, name in KEYS.items() if key in row]
+    pairs = [name for name, (task, _, answer) in PAIRS.items() if task in row and answer in row]
+    known += pairs or (["Alpaca"] if "instruction" in row else [])
     keys = "{" + ", ".join(map(str, row)) + "}"
     if not known:
         raise broken(f"a row with the keys {keys}", EXPECTED)
     if len(known) > 1:
         raise broken(f"a row with the keys {keys}", "mixes formats: one format a row")
-    return KEYS[known[0]]
+    return known[0]
 
 
 def _kind(value: Any) -> str:
@@ -281,18 +292,19 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "nothing (null)" if value is None else "an object")
 
 
-def _alpaca(row: Mapping[str, Any], broken: Broken) -> list[Message]:
-    if "output" not in row:
-        raise broken("a row with 'instruction' but without 'output'", EXPECTED)
-    fields: dict[str, str] = {}
-    for key in ("instruction", "input", "output"):
+def _pair(row: Mapping[str, Any], name: str, broken: Broken) -> list[Message]:
+    keys = PAIRS[name]
+    if keys[2] not in row:
+        raise broken(f"a row with {keys[0]!r} but without {keys[2]!r}", EXPECTED)
+    texts: list[str] = []
+    for key in keys:
         value = row.get(key)
-        if value is None and key == "input":
+        if value is None and key == keys[1]:
             value = ""
         if not isinstance(value, str):
             raise broken(f"'{key}' is {_kind(value)}", "where text was expected")
-        fields[key] = value
-    task, given, answer = fields["instruction"], fields["input"], fields["output"]
+        texts.append(value)
+    task, given, answer = texts
     if not task.strip():
         raise _Unusable("empty instruction")
     if not answer.strip():

@@ -46,6 +46,42 @@ def loss_curve(
     return "".join(parts)
 
 
+def power_law(
+    points: Sequence[tuple[float, float]],
+    alpha: float,
+    c0: float,
+    *,
+    width: int = 720,
+    height: int = 320,
+) -> str:
+    """Loss against compute, both in logarithms, with the fitted line. points: (compute, loss)."""
+    left, right, top, bottom = 54, 20, 14, 34
+    xs, ys = ([math.log10(point[axis]) for point in points] for axis in (0, 1))
+    law = [alpha * (math.log10(c0) - x) for x in (min(xs), max(xs))]
+    low, high = min(*ys, *law), max(*ys, *law)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - min(xs)) / ((max(xs) - min(xs)) or 1)
+        up = (y - low) / ((high - low) or 1)
+        return left + (width - left - right) * across, height - bottom - (
+            height - top - bottom
+        ) * up
+
+    ends = " ".join(
+        "{:.1f},{:.1f}".format(*place(x, y)) for x, y in zip((min(xs), max(xs)), law, strict=True)
+    )
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="loss against compute">']
+    parts.append(f'<polyline class="mean" points="{ends}"/>')
+    for (compute, loss), x, y in zip(points, xs, ys, strict=True):
+        across, up = place(x, y)
+        parts.append(f'<circle cx="{across:.1f}" cy="{up:.1f}" r="4" fill="currentColor"/>')
+        parts.append(f'<text x="{left - 8}" y="{up + 4:.1f}" text-anchor="end">{loss:.2f}</text>')
+        parts.append(
+            f'<text x="{across:.1f}" y="{height - 8}" text-anchor="middle">{compute:.1e}</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
 def bars(before: float, after: float, labels: tuple[str, str], *, width: int = 320) -> str:
     """Two bars, one above the other, on one scale; labels stand at their ends."""
     top = max(before, after) or 1.0

@@ -43,7 +43,7 @@ def page(artifact: Artifact, book: Book) -> str:
         body.append(_losses(_losses_of(artifact, book)))
     body.append(_section(_both("Pedigree", "家谱"), _pedigree(artifact, book)))
     body.append(_facts(artifact))
-    return _document(artifact.ref, body)
+    return document(artifact.ref, body)
 
 
 def report_page(report: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     head = (
         f"<header><h1>{escape(report['after']['ref'])}</h1>{_verdict(report['verdict'])}</header>"
     )
-    return _document(title, [head, *_report(report)])
+    return document(title, [head, *_report(report)])
 
 
 # ------------------------------------------------------------------------------------- the report
@@ -295,7 +295,8 @@ def _report_of(artifact: Artifact | None) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------ small things
 
 
-def _document(title: str, body: list[str]) -> str:
+def document(title: str, body: list[str]) -> str:
+    """A page of Herdbook's, with its style and its switch of language."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'

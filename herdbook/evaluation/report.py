@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
-from herdbook.data.records import Conversation
+from herdbook.data.records import Conversation, Document
 from herdbook.engine.loaded import load
 from herdbook.evaluation import identity
 from herdbook.evaluation.measure import measure
@@ -36,27 +36,34 @@ from herdbook.files.atomic import sha256_once, write_json, write_text
 
 #: the name under which held-out conversations stand among the texts
 REPLIES = "replies"
-#: held-out conversations that are scored; more take longer than they tell
-HELDOUT_ROWS = 48
+#: the same of held-out documents
+DOCUMENTS = "documents"
+#: held-out conversations that are scored, and characters of documents; more take longer than they tell
+HELDOUT_ROWS, HELDOUT_CHARACTERS = 48, 20_000
 
 
 @dataclass(frozen=True)
 class Heldout:
-    """What datasets keep from training: questions about identity, and the user's conversations."""
+    """What datasets keep from training: questions about identity, the user's conversations and text."""
 
     identity: list[Conversation]
     replies: list[Conversation]
+    text: str
 
     @classmethod
     def of(cls, datasets: tuple[Artifact, ...]) -> Heldout:
         questions: list[Conversation] = []
         conversations: list[Conversation] = []
+        text = ""
         for dataset in datasets:
             path = dataset.path / "heldout.jsonl"
             if path.is_file():
-                for row in records.read(path):
-                    (questions if "expect" in row.extra else conversations).append(row)
-        return cls(questions, conversations[:HELDOUT_ROWS])
+                for row in records.stream(path):
+                    if not isinstance(row, Document):
+                        (questions if "expect" in row.extra else conversations).append(row)
+                    elif len(text) + len(row.text) < HELDOUT_CHARACTERS:
+                        text += f"{row.text}\n\n"
+        return cls(questions, conversations[:HELDOUT_ROWS], text)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class Report(Step):
         require(self, "before", "after")
         texts = {"text": read_text(Path(self.text))} if self.text else default_texts()
         heldout = Heldout.of(bench.inputs["data"])
+        if heldout.text:
+            texts[DOCUMENTS] = heldout.text
         sides = {}
         for name in ("before", "after"):
             artifact = bench.artifact(name)

@@ -6,7 +6,7 @@ server ever sends; a row without a trained token costs time and teaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 from herdbook.errors import DataError
@@ -17,7 +17,7 @@ _SHOWN = 5  # rows named in the message
 
 
 def check_training_rows(
-    tokenizer: Tokenizer, renderings: Sequence[Rendering], names: Sequence[str]
+    tokenizer: Tokenizer, renderings: Sequence[Rendering], names: Iterable[str]
 ) -> None:
     """Raise DataError naming the rows that must not be trained on; `names` says where each is from."""
     wrong: dict[str, list[str]] = {}

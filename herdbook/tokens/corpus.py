@@ -62,7 +62,11 @@ def read(files: Sequence[Path | str] = (), datasets: Sequence[Path] = ()) -> Cor
             corpus.texts.append(read_text(file))
     for folder in datasets:
         for path in sorted(folder.glob("*.jsonl")):
-            corpus.talks += records.read(path)
+            for row in records.stream(path):
+                if isinstance(row, records.Document):
+                    corpus.texts.append(row.text)
+                else:
+                    corpus.talks.append(row)
     if not any(text.strip() for text in corpus):
         names = ", ".join(map(str, [*files, *datasets])) or "nothing"
         raise DataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,9 +50,6 @@ class FetchTokenizer(Step):
         path = Path(self.path)
         tokenizer = Tokenizer.load(path)
         tokenizer.save(bench.out)
-        beside, copy = path / "tokenizer.model", bench.out / "tokenizer.model"
-        if beside.is_file() and not copy.exists():  # beside a tokenizer.json: for extending
-            shutil.copyfile(beside, copy)
         return {
             "vocabulary": tokenizer.size,
             "kind": type(tokenizer.codec).__name__.removesuffix("Codec").lower(),

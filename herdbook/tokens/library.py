@@ -13,7 +13,7 @@ from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Library
 
 from herdbook.errors import FileError
-from herdbook.files.atomic import write_text
+from herdbook.files.atomic import write_bytes, write_text
 from herdbook.tokens import bytebpe, sentence
 from herdbook.tokens.codec import Span
 from herdbook.tokens.sentence import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -44,10 +44,12 @@ class LibraryCodec:
         *,
         size: int | None = None,
         source: str = "",
+        pieces: bytes = b"",
     ) -> None:
         """size: where the vocabulary says more than the library holds. source: the tokenizer.json that
-        it came from, word for word ("" for another origin)."""
+        it came from, word for word ("" for another origin), pieces: the tokenizer.model beside that."""
         self._library, self._specials, self._source = library, dict(specials), source
+        self._pieces = pieces
         # Three readings of one model (which they share): specials parsed; all text plain; plain text
         # that goes on after something else.
         self._parsing = _reading(library)
@@ -168,6 +170,8 @@ class LibraryCodec:
 
     def save(self, folder: Path, bos: int | None) -> None:
         write_text(folder / "tokenizer.json", self._source or self._library.to_str())
+        if self._pieces:
+            write_bytes(folder / "tokenizer.model", self._pieces)
 
     def gguf(self, special_ids: frozenset[int]) -> dict[str, Any]:
         model = json.loads(self._library.to_str())["model"]

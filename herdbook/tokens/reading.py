@@ -157,6 +157,19 @@ def _read(path: Path, template: str | None) -> Parts:
 # --- the kinds of file
 
 
+def _pieces_beside(path: Path) -> bytes:
+    """The SentencePiece model that a tokenizer.json was made from: it is kept, for extending."""
+    original = path.with_name("tokenizer.model")
+    if path.name != "tokenizer.json" or not original.is_file() or ranks.is_ranks(original):
+        return b""
+    data = read_bytes(original, FILE_LIMIT)
+    try:
+        PieceModel.parse(data)
+    except (ValueError, TypeError):
+        return b""  # of another kind: the tokenizer.json stands alone
+    return data
+
+
 def _from_json(path: Path, template: str | None) -> Parts:
     source = read_bytes(path, FILE_LIMIT).decode()
     try:
@@ -239,7 +252,7 @@ def _from_library(
     need_ids(path, library.get_vocab().values())
     first = library.encode("", add_special_tokens=True).ids[:1]
     return Parts(
-        LibraryCodec(library, specials, source=source),
+        LibraryCodec(library, specials, source=source, pieces=_pieces_beside(path)),
         specials,
         special,
         bos_id=bos_id,

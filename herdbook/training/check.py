@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from herdbook.errors import DataError
 from herdbook.progress import Progress, RichProgress
@@ -12,19 +12,20 @@ from herdbook.tokens.tokenizer import Tokenizer
 
 
 def before_training(
-    named: Sequence[tuple[str, Rendering]], tokenizer: Tokenizer, progress: Progress
+    rows: Sequence[Rendering], name: Callable[[int], str], tokenizer: Tokenizer, progress: Progress
 ) -> None:
-    """named: (where a row comes from, the row). DataError names the rows that are wrong."""
-    if not named:
+    """name: tells where a row comes from. DataError names the rows that are wrong."""
+    if not rows:
         raise DataError(
             "the datasets hold no row", rule="so there is nothing to learn", next="add rows"
         )
-    names, rows = [name for name, _ in named], [row for _, row in named]
-    check_training_rows(tokenizer, rows, names)
-    trained, total = sum(sum(row.mask) for row in rows), sum(len(row.ids) for row in rows)
+    check_training_rows(tokenizer, rows, map(name, range(len(rows))))
+    trained, total = (
+        sum(some) for some in zip(*((sum(r.mask), len(r.ids)) for r in rows), strict=True)
+    )
     progress.say(
         f"{len(rows):,} rows, {total:,} tokens, {trained:,} of them trained; "
-        f"this is what the model will learn, in {names[0]}:"
+        f"this is what the model will learn, in {name(0)}:"
     )
     if isinstance(progress, RichProgress):
         progress.console.print(show(rows[0], tokenizer))

@@ -147,11 +147,13 @@ class Classify(Tune):
         parameters["score.weight"] = decoder.score.weight
         decoder.score.requires_grad_(True)
         objective = Labels(decoder)
+        learnt = [rows[n] for n in train]
+        plan = self._plan(learnt)
         state = loop.train(
             objective,
             parameters,
-            [rows[n] for n in train],
-            self._plan(),
+            learnt,
+            plan,
             bench.work,
             bench.progress,
         )
@@ -164,7 +166,7 @@ class Classify(Tune):
         if held:
             decoder.eval()
             with torch.no_grad():
-                packs = objective.packs([rows[n] for n in held], self._plan().pack)
+                packs = objective.packs([rows[n] for n in held], plan.pack)
                 chosen = torch.cat([objective.scores(one).argmax(-1).cpu() for one in packs])
             right = chosen == torch.tensor([rows[n].label for n in held])
             found = {"heldout_accuracy_share": float(right.float().mean()), "heldout": len(held)}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def fullest(rows: Sequence[Rendering], how: Tune) -> Load:
     """The pack of the whole run that holds most tokens."""
-    plan, sizes = how._plan(), [len(row.ids) for row in rows]
+    plan, sizes = how._plan(rows), [len(row.ids) for row in rows]
     cuts = list(loop.batches(plan, len(rows)))
     most = max(cuts, key=lambda cut: min(plan.pack, sum(sizes[n] for n in cut)))
     packs, _ = pack([rows[n] for n in most], plan.pack)

@@ -35,6 +35,7 @@ from herdbook.errors import DataError
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import Pack
+from herdbook.training import mixing
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
@@ -63,6 +64,9 @@ class Plan:
     precision: str
     seed: int
     save_every: int
+    #: of a mixture: rows of each dataset, and how many of them an epoch takes
+    sizes: tuple[int, ...] = ()
+    mix: tuple[int, ...] = ()
 
     def total(self, rows: int) -> int:
         """Steps in all."""
@@ -90,7 +94,11 @@ def order(rows: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
     """
     numbers = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(numbers)
-    return [numbers[start : start + batch] for start in range(0, rows, batch)]
+    return _cut(numbers, batch)
+
+
+def _cut(numbers: list[int], batch: int) -> list[list[int]]:
+    return [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 
 
 def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
@@ -100,7 +108,10 @@ def batches(plan: Plan, rows: int, done: int = 0) -> Iterator[list[int]]:
     for step in range(done, plan.total(rows)):
         if step // per_epoch != epoch:
             epoch = step // per_epoch
-            cuts = order(rows, plan.batch, plan.seed, epoch)
+            if plan.mix:
+                cuts = _cut(mixing.epoch(plan.sizes, plan.mix, plan.seed, epoch), plan.batch)
+            else:
+                cuts = order(rows, plan.batch, plan.seed, epoch)
         yield cuts[step % per_epoch]
 
 

@@ -151,7 +151,7 @@ def packs_of(rows: Sequence[Any], how: Tune, decoder: Any) -> list[list[Pack]]:
     from herdbook.training import loop
     from herdbook.training.objective import NextToken
 
-    objective, plan = NextToken(decoder, how.anchor), how._plan()
+    objective, plan = NextToken(decoder, how.anchor), how._plan(rows, decoder.parameter_count())
     cuts = loop.batches(plan, len(rows))
     return [objective.packs([rows[n] for n in cut], plan.pack) for cut in cuts]
 

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, How, Input, Inputs, Step, require
-from herdbook.data import records
-from herdbook.errors import ConfigError, DataError
+from herdbook.errors import ConfigError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
 from herdbook.model.checkpoint.weights import GGUFWeights
@@ -31,20 +30,21 @@ from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.lora import merge_lora
 from herdbook.model.precision import compute_dtype
 from herdbook.progress import Progress
-from herdbook.tokens.chat import Rendering, render
+from herdbook.tokens.chat import Rendering
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import (
-    check,
     fitting,
     loop,
     memory,
     methods,
+    mixing,
     parallel,
     peft_format,
     processes,
 )
 from herdbook.training.loop import Plan
-from herdbook.training.objective import Anchor, NextToken
+from herdbook.training.objective import NextToken
+from herdbook.training.rows import Rows, gather
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,12 @@ class Tune(Step):
 
     kind: ClassVar[str] = "adapter"  # methods "full" and "freeze": "model"
 
-    #: the model to tune, and the datasets, whose rows are taken in this order
+    #: the model to tune, and the datasets
     model: Input = ""
     data: Inputs = ()
+    #: a weight for each dataset: of so many rows an epoch takes from it, whatever its size (none: each
+    #: row once). See `mixing`
+    mix: tuple[float, ...] = ()
     #: lora: small matrices beside the frozen ones; ia3: factors of their inputs or outputs; peqa: the
     #: scales of those that the file keeps in 4 or 8 bits; freeze: the last blocks or named parts; full:
     #: all weights
@@ -116,9 +119,11 @@ class Tune(Step):
     #: keep of a pack no more than what enters each block, and compute the rest again on the way back:
     #: a third more arithmetic for a fraction of the memory
     recompute: bool = False
-    #: passes over the data, or exactly so many optimiser steps (0: by epochs)
+    #: passes over the data, or exactly so many optimiser steps (0: by epochs), or as many as take
+    #: about so many tokens for each of the model's parameters (0: the others; Chinchilla's optimum: 20)
     epochs: int = 1
     steps: int = 0
+    tokens_per_parameter: float = 0.0
     #: conversations per optimiser step
     batch: int = 8
     #: most tokens of a conversation; longer ones are dropped and counted, or refused, never cut
@@ -154,7 +159,7 @@ class Tune(Step):
         require(self, "model", "data")
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
-        rows, dropped = self._rows(bench, tokenizer)
+        rows, dropped = gather(self, bench, tokenizer)
         fitting.need_room(self, source.path, rows, bench.work)
 
         team = parallel.Team(self.parallel)
@@ -163,6 +168,7 @@ class Tune(Step):
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+            plan = self._plan(rows, decoder.parameter_count())
             gguf = isinstance(open_checkpoint(source.path).weights, GGUFWeights)
             parameters = methods.prepare(decoder, self, minima=gguf)
             trainable = sum(p.numel() for p in parameters.values())
@@ -172,7 +178,7 @@ class Tune(Step):
                 objective,
                 parameters,
                 rows,
-                self._plan(),
+                plan,
                 bench.work,
                 bench.progress,
                 team,
@@ -195,8 +201,8 @@ class Tune(Step):
             "rows": len(rows),
             "dropped_rows": dropped,
             "trained_tokens": sum(record["tokens"] for record in records),
-            "total_tokens": self._tokens_seen(rows),
-            "tokens_per_s": round(self._tokens_seen(rows) / max(state.seconds, 1e-9), 1),
+            "total_tokens": (seen := self._tokens_seen(rows, plan)),
+            "tokens_per_s": round(seen / max(state.seconds, 1e-9), 1),
             "seconds": round(state.seconds, 2),
             "peak_memory_bytes": peak.bytes,
             "weights_bytes": held,
@@ -207,6 +213,12 @@ class Tune(Step):
     def check(self) -> None:
         methods.check(self)
         parallel.check(self)
+        if self.mix and (len(self.mix) != len(self.data) or not min(self.mix) > 0):
+            raise ConfigError(
+                f"tune.mix is {self.mix} for {len(self.data)} datasets",
+                rule="but must have a weight above 0 for each",
+                next="write a weight for each dataset, as 0.7,0.3, or leave mix out",
+            )
         below = {
             "dropout": 1.0,
             "warmup_ratio": 1.0,
@@ -222,6 +234,7 @@ class Tune(Step):
             "prefix_projection",
             "alpha",
             "learning_rate",
+            "tokens_per_parameter",
             *below,
         )
         given = {name: (getattr(self, name), below.get(name, math.inf)) for name in free}
@@ -252,6 +265,12 @@ class Tune(Step):
     def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
         kept = {"quantised": self._kept == "packaged", "nf4": self.base == "nf4"}
         decoder = load_decoder(source.path, dtype=dtype, **kept)
+        if decoder.config.position == "learned" and self.length > decoder.config.max_pos:
+            raise ConfigError(
+                f"tune.length is {self.length}",
+                rule=f"and {source.ref} has learnt {decoder.config.max_pos} places",
+                next=f"set length to {decoder.config.max_pos}",
+            )
         few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
         if self._kept == "packaged" and not few:
             scales = self.method == "peqa"
@@ -272,11 +291,19 @@ class Tune(Step):
     def _kept(self) -> str:
         return "packaged" if self.method == "peqa" else self.base
 
-    def _plan(self) -> Plan:
+    def _plan(self, rows: Sequence[Rendering], parameters: int = 0) -> Plan:
+        """rows: those of the run, or some like them. parameters: of the model."""
+        sizes = rows.counts() if self.mix and isinstance(rows, Rows) else ()
+        steps = self.steps
+        if self.tokens_per_parameter:
+            mean = sum(len(row.ids) for row in rows) / len(rows)
+            steps = math.ceil(self.tokens_per_parameter * parameters / (self.batch * mean))
         return Plan(
+            sizes=sizes,
+            mix=mixing.shares(sizes, self.mix) if sizes else (),
             batch=self.batch,
             epochs=self.epochs,
-            steps=self.steps,
+            steps=steps,
             pack=max(self.pack, self.length),
             learning_rate=self.learning_rate,
             schedule=self.schedule,
@@ -293,42 +320,6 @@ class Tune(Step):
             save_every=self.save_every,
         )
 
-    def _rows(self, bench: Bench, tokenizer: Tokenizer) -> tuple[list[Rendering], int]:
-        """All conversations as ids and mask, checked and shown; how many were too long."""
-        named: list[tuple[str, Rendering]] = []
-        for dataset in bench.inputs["data"]:
-            for number, one in enumerate(records.read(dataset.path / "train.jsonl"), 1):
-                row = render(tokenizer, one.messages)
-                if one.extra.get("learn") == "keep":
-                    if self.kind == "model":
-                        raise ConfigError(
-                            f"{dataset.ref} holds rows to keep",
-                            rule=f"and {self.method} tuning has no base beside it to keep them by",
-                            next=f"set method to lora, or leave {dataset.ref} out of data",
-                        )
-                    row = Anchor(row.ids, row.mask)
-                named.append((f"{dataset.ref} line {number}", row))
-        long = [(name, len(row.ids)) for name, row in named if len(row.ids) > self.length]
-        kept = [(name, row) for name, row in named if len(row.ids) <= self.length]
-        if long and (self.too_long == "refuse" or not kept):
-            raise DataError(
-                f"{len(long)} of {len(named)} rows have more than {self.length} tokens "
-                f"({', '.join(f'{name}: {size}' for name, size in long[:5])}"
-                f"{', …' if len(long) > 5 else ''})",
-                rule="and rows are never cut",
-                next=f"raise length (the longest needs {max(size for _, size in long)})"
-                + (", or set too_long to drop" if kept else ""),
-            )
-        if long:
-            bench.progress.say(
-                f"left out {len(long)} of {len(named)} rows: more than {self.length} tokens"
-            )
-        learnt = [(name, row) for name, row in kept if not isinstance(row, Anchor)]
-        check.before_training(learnt, tokenizer, bench.progress)
-        if len(learnt) < len(kept):
-            bench.progress.say(f"on {len(kept) - len(learnt):,} rows it will stay what the base is")
-        return [row for _, row in kept], len(long)
-
-    def _tokens_seen(self, rows: Sequence[Rendering]) -> int:
-        sizes = [len(row.ids) for row in rows]
-        return sum(sum(sizes[n] for n in cut) for cut in loop.batches(self._plan(), len(rows)))
+    def _tokens_seen(self, rows: Rows, plan: Plan) -> int:
+        sizes = rows.column("sizes")
+        return sum(int(sizes[cut].sum()) for cut in loop.batches(plan, len(rows)))

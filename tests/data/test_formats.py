@@ -75,6 +75,17 @@ def test_alpaca_becomes_a_chat(parse: Any) -> None:
         (ALPACA, "Alpaca", ["user", "assistant"]),
         (SHAREGPT, "ShareGPT", ["user", "assistant"]),
         (OPENAI, "OpenAI", ["system", "user", "assistant"]),
+        (
+            {"instruction": "Add.", "context": "2, 3", "response": "5", "category": "sum"},
+            "Dolly",
+            ["user", "assistant"],
+        ),
+        (
+            {"prompt": "Add 2 and 3.", "response": "5", "source": "x"},
+            "GPT4All",
+            ["user", "assistant"],
+        ),
+        ({"kind": "sum", "input": "Add 2 and 3.", "target": "5"}, "Firefly", ["user", "assistant"]),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])

@@ -172,3 +172,15 @@ def test_all_that_is_read_beside_a_file_counts(tmp_path: Path) -> None:
     before = FetchTokenizer(path=str(folder)).key()
     (folder / "merges.txt").write_text("b a\n")
     assert FetchTokenizer(path=str(folder)).key() != before
+
+
+def test_the_model_that_a_tokenizer_json_was_made_from_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(pieces(ORDERED).serialise())
+    Tokenizer.load(tmp_path / "x.model").save(tmp_path / "first")
+    assert reading.find(tmp_path / "first") == tmp_path / "first" / "tokenizer.json"
+    Tokenizer.load(tmp_path / "first").save(tmp_path / "second")
+    kept = tmp_path / "second" / "tokenizer.model"
+    assert kept.read_bytes() == (tmp_path / "first" / "tokenizer.model").read_bytes()
+    kept.write_text("version https://git-lfs\n")
+    Tokenizer.load(tmp_path / "second").save(tmp_path / "third")
+    assert not (tmp_path / "third" / "tokenizer.model").exists()

@@ -12,12 +12,14 @@ import torch
 from raising import ROWS, Rows, stock, tune
 
 from herdbook.book.book import Book
+from herdbook.data.plain import Text
 from herdbook.errors import ConfigError, DataError, FileError
 from herdbook.model.checkpoint import load_decoder
 from herdbook.progress import Progress
+from herdbook.tokens import table
 from herdbook.tokens.chat import Rendering
+from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import peft_format
-from herdbook.training import tune as room
 
 
 class Listening(Progress):
@@ -94,22 +96,41 @@ def test_long_rows_are_dropped_and_counted_or_refused_never_cut(shelf: Book):
         tune(length=5).run(shelf)
 
 
-def test_datasets_are_taken_in_order(shelf: Book):
+def test_datasets_are_mixed_by_weight(shelf: Book):
     Rows(rows=("hi|hello",)).run(shelf, name="few")
     both = tune(data=("few", "rows"), steps=1).run(shelf, name="both")
     assert both.metrics["rows"] == 21
+    even = tune(data=("few", "rows"), mix=(1, 1), epochs=1, batch=1).run(shelf, name="even")
+    assert even.metrics["steps"] == 21
+    alone = tune(data=("few",), epochs=1).run(shelf, name="alone").metrics["total_tokens"]
+    whole = tune(epochs=1).run(shelf, name="whole").metrics["total_tokens"]
+    assert abs(even.metrics["total_tokens"] - 11 * alone - whole / 2) < whole / 8
+    with pytest.raises(ConfigError, match="must have a weight above 0 for each"):
+        tune(data=("few", "rows"), mix=(1,)).check()
+
+
+def test_plain_text_is_learnt_whole(shelf: Book, tmp_path: Path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("hello who are you I am a small model 你好 " * 30)
+    text = Text(data=(str(notes),), heldout=0).run(shelf, name="text")
+    progress = Listening()
+    found = tune(data=("text",), length=64, epochs=1).run(shelf, name="read", progress=progress)
+    tokens = len(Tokenizer.load(shelf.get("base").path).prompt(notes.read_text().strip("\n"))) + 1
+    assert found.metrics["trained_tokens"] == tokens - 1, "each but the first is a target once"
+    assert any(line.endswith("all of them trained") for line in progress.said)
+    assert text.metrics["documents"] == 1
 
 
 def test_a_row_that_teaches_nothing_is_refused_by_name(shelf: Book, monkeypatch):
-    real = room.render
+    real = table.render
 
     def unmasked(tokenizer, messages):
         row = real(tokenizer, messages)
         return Rendering(row.ids, [False] * len(row.ids)) if len(row.ids) > 28 else row
 
-    monkeypatch.setattr(room, "render", unmasked)
+    monkeypatch.setattr(table, "render", unmasked)
     with pytest.raises(DataError, match=r"no trained token.*rows@1 line \d+"):
-        tune(steps=3).run(shelf)
+        tune(steps=3, length=127).run(shelf)  # of another length no table is kept
 
 
 @pytest.mark.parametrize(
