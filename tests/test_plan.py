@@ -23,8 +23,7 @@ def herd(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 def rows(tmp_path: Path) -> Path:
     file = tmp_path / "rows.jsonl"
     lines = [
-        {"instruction": f"who are you{' you' * (n % 4)}", "output": "I am a model"}
-        for n in range(12)
+        {"instruction": f"who are you{' you' * n}", "output": "I am a model"} for n in range(12)
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
@@ -47,7 +46,7 @@ def test_a_recipe_by_arithmetic(capsys, home: Path, tiny_folder: Path, rows: Pat
     words = ["plan", "alpaca", "--base", str(tiny_folder), "--data", str(rows), "--no-probe"]
     code, out, err = herd(capsys, *words)
     assert code == 0, err
-    assert "tune: " in out and "memory" in out and "weights" in out and "time" not in out
+    assert "tune: " in out and "process" in out and "disk" in out and "time" not in out
     code, out, err = herd(capsys, *words, "--memory", "100MB")
     assert code == 1 and "needs about" in err and "there are 100 MB" in err
     assert not Book(home).entries()

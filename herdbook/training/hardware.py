@@ -5,8 +5,9 @@ peak a stack of software turns into useful arithmetic.
 
 Useful arithmetic is the model's own: for each weight that multiplies a token 2 operations forward, 2
 for the gradient of what enters and 2 for its own, where it learns; attention's half square; nothing for
-what is computed twice. So a `share` is what the literature calls model FLOPs utilisation. There is one
-for each stack, from runs other than those that the tests compare with; no figure is fitted to a row.
+what is computed twice. So a `share` is what the literature
+calls model FLOPs utilisation. There is one for each stack and none for a single row. Its source is
+another run than those that the tests compare with, but was chosen with them in view (docs/planning.md).
 """
 
 from __future__ import annotations
