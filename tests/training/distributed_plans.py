@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fsdp recompute": FULL | {"parallel": "fsdp", "recompute": True, "average": 0.5},
     "fsdp dropout": SMALL | {"parallel": "fsdp", "dropout": 0.1, "dora": True},
     "fsdp whole": SMALL | {"parallel": "fsdp", "whole": ("embed",), "last_layers": 1},
+    "fsdp kept": SMALL | {"parallel": "fsdp", "data": ("rows", "kept")},
     "fsdp prefix": SMALL | {"parallel": "fsdp", "method": "prefix", "virtual_tokens": 3},
     "ddp adamw8": FULL | {"optimiser": "adamw8", "precision": "bfloat16"},
     "ddp adafactor": FULL | {"optimiser": "adafactor", "pack": 512},
@@ -63,7 +64,7 @@ def test_torchrun_goes_on_after_a_kill(tmp_path: Path, tiny_folder: Path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     agent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert agent.stderr is not None
-    while not list(tmp_path.rglob(state.FOLDERS)):
+    while not list(tmp_path.glob(f"work/*/{state.FOLDERS}")):
         assert agent.poll() is None, agent.stderr.read()
         time.sleep(0.01)
     children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()

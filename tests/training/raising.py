@@ -40,6 +40,7 @@ class Rows(Step):
 
     kind: ClassVar[str] = "dataset"
     rows: tuple[str, ...] = ()  # question|answer
+    keep: bool = False  # they are not learnt, but kept
 
     def make(self, bench: Bench) -> dict[str, Any]:
         with (bench.out / "train.jsonl").open("w", encoding="utf-8") as file:
@@ -49,7 +50,8 @@ class Rows(Step):
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": answer},
                 ]
-                file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+                row = {"messages": messages} | ({"learn": "keep"} if self.keep else {})
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
         return {"rows": len(self.rows)}
 
 

@@ -16,7 +16,7 @@ import torch._dynamo
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 import torch.distributed.tensor.parallel  # noqa: F401
-from raising import stock, tune
+from raising import Rows, stock, tune
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from herdbook.book.book import Artifact
@@ -48,6 +48,8 @@ def _joined(work: Callable[..., Any], *arguments: Any) -> Any:
 
 def tuned(home: Path, folder: Path, changes: dict[str, Any]) -> Artifact:
     book, _, _ = stock(home, folder)
+    if "kept" in changes.get("data", ()):
+        Rows(rows=("where|here or there", "when|now"), keep=True).run(book, name="kept")
     return tune(**changes).run(book)
 
 
