@@ -67,7 +67,7 @@ def test_peft_computes_with_ours(shape: str, kind: str, tmp_path: Path) -> None:
     assert differ(tuned, untuned) > 0.05
     peft_format.save(decoder, tmp_path / "adapter", base="base")
     peer = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert differ(theirs(peer, prompt(40)), tuned) <= 3e-4
+    assert differ(theirs(peer, prompt(40)) + forgotten(base, kind), tuned) <= 3e-4
 
     back = load_decoder(tmp_path / "base", torch.float32)
     # of a packed matrix, the parts that were not tuned may come back with what changes nothing
@@ -76,6 +76,13 @@ def test_peft_computes_with_ours(shape: str, kind: str, tmp_path: Path) -> None:
     merge_lora(back)
     assert not adapters_of(back)
     assert differ(ours(back, prompt(40)), tuned) <= 3e-4
+
+
+def forgotten(model: Any, kind: str) -> Any:
+    """A head's bias, which peft (0.21) leaves out where some of the head's rows are trained."""
+    parameters = model.named_parameters()
+    found = [one for name, one in parameters if "lm_head." in name and name.endswith(".bias")]
+    return found[0].detach() if found and kind == "rows" else 0
 
 
 def config_for(kind: str, family: str, base: Any) -> Any:
@@ -126,7 +133,7 @@ def test_we_compute_with_peft_s(shape: str, kind: str, tmp_path: Path) -> None:
     peft_format.load(decoder, tmp_path / "adapter")
     tuned = ours(decoder, prompt(40))
     assert differ(tuned, untuned) > 0.05
-    assert differ(tuned, theirs(peer, prompt(40))) <= 3e-4
+    assert differ(tuned, theirs(peer, prompt(40)) + forgotten(peer, kind)) <= 3e-4
 
 
 def test_an_embedding_that_peft_untied_is_refused(tmp_path: Path) -> None:
