@@ -24,7 +24,7 @@ from herdbook.model import ia3
 from herdbook.model.decoder import Decoder
 from herdbook.model.dora import DoRALinear
 from herdbook.model.lora import TARGETS, LoRALinear, apply_lora
-from herdbook.model.peqa import apply_peqa
+from herdbook.model.peqa import FewBits, apply_peqa
 from herdbook.model.soft import Prefix, Prompt, Soft, apply_soft
 from herdbook.model.stretch import stretch, stretched
 from herdbook.model.whole import train_rows, train_whole
@@ -124,6 +124,12 @@ def prepare(decoder: Decoder, how: Tune, *, minima: bool = False) -> dict[str, n
     elif how.method == "ia3":
         ia3.apply_ia3(decoder, targets=how.targets or ia3.TARGETS, last_layers=how.last_layers)
     elif how.method == "peqa":
+        if not any(isinstance(one, FewBits) for one in decoder.modules()):
+            raise ConfigError(
+                "tune.method is peqa, and the model keeps no matrix in 4 or 8 bits",
+                rule="so there are no scales to train",
+                next="quantise it first (step Quantise), or set method to lora",
+            )
         names = how.targets or tuple(TARGETS)
         apply_peqa(decoder, targets=names, minima=minima, last_layers=how.last_layers)
     elif how.method in SOFT:

@@ -147,12 +147,12 @@ def lay_out(checkpoint: Checkpoint, how: Tune) -> Decoder:
     decoder.requires_grad_(False)
     decoder.family = checkpoint.family.name
     for name, module in list(decoder.named_modules()):
-        if how.base == "dense" or name.endswith(".router"):
+        if how.kept == "dense" or name.endswith(".router"):
             continue
         inside = name.startswith("blocks.")
         if not isinstance(module, Linear) and module is not decoder.embed:
             continue
-        if how.base == "nf4":
+        if how.kept == "nf4":
             made = _nf4(module, dtype) if inside and isinstance(module, Linear) else None
         else:
             made = _packaged(checkpoint, name, module, dtype)

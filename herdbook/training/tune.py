@@ -193,7 +193,7 @@ class Tune(Step):
             merge_lora(decoder)  # rows of new tokens
             save_hf(decoder, tokenizer, bench.out, decoder.dtype)
         else:
-            peft_format.save(decoder, bench.out, base=source.id, kept=self._kept)
+            peft_format.save(decoder, bench.out, base=source.id, kept=self.kept)
         return {
             "loss": records[-1]["loss"],
             "first_loss": records[0]["loss"],
@@ -263,7 +263,7 @@ class Tune(Step):
                 )
 
     def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
-        kept = {"quantised": self._kept == "packaged", "nf4": self.base == "nf4"}
+        kept = {"quantised": self.kept == "packaged", "nf4": self.base == "nf4"}
         decoder = load_decoder(source.path, dtype=dtype, **kept)
         if decoder.config.position == "learned" and self.length > decoder.config.max_pos:
             raise ConfigError(
@@ -272,15 +272,11 @@ class Tune(Step):
                 next=f"set length to {decoder.config.max_pos}",
             )
         few = [m for m in decoder.modules() if isinstance(m, Int4Linear | Int8Linear)]
-        if self._kept == "packaged" and not few:
-            scales = self.method == "peqa"
+        if self.base == "packaged" and not few:
             raise ConfigError(
-                f"tune.{'method is peqa' if scales else 'base is packaged'}, and {source.ref} keeps no "
-                "matrix in 4 or 8 bits",
-                rule="so there are no scales to train" if scales else "so nothing would be saved",
-                next="quantise it first (step Quantise), or set method to lora"
-                if scales
-                else "set base to nf4, or leave it out",
+                f"tune.base is packaged, and {source.ref} keeps no matrix in 4 or 8 bits",
+                rule="so nothing would be saved",
+                next="set base to nf4, or leave it out",
             )
         for layer in few:
             if isinstance(layer, Int4Linear):
@@ -288,7 +284,8 @@ class Tune(Step):
         return decoder
 
     @property
-    def _kept(self) -> str:
+    def kept(self) -> str:
+        """How the frozen weights are kept."""
         return "packaged" if self.method == "peqa" else self.base
 
     def _plan(self, rows: Sequence[Rendering], parameters: int = 0) -> Plan:
