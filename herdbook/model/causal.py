@@ -45,7 +45,7 @@ class _Causal(torch.autograd.Function):
         masses = []
         for length, count, rows in documents:
             # [n·L, heads, D] → [n, heads, L, D]
-            parts = (t[rows].unflatten(0, (count, length)).transpose(1, 2) for t in (q, k, v))
+            parts = (t[rows].view(count, length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))
             some, mass = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *parts, 0.0, True, scale=scale
             )
@@ -65,22 +65,27 @@ class _Causal(torch.autograd.Function):
         grad_q, grad_k, grad_v = (
             torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)
         )
+        heads = k.shape[1]
         for (length, count, rows), mass in zip(ctx.documents, masses, strict=True):
-            heads = k.shape[1]
-
-            def tall(t: Tensor) -> Tensor:
-                """[n·L, H, …] → [n·KV, G, L, …]"""
-                t = t[rows].unflatten(1, (heads, -1)).unflatten(0, (count, length))
-                return t.movedim(1, 3).flatten(0, 1)
-
-            qs = _beside(tall(q), mass.reshape(count * heads, -1, length) / scale)
-            gs = _beside(tall(above), tall(due))
-            ks, vs = (_beside(tall(t)) for t in (k, v))
-            dq, dk, dv = _document(qs, ks.squeeze(1), vs.squeeze(1), gs, scale)
-            for grad, some in ((grad_q, dq), (grad_k, dk[:, None]), (grad_v, dv[:, None])):
-                some = some.unflatten(0, (count, heads)).movedim(3, 1)
-                grad[rows] = some.flatten(2, 3).flatten(0, 1).to(grad.dtype)
+            qs, ks, vs, gs, ds = (_tall(t[rows], count, heads) for t in (q, k, v, above, due))
+            of_q, of_k, of_v = _document(
+                _beside(qs, mass.reshape(ds.shape) / scale),
+                _beside(ks).squeeze(1),
+                _beside(vs).squeeze(1),
+                _beside(gs, ds),
+                scale,
+            )
+            for grad, some in ((grad_q, of_q), (grad_k, of_k[:, None]), (grad_v, of_v[:, None])):
+                # [n·KV, G, L, D] → [n, L, KV, G, D] → [n·L, heads, D]
+                found = some.view(count, heads, *some.shape[1:]).movedim(3, 1)
+                grad[rows] = found.reshape(count * length, -1, some.shape[-1]).to(grad.dtype)
         return grad_q.mul_(scale), grad_k.mul_(scale), grad_v, None, None
+
+
+def _tall(t: Tensor, count: int, heads: int) -> Tensor:
+    """[n·L, H, …] → [n·KV, G, L, …]"""
+    split = t.view(count, len(t) // count, heads, t.shape[1] // heads, *t.shape[2:])
+    return split.movedim(1, 3).flatten(0, 1)
 
 
 def _beside(x: Tensor, less: Tensor | None = None) -> Tensor:

@@ -64,9 +64,9 @@ class Attention(nn.Module):
         layers = (self.q, self.k, self.v)
         all_three = together(x, *layers)
         if all_three is None:
-            parts: Sequence[Tensor] = [one(x) for one in layers]
+            parts: Sequence[Any] = [one(x) for one in layers]
         else:
-            parts = all_three.split([one.outputs for one in layers], -1)
+            parts = torch.split(all_three, [one.outputs for one in layers], -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

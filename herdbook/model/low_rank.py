@@ -46,24 +46,23 @@ def low_rank(
 def side_by_side(layers: Sequence[Any]) -> None:
     """Lay the weights [O, I] of these layers into one piece of memory."""
     whole = torch.cat([one.weight for one in layers])
-    for one, part in zip(layers, whole.split([len(one.weight) for one in layers]), strict=True):
+    parts = torch.split(whole, [len(one.weight) for one in layers])
+    for one, part in zip(layers, parts, strict=True):
         one.weight.data = part
 
 
 def _weight(bases: Sequence[Any], dtype: torch.dtype) -> Tensor:
     """The frozen matrices [O, I]; of bases in few bits in memory of its own."""
-    parts = [getattr(one, "weight", None) for one in bases]
-    parts = [
-        one.dense(dtype) if part is None else part for one, part in zip(bases, parts, strict=True)
+    parts: list[Tensor] = [
+        one.dense(dtype) if getattr(one, "weight", None) is None else one.weight for one in bases
     ]
-    if len(parts) == 1:
-        return parts[0]
-    first, at = parts[0], parts[0].data_ptr()
+    first, at = parts[0].detach(), parts[0].data_ptr()
     for part in parts:
-        if part.data_ptr() != at or not part.is_contiguous():
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not same or part.data_ptr() != at or not part.is_contiguous():
             return torch.cat(parts)
         at += part.nbytes
-    return first.detach().as_strided((sum(map(len, parts)), first.shape[1]), first.stride())
+    return first.as_strided((sum(len(one) for one in parts), first.shape[1]), first.stride())
 
 
 def _bias(bases: Sequence[Any]) -> Tensor | None:
@@ -84,7 +83,8 @@ class _LowRank(torch.autograd.Function):
         *trained: Tensor,
     ) -> Tensor:
         As, Bs = trained[: len(bases)], trained[len(bases) :]
-        A, B = torch.cat(As).to(x.dtype), torch.block_diag(*Bs).to(x.dtype)  # [r, I/g], [O, r]
+        A: Tensor = torch.cat(As).to(x.dtype)  # [r, I/g]
+        B: Tensor = torch.block_diag(*Bs).to(x.dtype)  # type: ignore[no-untyped-call]  # [O, r]
         seen = pooled(x, group)
         down = seen @ A.T  # [T, r]
         y = F.linear(x, _weight(bases, x.dtype), _bias(bases) if biased else None)

@@ -78,7 +78,8 @@ def test_several_that_read_the_same_are_one_product(group, bias, beside):
         side_by_side(bases)
         assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
     layers = [
-        LoRALinear(base, rank=r, alpha=2 * r, group=group) for base, r in zip(bases, (3, 1, 2))
+        LoRALinear(base, rank=r, alpha=2 * r, group=group)
+        for base, r in zip(bases, (3, 1, 2), strict=True)
     ]
     for one in layers:
         nn.init.normal_(one.A)
