@@ -15,8 +15,13 @@ with everything in it.
   about as many tokens as 8 rows have. With checkpointing, TRL's default, it is leaner and slower: that
   way is run on the batches with the longest rows alone, and only its memory is compared.
 - All weights, against transformers' Trainer with padded batches of 8; on the first third of the rows.
+- LoRA beside NF4 (QLoRA) against LoRA beside dense weights, both ours.
 
-The peers compute in float32 or bfloat16, whichever a trial step shows to be faster here.
+The peers compute in float32 or bfloat16, whichever a trial step shows to be faster here; in full tuning
+the weights that move are float32 on both sides, whatever they are computed in (bfloat16 where the
+hardware multiplies it). How much of the machine's peak is reached is said beside the speeds: the
+arithmetic of the matrix products that the method needs (frozen matrices have no gradient, the head runs
+where there is a loss), by the time of the whole run and by the rate of one large product.
 """
 
 from __future__ import annotations
@@ -48,13 +53,32 @@ Row = tuple[list[int], list[int]]  # ids, labels (-100: no loss)
 class Ours:
     """The step Tune, in a book of its own."""
 
-    def run(self, method: Literal["lora", "full"], rows: str, home: str) -> dict[str, Any]:
+    def peak(self) -> float:
+        """Operations a second of a large product, in the format that is computed in."""
+        import torch
+
+        from herdbook.model.precision import compute_dtype
+
+        size = 4096
+        a, b = (torch.randn(size, size).to(compute_dtype()) for _ in range(2))
+        seconds = []
+        for _ in range(6):
+            begun = time.perf_counter()
+            a @ b
+            seconds.append(time.perf_counter() - begun)
+        return 2 * size**3 / min(seconds)
+
+    def run(
+        self, method: Literal["lora", "full"], rows: str, home: str, nf4: bool = False
+    ) -> dict[str, Any]:
         """rows: a file of conversations."""
         from herdbook.book.book import Book
         from herdbook.data.user import Import
         from herdbook.model.fetch import Fetch
+        from herdbook.model.precision import compute_dtype
         from herdbook.training.tune import Tune
 
+        half = compute_dtype().itemsize == 2
         book = Book(home)
         model = Fetch(ref="smollm2").run(book)
         data = Import(data=rows, heldout=0.0).run(book, name="rows")
@@ -70,6 +94,8 @@ class Ours:
             batch=BATCH,
             length=LENGTH,
             save_every=10**6,
+            base="nf4" if nf4 else "dense",
+            precision="mixed" if half and method == "full" else "float32",
         )
         made = step.run(book)
         lines = (made.path / "losses.jsonl").read_text().splitlines()
@@ -78,6 +104,8 @@ class Ours:
             "seconds": made.metrics["seconds"],
             "losses": [json.loads(line)["loss"] for line in lines],
             "peak": memory("VmHWM"),
+            "trained": made.metrics["trained_tokens"],
+            "weights": made.metrics["weights_bytes"],
         }
 
 
@@ -206,6 +234,7 @@ class Bench:
         import torch
 
         from herdbook.model.checkpoint import load_decoder, save_hf
+        from herdbook.model.precision import compute_dtype
         from herdbook.model.references import resolve
         from herdbook.tokens.tokenizer import Tokenizer
 
@@ -220,7 +249,13 @@ class Bench:
             self._rows(conversations[:some], tokenizer)
         say("writing the model for transformers")
         self.hf = folder / "smollm2"
-        save_hf(load_decoder(path, dtype=torch.float32), tokenizer, self.hf, torch.float32)
+        decoder = load_decoder(path, dtype=torch.float32)
+        save_hf(decoder, tokenizer, self.hf, torch.float32)
+        self.inner = sum(p.numel() for p in decoder.blocks.parameters() if p.ndim == 2)
+        self.head = decoder.head_weight.numel()
+        with Side(__file__, "Ours") as side:
+            self.top = side.ask("peak")
+        computed = str(compute_dtype()).removeprefix("torch.")
         self.dtype = self._faster_dtype()
         sizes = [len(ids) for ids, _ in self.rows[self.count]]
         self.recorder = Recorder(
@@ -232,7 +267,8 @@ class Bench:
                 **{
                     "batch": f"{BATCH} rows, AdamW, constant learning rate "
                     f"{RATES['lora']:g} (LoRA), {RATES['full']:g} (full), gradients clipped at 1",
-                    "ours computes in": "float32",
+                    "ours computes in": computed,
+                    "a product of 4096 × 4096 × 4096": f"{self.top / 1e9:.0f} GFLOP/s",
                     "peers compute in": self.dtype,
                 },
             ),
@@ -268,6 +304,36 @@ class Bench:
             seconds[dtype] = done["seconds"]
             say(f"TRL's trial in {dtype}: {done['seconds']:.1f} s")
         return min(seconds, key=lambda dtype: seconds[dtype])
+
+    def share(self, method: str, run: Mapping[str, Any]) -> float:
+        """Of the peak, that the products which the method needs make."""
+        passes = {"lora": 2, "full": 3}[method]
+        head = self.head * run["trained"] * (3 if method == "full" else 2)
+        needed: float = 2 * (passes * self.inner * run["tokens"] + head)
+        return needed / run["seconds"] / self.top
+
+    def few_bits(self, count: int) -> None:
+        """LoRA beside NF4 and beside dense weights, in turn."""
+        runs: dict[bool, list[dict[str, Any]]] = {False: [], True: []}
+        for number in range(self.rounds):
+            for nf4 in (False, True):
+                with Side(__file__, "Ours") as side:
+                    home = self.folder / f"home-few-bits-{nf4}-{number}"
+                    asked = {"rows": str(self.files[count]), "home": str(home), "nf4": nf4}
+                    runs[nf4].append(side.ask("run", method="lora", **asked))
+                _tell("LoRA beside NF4" if nf4 else "LoRA beside dense", "Herdbook", runs[nf4][-1])
+        for what, unit, more, value in (
+            ("speed", "real tokens/s", True, lambda run: run["tokens"] / run["seconds"]),
+            ("weights held", "MiB", False, lambda run: run["weights"] / 2**20),
+            ("peak memory", "MiB", False, lambda run: run["peak"] / 2**20),
+            ("loss, last quarter of the steps", "nats", False, _last),
+        ):
+            (ours, words), (peer, its_words) = (
+                spread([value(run) for run in runs[nf4]]) for nf4 in (True, False)
+            )
+            how = f"{count} rows. Beside NF4: {words}. Dense: {its_words}"
+            name = f"LoRA beside NF4: {what}"
+            self.recorder.add(Claim(name, unit, ours, peer, "Herdbook, dense", how, more))
 
     def compare(self, method: str, title: str, count: int, rivals: Sequence[Rival]) -> None:
         """Run ours and every rival in turn; record speed, memory and loss."""
@@ -312,6 +378,9 @@ class Bench:
                 )
                 if rival.memory_only:
                     how += " (the batches with the longest rows)"
+                if what == "speed":
+                    share = statistics.median(self.share(method, run) for run in ours)
+                    how += f". Ours reaches {share:.0%} of the peak"
                 claim = Claim(f"{title}: {what}", unit, middle, peer, rival.name, how, more)
                 self.recorder.add(claim)
 
@@ -381,6 +450,7 @@ def main() -> None:
                     Rival("TRL + PEFT, checkpointing", {"checkpointing": True}, memory_only=True),
                 ],
             )
+            bench.few_bits(bench.count)
         if given.only != "lora":
             bench.compare(
                 "full", "full tuning", bench.count // 3, [Rival("transformers, padding", {})]

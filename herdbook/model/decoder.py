@@ -34,6 +34,7 @@ from herdbook.model.layers import (
     rotate,
 )
 from herdbook.model.layout import Layout
+from herdbook.model.lora import together
 from herdbook.model.mlp import MLP, Experts
 from herdbook.model.soft import Soft
 
@@ -60,7 +61,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ropes: Ropes, layout: Layout) -> Tensor:
         """x [T, hidden] → [T, hidden]."""
-        q, k, v = (one(x).unflatten(-1, (-1, self.head_dim)) for one in (self.q, self.k, self.v))
+        layers = (self.q, self.k, self.v)
+        all_three = together(x, *layers)
+        if all_three is None:
+            parts: Sequence[Any] = [one(x) for one in layers]
+        else:
+            parts = torch.split(all_three, [one.outputs for one in layers], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope := ropes[self.local]:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from herdbook.model.lora import LoRALinear, low_rank, pooled
+from herdbook.model.lora import LoRALinear
+from herdbook.model.low_rank import low_rank, pooled
 
 
 class DoRALinear(LoRALinear):
@@ -42,7 +43,7 @@ class DoRALinear(LoRALinear):
         if self.bypassed or (self.training and self.dropout):
             return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = low_rank(rows, self.base, None, self.A, self.B, self.scale, self.group)
+        y = low_rank(rows, (self.base,), (self.A,), (self.B,), self.scale, self.group, biased=False)
         y = y * (self.magnitude / self.norm()).to(x.dtype)
         return self._biased(y).view(*x.shape[:-1], -1)
 

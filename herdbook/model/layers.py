@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.frozen import frozen_linear
+from herdbook.model.fused import rms_norm, turn
 from herdbook.model.rope import rope_frequencies, rope_magnitude
 
 BLOCK = 32
@@ -177,6 +178,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + 1 if self.plus else self.weight.float()
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return rms_norm(x, weight, self.eps)
         return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
@@ -249,5 +252,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if parts * size < x.shape[-1]:
         turned = rotate(x[..., : parts * size], cos, sin)
         return torch.cat([turned, x[..., parts * size :]], -1)
+    if parts == 1 and x.requires_grad:
+        return turn(x, cos[:, 0, :, : size // 2], sin[:, 0, :, size // 2 :])
     split = x.view(*x.shape[:-1], parts, size)
     return (split * cos + torch.roll(split, size // 2, -1) * sin).flatten(-2)

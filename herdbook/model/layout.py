@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from herdbook.model.attention import Look, attend
+from herdbook.model.causal import causal
 from herdbook.model.config import DecoderConfig
 from herdbook.model.prefix import find_context
 from herdbook.model.soft import Prefix, ProjectedPrefix, Prompt, Soft
@@ -137,6 +138,8 @@ class Packed:
         """before: keys and values [n, KV, D] that each document sees in front of its own."""
         parts = []
         n = len(before[0]) if before else 0
+        if q.requires_grad and not before and self._plain(look, q):
+            return causal(q, k, v, look.scale, [(g.length, g.count, g.rows) for g in self.groups])
         for g in self.groups:
             # [n·L, heads, D] → [n, heads, L, D]
             qg, kg, vg = (
@@ -154,6 +157,12 @@ class Packed:
         if self.back is None:
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         return torch.cat(parts)[self.back]
+
+    def _plain(self, look: Look, q: Tensor) -> bool:
+        """Whether a token sees all of its document up to itself, by its score alone, on a CPU."""
+        windowed = look.window is not None and look.window < max(self.lengths)
+        contexts = any(g.context for g in self.groups)
+        return not (look.softcap or look.slopes or windowed or contexts) and q.device.type == "cpu"
 
     def _mask(self, length: int, context: int, look: Look, q: Tensor, n: int) -> Tensor:
         """What the row's token sees of the column's, the first n of which are virtual: bool [L, n + L],

@@ -15,10 +15,8 @@ of what was learnt. A plain adapter moves each weight by a few hundredths of a s
 puts back: the model forgets what it was taught. Xu et al., "QA-LoRA", 2023 (arXiv:2309.14717). To
 other libraries it is a plain adapter whose A happens to repeat each column 32 times.
 
-Autograd would not need the frozen W's gradient either, but makes a [T, O] product of its own for
-the correction; `_LoRA` adds the correction into the base's output and saves only x (which q, k and
-v share; its sums over groups [T, I/g] are smaller still) and x Aᵀ [T, r]. `LoRALinear.plain` is
-its twin.
+What multiplies is in herdbook/model/low_rank.py; `LoRALinear.plain` is its twin. Adapters that read
+the same (q, k and v; gate and up) do it as one: `together`.
 """
 
 from __future__ import annotations
@@ -33,8 +31,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from herdbook.model.low_rank import low_rank, side_by_side
 
 #: where each of a block's matrices lives
 TARGETS = {
@@ -46,6 +45,9 @@ TARGETS = {
     "up": "mlp.up",
     "down": "mlp.down",
 }
+
+#: matrices that read the same as another one, in the order in which they are taken together
+BESIDE = {"q": ("k", "v"), "gate": ("up",)}
 
 
 class Adapter(nn.Module):
@@ -112,7 +114,7 @@ class LoRALinear(Adapter):
         if self.training and self.dropout:
             return self.plain(x)
         rows = x.reshape(-1, x.shape[-1])
-        y = low_rank(rows, base, base.bias, self.A, self.B, self.scale, self.group)
+        y = low_rank(rows, (base,), (self.A,), (self.B,), self.scale, self.group)
         return y.view(*x.shape[:-1], -1)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -144,63 +146,21 @@ class LoRALinear(Adapter):
         return self.base
 
 
-def pooled(x: Tensor, group: int) -> Tensor:
-    """x [T, I] summed over groups of neighbours: [T, I / group]."""
-    return x if group == 1 else x.unflatten(1, (-1, group)).sum(-1)  # type: ignore[no-untyped-call]
-
-
-def low_rank(x: Tensor, base: Any, bias: Any, A: Tensor, B: Tensor, *how: float) -> Tensor:
-    """x Wᵀ + bias + scale · (x Aᵀ) Bᵀ for rows x [T, I] → [T, O], W that of `base`; how: the scale, and
-    the group."""
-    y: Tensor = _LoRA.apply(x, base, bias, A, B, *how)  # type: ignore[no-untyped-call]
-    return y
-
-
-def _weight(base: Any, dtype: torch.dtype) -> Tensor:
-    """The frozen matrix [O, I]; of a base in few bits in memory of its own."""
-    weight: Tensor | None = getattr(base, "weight", None)
-    found: Tensor = base.dense(dtype) if weight is None else weight
-    return found
-
-
-class _LoRA(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Any,
-        bias: Any,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-        group: int,
-    ) -> Tensor:
-        A, B = A.to(x.dtype), B.to(x.dtype)
-        seen = pooled(x, group)
-        down = seen @ A.T  # [T, r]
-        y = F.linear(x, _weight(base, x.dtype), bias)
-        y.addmm_(down, B.T, alpha=scale)
-        ctx.save_for_backward(seen, down, A, B)
-        ctx.base, ctx.scale, ctx.group = base, scale, group
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (above,) = grads  # [T, O]
-        seen, down, A, B = ctx.saved_tensors
-        grad_down = (above @ B).mul_(ctx.scale)  # [T, r]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = above @ _weight(ctx.base, above.dtype)
-            if ctx.group == 1:
-                grad_x.addmm_(grad_down, A)
-            else:
-                groups = grad_x.view(len(grad_x), -1, ctx.group)
-                groups.add_((grad_down @ A)[..., None])
-        grad_A = grad_down.T @ seen
-        grad_B = (down.T @ above).mul_(ctx.scale).T  # [O, r]; down.T @ above reads `above` in order
-        return grad_x, None, None, grad_A, grad_B, None, None
+def together(x: Tensor, *layers: nn.Module) -> Tensor | None:
+    """What these layers give of the same x [..., I], end to end [..., ΣO], if they are adapters that one
+    product can be; else None."""
+    if not all(type(one) is LoRALinear for one in layers):
+        return None
+    adapters: list[Any] = list(layers)
+    first = adapters[0]
+    for one in adapters:
+        alike = (one.scale, one.group) == (first.scale, first.group)
+        alike &= (one.base.bias is None) == (first.base.bias is None)
+        if not alike or one.bypassed or (one.training and one.dropout):
+            return None
+    bases, As, Bs = zip(*((one.base, one.A, one.B) for one in adapters), strict=True)
+    y = low_rank(x.reshape(-1, x.shape[-1]), bases, As, Bs, first.scale, first.group)
+    return y.view(*x.shape[:-1], -1)
 
 
 def apply_lora(
@@ -226,6 +186,12 @@ def apply_lora(
     for name in matrices(decoder, targets, last_layers):
         adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group, rslora, kind)
         adapters[name].start(seed, name)
+    for name, first in adapters.items():
+        room, _, leaf = name.rpartition(".")
+        others = (adapters.get(f"{room}.{other}") for other in BESIDE.get(leaf, ()))
+        bases = [one.base for one in (first, *others) if one is not None]
+        if len(bases) > 1 and all(hasattr(base, "weight") for base in bases):
+            side_by_side(bases)
     return adapters
 
 

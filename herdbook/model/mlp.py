@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from herdbook.model.config import DecoderConfig
+from herdbook.model.fused import swiglu
 from herdbook.model.layers import Linear
+from herdbook.model.lora import together
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -34,10 +36,17 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.up(x)
-        inner = (
-            self.activation(inner) if self.gate is None else self.activation(self.gate(x)) * inner
-        )
+        if self.gate is None:
+            inner = self.activation(self.up(x))
+        elif (both := together(x, self.gate, self.up)) is None:
+            gate, up = self.gate(x), self.up(x)
+            swish = self.activation is F.silu
+            inner = swiglu(gate, up) if swish else self.activation(gate) * up
+        elif self.activation is F.silu:
+            inner = swiglu(both)
+        else:
+            gate, up = both.chunk(2, -1)
+            inner = self.activation(gate) * up
         y: Tensor = self.down(inner)
         return y
 

@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 #: a target that has no loss
 IGNORE = -1
-#: bytes of logits that are alive at once
-CHUNK_BYTES = 24 * 2**20
+#: bytes of logits that are alive at once: so many rows that the head's product is worth reading the head
+CHUNK_BYTES = 48 * 2**20
+#: bytes of them that are float32 for the moment, and stay in the cache
+STRIP_BYTES = 2**20
 
 
 def next_tokens(ids: Sequence[int], mask: Sequence[bool], lengths: Sequence[int]) -> Tensor:
@@ -73,22 +75,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if wants_weight else None
-        for some in torch.split(rows, max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))):
+        for some in torch.split(rows, max(16, CHUNK_BYTES // (weight.shape[0] * weight.itemsize))):
             states, wanted = hidden[some], targets[some, None]  # [C, H], [C, 1]
-            logits = F.linear(states, weight).to(exact)  # [C, V]
-            peak = logits.amax(1, keepdim=True)
-            right = logits.gather(1, wanted)
-            chances = logits.sub_(peak).exp_()
-            mass = chances.sum(1, keepdim=True)
-            total += (mass.log() + peak - right).sum(dtype=torch.float64)
-            if grad_hidden is None and grad_weight is None:
-                continue
-            grad = chances.div_(mass)  # ∂loss/∂logits = softmax − one-hot
-            grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+            logits = F.linear(states, weight)  # [C, V]; the gradient takes its place
+            strip = max(1, STRIP_BYTES // (weight.shape[0] * exact.itemsize))
+            for part, right in zip(logits.split(strip), wanted.split(strip), strict=True):  # type: ignore[no-untyped-call]
+                wide = part.to(exact)
+                peak = wide.amax(1, keepdim=True)
+                met = wide.gather(1, right)
+                chances = wide.sub_(peak).exp_()
+                mass = chances.sum(1, keepdim=True)
+                total += (mass.log() + peak - met).sum(dtype=torch.float64)
+                grad = chances.div_(mass)  # ∂loss/∂logits = softmax − one-hot
+                part.copy_(grad.scatter_add_(1, right, grad.new_full(right.shape, -1.0)))
             if grad_weight is not None:
-                grad_weight.addmm_(grad.T, states.to(exact))
+                grad_weight += logits.T @ states
             if grad_hidden is not None:
-                grad_hidden[some] = grad.to(weight.dtype) @ weight
+                grad_hidden[some] = logits @ weight
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total.to(exact)
@@ -127,7 +130,7 @@ class _LinearDivergence(torch.autograd.Function):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        size = max(16, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
+        size = max(16, CHUNK_BYTES // (2 * weight.shape[0] * exact.itemsize))
         for start in range(0, len(hidden), size):
             some = slice(start, start + size)
             tuned = F.linear(hidden[some], weight).to(exact).log_softmax(-1)  # [C, V]

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from herdbook.model.lora import LoRALinear, adapters_of, apply_lora, merge_lora
+from herdbook.model.lora import LoRALinear, adapters_of, apply_lora, merge_lora, together
+from herdbook.model.low_rank import side_by_side
 
 
 class Toy(nn.Module):
@@ -65,6 +66,37 @@ def test_gradcheck(group):
     lora = layer(group=group)
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, A, B: lora(x), (x, lora.A, lora.B))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("beside", [True, False])
+def test_several_that_read_the_same_are_one_product(group, bias, beside):
+    torch.manual_seed(0)
+    bases = [nn.Linear(8, size, bias=bias, dtype=torch.float64) for size in (5, 3, 4)]
+    if beside:
+        side_by_side(bases)
+        assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 1
+    layers = [
+        LoRALinear(base, rank=r, alpha=2 * r, group=group)
+        for base, r in zip(bases, (3, 1, 2), strict=True)
+    ]
+    for one in layers:
+        nn.init.normal_(one.A)
+        nn.init.normal_(one.B)
+    x = torch.randn(11, 8, dtype=torch.float64, requires_grad=True)
+    inputs = (x, *(one.A for one in layers), *(one.B for one in layers))
+    fast, plain = together(x, *layers), torch.cat([one.plain(x) for one in layers], -1)
+    torch.testing.assert_close(fast, plain)
+    above = torch.randn_like(plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, inputs, above),
+        torch.autograd.grad(plain, inputs, above),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+    layers[1].bypassed = True
+    assert together(x, *layers) is None and together(x, *bases) is None
 
 
 def test_starts_as_the_base_and_merges_in_float32():
