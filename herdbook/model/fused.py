@@ -9,6 +9,8 @@ inputs; the rest is computed again, in strips of rows that stay in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,25 @@ from torch.nn import functional as F
 
 #: numbers of a strip: what is float32 for the moment stays in the cache
 STRIP = 1 << 16
+
+_alike = False
+
+
+def learns(*tensors: Tensor) -> bool:
+    """Whether a gradient goes back to one of these, or they are computed as if it did."""
+    return _alike or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors))
+
+
+@contextmanager
+def as_if_learning() -> Iterator[None]:
+    """Inside, a pass without gradients goes through the operations of one with them: where nothing was
+    learnt, both are equal to the last bit."""
+    global _alike
+    before, _alike = _alike, True
+    try:
+        yield
+    finally:
+        _alike = before
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

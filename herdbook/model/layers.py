@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from herdbook.model.config import DecoderConfig
 from herdbook.model.frozen import frozen_linear
-from herdbook.model.fused import rms_norm, turn
+from herdbook.model.fused import learns, rms_norm, turn
 from herdbook.model.rope import rope_frequencies, rope_magnitude
 
 BLOCK = 32
@@ -101,9 +101,8 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.inputs
-        learns = x.requires_grad and torch.is_grad_enabled()
         kernel = self.has_kernel and rows <= INT4_KERNEL_ROWS and self.codes.device.type == "cpu"
-        if learns or not kernel:
+        if learns(x) or not kernel:
             return frozen_linear(x, self)
         if self._packed is None:
             self._packed = self._pack()
@@ -136,7 +135,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """A strip of rows is dequantised at a time, so that it stays in the cache."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if learns(x):
             return frozen_linear(x, self)
         strips = range(0, self.outputs, INT8_ROWS)
         rows = (self._rows(slice(at, at + INT8_ROWS)).to(x.dtype) for at in strips)
@@ -178,7 +177,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.float() + 1 if self.plus else self.weight.float()
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        if learns(x, weight):
             return rms_norm(x, weight, self.eps)
         return F.rms_norm(x.float(), (x.shape[-1],), weight, self.eps).to(x.dtype)
 
@@ -252,7 +251,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if parts * size < x.shape[-1]:
         turned = rotate(x[..., : parts * size], cos, sin)
         return torch.cat([turned, x[..., parts * size :]], -1)
-    if parts == 1 and x.requires_grad:
+    if parts == 1 and learns(x):
         return turn(x, cos[:, 0, :, : size // 2], sin[:, 0, :, size // 2 :])
     split = x.view(*x.shape[:-1], parts, size)
     return (split * cos + torch.roll(split, size // 2, -1) * sin).flatten(-2)

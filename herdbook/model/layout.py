@@ -23,6 +23,7 @@ from torch import Tensor
 from herdbook.model.attention import Look, attend
 from herdbook.model.causal import causal
 from herdbook.model.config import DecoderConfig
+from herdbook.model.fused import learns
 from herdbook.model.prefix import find_context
 from herdbook.model.soft import Prefix, ProjectedPrefix, Prompt, Soft
 
@@ -138,7 +139,7 @@ class Packed:
         """before: keys and values [n, KV, D] that each document sees in front of its own."""
         parts = []
         n = len(before[0]) if before else 0
-        if q.requires_grad and not before and self._plain(look, q):
+        if learns(q) and not before and self._plain(look, q):
             return causal(q, k, v, look.scale, [(g.length, g.count, g.rows) for g in self.groups])
         for g in self.groups:
             # [n·L, heads, D] → [n, heads, L, D]

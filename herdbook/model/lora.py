@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from herdbook.model.low_rank import low_rank, side_by_side
+from herdbook.model.low_rank import low_rank, product, side_by_side
 
 #: where each of a block's matrices lives
 TARGETS = {
@@ -156,10 +156,14 @@ def together(x: Tensor, *layers: nn.Module) -> Tensor | None:
     for one in adapters:
         alike = (one.scale, one.group) == (first.scale, first.group)
         alike &= (one.base.bias is None) == (first.base.bias is None)
-        if not alike or one.bypassed or (one.training and one.dropout):
+        if not alike or one.bypassed != first.bypassed or (one.training and one.dropout):
             return None
     bases, As, Bs = zip(*((one.base, one.A, one.B) for one in adapters), strict=True)
-    y = low_rank(x.reshape(-1, x.shape[-1]), bases, As, Bs, first.scale, first.group)
+    rows = x.reshape(-1, x.shape[-1])
+    if first.bypassed:  # the very product that a correction is added to
+        y = product(rows, bases)
+    else:
+        y = low_rank(rows, bases, As, Bs, first.scale, first.group)
     return y.view(*x.shape[:-1], -1)
 
 

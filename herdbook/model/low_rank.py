@@ -71,6 +71,11 @@ def _bias(bases: Sequence[Any]) -> Tensor | None:
     return None if found[0] is None else found[0] if len(found) == 1 else torch.cat(found)
 
 
+def product(x: Tensor, bases: Sequence[Any]) -> Tensor:
+    """Rows x [T, I] → [T, O], what the linear layers give alone, end to end."""
+    return F.linear(x, _weight(bases, x.dtype), _bias(bases))
+
+
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(

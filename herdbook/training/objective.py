@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from herdbook.model.decoder import Decoder
+from herdbook.model.fused import as_if_learning
 from herdbook.model.layout import Packed
 from herdbook.model.lora import bypass
 from herdbook.model.mlp import Experts
@@ -94,7 +95,7 @@ class NextToken:
         """Of the words. shared: what the first adapted block reads; hidden: the end, both [T, H]."""
         decoder, first, where = self.decoder, self.first_adapted, hidden.device
         if isinstance(pack, AnchorPack):
-            with bypass(decoder), torch.no_grad():
+            with bypass(decoder), torch.no_grad(), as_if_learning():
                 if not self.same_start:
                     layout = Packed(pack.lengths, device=where)
                     shared = decoder.start(torch.tensor(pack.ids, device=where), layout)
