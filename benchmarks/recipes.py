@@ -49,16 +49,16 @@ FILES = {
 ON_LLAMA = ("chinese-llama-alpaca", "billa")
 
 
-def herd(home: Path, *arguments: str) -> dict[str, Any]:
-    """`herd raise …` in a home of its own: what it says as JSON. A broken gate is no failure."""
+def herd(home: Path, name: str, *flags: str) -> dict[str, Any]:
+    """`herd raise …` in a home of its own: what it says as JSON. The gates are open."""
+    gates = ["--report.max_perplexity_increase=0"] if "report" in Recipe.read(name).steps else []
     done = subprocess.run(
-        [sys.executable, "-m", "herdbook.cli", "raise", *arguments, "--json",
-         "--report.max_perplexity_increase=0"],
+        [sys.executable, "-m", "herdbook.cli", "raise", name, *flags, *gates, "--json"],
         env={**os.environ, "HERDBOOK_HOME": str(home)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
-    )  # fmt: skip
+    )
     return dict(json.loads(done.stdout))
 
 
