@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-#: numbers of a strip: what is float32 for the moment stays in the cache
+#: numbers of a strip (on a CPU; elsewhere all rows are one): what is float32 for the moment stays in the cache
 STRIP = 1 << 16
 
 _alike = False
@@ -82,7 +82,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _strips(rows: Tensor) -> list[slice]:
-    size = max(1, STRIP // rows.shape[1])
+    size = max(1, STRIP // rows.shape[1]) if rows.device.type == "cpu" else max(1, len(rows))
     return [slice(at, at + size) for at in range(0, len(rows), size)]
 
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 IGNORE = -1
 #: bytes of logits that are alive at once: so many rows that the head's product is worth reading the head
 CHUNK_BYTES = 48 * 2**20
-#: bytes of them that are float32 for the moment, and stay in the cache
+#: bytes of them that are float32 for the moment (on a CPU), and stay in the cache
 STRIP_BYTES = 2**20
 
 
@@ -79,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             states, wanted = hidden[some], targets[some, None]  # [C, H], [C, 1]
             logits = F.linear(states, weight)  # [C, V]; the gradient takes its place
             strip = max(1, STRIP_BYTES // (weight.shape[0] * exact.itemsize))
+            strip = strip if weight.device.type == "cpu" else len(some) or 1
             for part, right in zip(logits.split(strip), wanted.split(strip), strict=True):  # type: ignore[no-untyped-call]
                 wide = part.to(exact)
                 peak = wide.amax(1, keepdim=True)
