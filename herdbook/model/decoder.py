@@ -13,6 +13,7 @@ The axes (herdbook/model/config.py) say what a family puts in place of each part
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch

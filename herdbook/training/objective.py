@@ -7,6 +7,7 @@ rows to keep.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +81,10 @@ class NextToken:
         ids = torch.tensor(pack.ids, dtype=torch.int64, device=where)
         layout = Packed(pack.lengths, device=where)
         decoder, first = self.decoder, self.first_adapted
-        shared = decoder.through(decoder.start(ids, layout), layout, 0, first)
-        hidden = decoder.finish(decoder.through(shared, layout, first))  # [T, H]
+        # what tuned and base model have in common must be the same to the last bit
+        with as_if_learning() if isinstance(pack, AnchorPack) else nullcontext():
+            shared = decoder.through(decoder.start(ids, layout), layout, 0, first)
+            hidden = decoder.finish(decoder.through(shared, layout, first))  # [T, H]
         uneven = self._uneven() * self.weight(pack) if self.mixtures and self.balance else 0.0
         return self._loss(pack, layout, shared, hidden) + uneven
 
