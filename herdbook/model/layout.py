@@ -163,7 +163,8 @@ class Packed:
         """Whether a token sees all of its document up to itself, by its score alone, on a CPU."""
         windowed = look.window is not None and look.window < max(self.lengths)
         contexts = any(g.context for g in self.groups)
-        return not (look.softcap or look.slopes or windowed or contexts) and q.device.type == "cpu"
+        here = q.device.type in ("cpu", "meta")  # which a plan lays out in its stead
+        return here and not (look.softcap or look.slopes or windowed or contexts)
 
     def _mask(self, length: int, context: int, look: Look, q: Tensor, n: int) -> Tensor:
         """What the row's token sees of the column's, the first n of which are virtual: bool [L, n + L],

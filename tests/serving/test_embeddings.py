@@ -43,7 +43,7 @@ def test_all_kinds_of_input(client: Client, tiny_folder: Path) -> None:
     texts = ["hello", "the cat", "你好吗", "hello"]
     ids = [model.tokenizer.encode(one, bos=model.tokenizer.add_bos) for one in texts]
     means = torch.stack([model.hidden(one).mean(0) for one in ids])
-    assert np.allclose(model.embed(texts), means, atol=1e-2)
+    assert np.allclose(model.embed(texts), means, atol=2e-2)  # bfloat16, shapes padded
     expected = torch.nn.functional.normalize(means).numpy()
     assert np.allclose(model.embed(texts, normalise=True), expected, atol=1e-2)
     assert np.allclose(model.embed("the cat"), means[1:2].numpy(), atol=1e-2)
