@@ -472,7 +472,10 @@ extern "C" void herd_step(const Model* model, const Batch* given) {
 struct Blocks {
     const uint8_t* codes;               // of row r and block b at codes + r · row_bytes + b · block_bytes
     int64_t row_bytes, block_bytes;
-    const uint16_t *scales, *minimums;  // float16 [rows, blocks]
+    const char* scales;                 // float16, as far apart as told
+    int64_t scale_row, scale_block;
+    const char* minimums;               // likewise
+    int64_t minimum_row, minimum_block;
     const int64_t* order;               // which row of theirs each of ours is; null: the same one
 };
 
@@ -487,7 +490,9 @@ extern "C" void herd_pack(const Blocks* given, int64_t rows, int64_t blocks, int
         for (int64_t r = 0; r < TILE; r++) {
             const int64_t row = from.order ? from.order[t * TILE + r] : t * TILE + r;
             const uint8_t* codes = from.codes + row * from.row_bytes;
-            for (int64_t b = 0; b < blocks; b++, codes += from.block_bytes) {
+            const char* scale = from.scales + row * from.scale_row;
+            const char* minimum = from.minimums + row * from.minimum_row;
+            for (int64_t b = 0; b < blocks; b++) {
                 uint8_t* to = out + t * step + b * size;
                 for (int64_t p = 0; p < bits; p++) {
                     uint32_t word;
@@ -495,8 +500,9 @@ extern "C" void herd_pack(const Blocks* given, int64_t rows, int64_t blocks, int
                     word ^= flip;
                     std::memcpy(to + 64 * p + 4 * r, &word, 4);
                 }
-                std::memcpy(to + 64 * bits + 2 * r, from.scales + row * blocks + b, 2);
-                std::memcpy(to + 64 * bits + 32 + 2 * r, from.minimums + row * blocks + b, 2);
+                std::memcpy(to + 64 * bits + 2 * r, scale, 2);
+                std::memcpy(to + 64 * bits + 32 + 2 * r, minimum, 2);
+                codes += from.block_bytes, scale += from.scale_block, minimum += from.minimum_block;
             }
         }
 }

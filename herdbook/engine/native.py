@@ -94,7 +94,13 @@ class Raw(ctypes.Structure):
         ("codes", ctypes.c_void_p),
         ("row_bytes", ctypes.c_int64),
         ("block_bytes", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("scales", "minimums", "order")),
+        ("scales", ctypes.c_void_p),
+        ("scale_row", ctypes.c_int64),
+        ("scale_block", ctypes.c_int64),
+        ("minimums", ctypes.c_void_p),
+        ("minimum_row", ctypes.c_int64),
+        ("minimum_block", ctypes.c_int64),
+        ("order", ctypes.c_void_p),
     ]
 
 
@@ -172,15 +178,16 @@ def pack(library: ctypes.CDLL, parts: Sequence[Blocks], alternate: bool = False)
     out = np.empty((count, size), np.uint8)
     at = 0
     for one in parts:
-        scale = one.scale.astype(np.float32)
-        minimum = scale * -128 if one.minimum is None else one.minimum
-        kept = [np.ascontiguousarray(some, np.float16) for some in (scale, minimum)]
+        scale, minimum = one.scale, one.minimum
+        if minimum is None:  # bytes become those from 0 to 255
+            minimum = scale.astype(np.float32) * -128
+        half = [some.astype(np.float16, copy=False) for some in (scale, minimum)]
         order = None if one.order is None else np.ascontiguousarray(one.order, np.int64)
         assert one.codes.strides[2] == 1, "a block's bytes lie side by side"
         raw = Raw(
             one.codes.ctypes.data,
             *one.codes.strides[:2],
-            *(some.ctypes.data for some in kept),
+            *(number for some in half for number in (some.ctypes.data, *some.strides)),
             None if order is None else order.ctypes.data,
         )
         library.herd_pack(

@@ -202,7 +202,7 @@ class Packaged(Model):
         kind, head = self._type(name), HEADS[self._type(name)]
         raw = self._raw(name)
         raw = raw.reshape(len(raw), self._shapes[name][1] // BLOCK, -1)
-        floats = np.ascontiguousarray(raw[..., :head]).view(np.float16)
+        floats = raw[..., :head].view(np.float16)
         codes, scale, order = raw[..., head:], floats[..., 0], self._order(name)
         if kind == "Q8_0":
             return Blocks(codes.view(np.int8), scale, order=order)
