@@ -28,6 +28,7 @@ from herdbook.recipe import Recipe
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import fitting, memory, methods, planning
+from herdbook.training.classify import Classify
 from herdbook.training.probe import Trial, packs_of, probe
 from herdbook.training.rows import gather
 from herdbook.training.tune import Tune
@@ -73,8 +74,15 @@ def plan_recipe(
         scratch = Book(Path(folder))
         known = _known(recipe, steps, book, scratch)
         for called, step in steps.items():
-            if isinstance(step, Tune):
-                path = resolve(_root(step.model, steps), book)
+            if isinstance(step, Tune) and not isinstance(step, Classify):
+                root = _root(step.model, steps)
+                if not root:
+                    raise ConfigError(
+                        f"recipe {name}",
+                        rule="begins with a model from nothing, of which no plan is made yet",
+                        next="plan its size with: herd plan pretrain --budget FLOPS",
+                    )
+                path = resolve(root, book)
                 data = [known[one] for one in step.data if one in known]
                 missing = [steps[one] for one in step.data if one not in known]
                 plans.append(_plan(called, step, path, data, missing, book, room, trial))
@@ -202,14 +210,17 @@ def _known(
 ) -> dict[str, Artifact]:
     """Steps' results that are in the book, and the datasets that are made without a model."""
     known: dict[str, Artifact] = {}
+    made: set[str] = set()  # in scratch, of which the book knows nothing
     for name, step in steps.items():
         if any(one not in known for one in _inputs(step)):
             continue
         written = step.with_inputs(lambda ref: known[ref].id)
         called = step.called() or f"{recipe.name}-{name}"
-        found = book.by_key(written.resolved(book).key(), called)
+        new = made.intersection(_inputs(step))
+        found = None if new else book.by_key(written.resolved(book).key())
         if found is None and step.kind == "dataset" and not _inputs(step):
             found = step.run(scratch, name=called)
+            made.add(name)
         if found is not None:
             known[name] = found
     return known

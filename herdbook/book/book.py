@@ -194,8 +194,9 @@ class Book:
                 )
             return self._artifact(database, rows[0]["id"]) if rows else None
 
-    def by_key(self, key: str, name: str) -> Artifact | None:
-        """What the step with this key made before; from now on it is (also) the newest `name`."""
+    def by_key(self, key: str, name: str = "") -> Artifact | None:
+        """What the step with this key made before; from now on it is (also) the newest `name`, if
+        one is given."""
         with self.connect() as database:
             row = database.execute(
                 "SELECT id FROM artifacts WHERE key = ? ORDER BY created DESC LIMIT 1", (key,)
@@ -204,6 +205,8 @@ class Book:
                 return None
             if not self.whole(self._artifact(database, row["id"])):
                 return None  # it is made anew
+            if not name:
+                return self._artifact(database, row["id"])
             version = self._name(database, name, row["id"])
             return self._artifact(database, row["id"], name, version)
 

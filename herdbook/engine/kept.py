@@ -52,8 +52,14 @@ def kept(decoder: Decoder) -> Kept | None:
         return None
     if decoder.device.type != "cpu" or not isinstance(decoder.norm, RMSNorm):
         return None
-    matrices = (
-        one for block in decoder.blocks for one in block.modules() if hasattr(one, "inputs")
-    )
-    whole = all(isinstance(one, Int4Linear | Int8Linear) for one in matrices)
-    return Kept(decoder) if whole and native.fits(decoder.config) else None
+    if not native.fits(decoder.config):
+        return None
+    matrices = {
+        name: one
+        for name, one in decoder.named_modules()
+        if name.startswith("blocks.") and hasattr(one, "inputs")
+    }
+    if not all(isinstance(one, Int4Linear | Int8Linear) for one in matrices.values()):
+        return None
+    bits = {name: 4 if isinstance(one, Int4Linear) else 8 for name, one in matrices.items()}
+    return Kept(decoder) if native.together(bits) else None

@@ -240,7 +240,8 @@ def load(
 
         base = _base_of(path, book)
         scales = peft_format.method(path) == "PEQA"
-        model = _opened(base, number, where, quantised=scales)
+        rounded = peft_format.kept(path) == "nf4"  # it learnt beside such weights
+        model = _opened(base, number, where, quantised=scales, nf4=rounded)
         peft_format.load(model, path)
         if scales:  # the same codes with other scales: nothing is lost, and the kernels fit
             merge_lora(model)
@@ -256,14 +257,16 @@ def load(
     return LoadedModel(model, tokenizer, path)
 
 
-def _opened(path: Path, dtype: str | None, device: str, quantised: bool = False) -> Decoder:
+def _opened(
+    path: Path, dtype: str | None, device: str, quantised: bool = False, nf4: bool = False
+) -> Decoder:
     import torch
 
     from herdbook.model.checkpoint import load_decoder
     from herdbook.model.precision import compute_dtype
 
     number = compute_dtype(device) if dtype is None else getattr(torch, dtype)
-    return load_decoder(path, dtype=number, quantised=quantised).to(device)
+    return load_decoder(path, dtype=number, quantised=quantised, nf4=nf4).to(device)
 
 
 def _device(given: str | None) -> str:

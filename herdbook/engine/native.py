@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -145,7 +145,9 @@ class Blocks:
         codes = np.empty((len(weight), weight.shape[1] // BLOCK, BLOCK), np.int8)
         scale = np.empty(codes.shape[:2], np.float32)
         for at in range(0, len(weight), 1024):
-            some = weight[at : at + 1024].astype(np.float32).reshape(-1, *codes.shape[1:])
+            some = (
+                weight[at : at + 1024].astype(np.float32, copy=False).reshape(-1, *codes.shape[1:])
+            )
             scale[at : at + 1024] = np.abs(some).max(-1) / 127
             step = np.maximum(scale[at : at + 1024], 1e-30)[..., None]
             codes[at : at + 1024] = np.rint(some / step)
@@ -171,11 +173,31 @@ class Source(Protocol):
         ...
 
 
+def aligned(size: int) -> np.ndarray:
+    """So many bytes from a multiple of 64 on: a register's load stays within a line of the cache."""
+    room = np.empty(size + 64, np.uint8)
+    first = -room.ctypes.data % 64
+    return room[first : first + size]
+
+
+def together(bits: Mapping[str, int]) -> bool:
+    """Whether matrices that are one product have as many bits. bits: of each matrix, by its name."""
+    return all(
+        len({bits[name] for name in names}) == 1
+        for at in sorted({name.rpartition(".")[0].rpartition(".")[0] for name in bits})
+        for names in (
+            [f"{at}.attention.{one}" for one in "qkv"],
+            [f"{at}.mlp.gate", f"{at}.mlp.up"],
+        )
+    )
+
+
 def pack(library: ctypes.CDLL, parts: Sequence[Blocks], alternate: bool = False) -> np.ndarray:
     """Matrices as the tiles that native.cpp reads, uint8 [tiles, bytes]: one matrix after another,
     or alternate: a tile of each in turn."""
     count, size = sum(one.rows for one in parts) // TILE, parts[0].tile_bytes
-    out = np.empty((count, size), np.uint8)
+    assert len({one.tile_bytes for one in parts}) == 1, "tiles of one size"
+    out = aligned(count * size).reshape(count, size)
     at = 0
     for one in parts:
         scale, minimum = one.scale, one.minimum

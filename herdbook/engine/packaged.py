@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from herdbook.engine.compiled import library, processor
-from herdbook.engine.native import BLOCK, Blocks, Step, fits
+from herdbook.engine.native import BLOCK, Blocks, Step, fits, together
+from herdbook.errors import FileError
 from herdbook.files import gguf
 from herdbook.model import gguf_config
 from herdbook.model.config import DecoderConfig
@@ -60,6 +61,10 @@ class Packaged(Model):
         self._names = {name: family.gguf_tensor(name, config) for name in self._shapes}
         found = {name: tensor.shape for name, tensor in file.tensors.items()}
         self._map: mmap.mmap | None = None
+        self._read = _mark(file.path)
+        self._lock = threading.RLock()
+        self._step: Step | None = None
+        self._decoder: Decoder | None = None
         check_names(file.path, source_shapes(self._shapes, self._names), found)
 
     def whole(self) -> bool:
@@ -67,26 +72,56 @@ class Packaged(Model):
         folds = [self._names[name].fold for name in self._shapes]
         if any(one and (one.transposed or one.stacked or one.plus) for one in folds):
             return False
-        return all(
-            self.file.tensors[self._names[name].name].type in HEADS
+        kinds = {
+            name.removesuffix(".weight"): self._type(name)
             for name, shape in self._shapes.items()
             if name.startswith("blocks.") and len(shape) == 2
+        }
+        return all(kind in HEADS for kind in kinds.values()) and together(
+            {name: _bits(kind) for name, kind in kinds.items()}
         )
 
     def module(self) -> Decoder:
-        return self._decoder
+        with self._lock:
+            if self._decoder is None:
+                import torch
 
-    @cached_property
+                from herdbook.model.checkpoint import load_decoder
+
+                self._need_same()
+                kind = getattr(torch, self.kind)
+                self._decoder = load_decoder(self.path, dtype=kind, quantised=True)
+            return self._decoder
+
+    @property
     def step(self) -> Step:
         """The native step, for every engine of this model."""
+        with self._lock:
+            if self._step is None:
+                self._step = self._make()
+            return self._step
+
+    def _make(self) -> Step:
         found = library()
         assert found is not None, "packaged() has seen it"
         with self.file.path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            return Step(self, found)
+            self._need_same()
+            step = Step(self, found)
+            if self.embed(np.zeros(1, np.int64)) is not None:
+                _ = self._table  # read now: later another file may lie there
+            self._need_same()
+            return step
         finally:
             self._map = None  # unmapped with the last array that looks into it
+
+    def _need_same(self) -> None:
+        """Raise where another file lies there than the one whose header was read."""
+        if _mark(self.file.path) != self._read:
+            raise FileError(
+                f"{self.file.path}", rule="was changed meanwhile", next="load the model again"
+            )
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -106,7 +141,7 @@ class Packaged(Model):
     @property
     def opened(self) -> bool:
         """Whether it has become a decoder as well."""
-        return "_decoder" in vars(self)
+        return self._decoder is not None
 
     @property
     def held_bytes(self) -> int:
@@ -123,20 +158,13 @@ class Packaged(Model):
             if len(shape) == 1:
                 total += 4 * shape[0]
             elif name.startswith("blocks.") or name == self._head:
-                bits = 4 if self._type(name).startswith("Q4") else 8
-                total += math.prod(shape) * (bits + 1) // 8
+                total += math.prod(shape) * (_bits(self._type(name)) + 1) // 8
         return total
 
     @property
     def _head(self) -> str:
         """The name of the weight that gives the logits."""
         return "embed.weight" if self.config.tied else "head.weight"
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        from herdbook.model.checkpoint import load_decoder
-
-        return load_decoder(self.path, quantised=True)
 
     @property
     def kind(self) -> str:
@@ -168,9 +196,9 @@ class Packaged(Model):
     def _rows(self, name: str, which: np.ndarray | None) -> np.ndarray:
         """Rows of the embedding or the head, dequantised; None: all."""
         if which is None:
-            return gguf.dequantise(self._raw(name), self._type(name)).astype(np.float32)
+            return gguf.dequantise(self._raw(name), self._type(name)).astype(np.float32, copy=False)
         raw = np.ascontiguousarray(self._table[which])
-        return gguf.dequantise(raw, self._type(name)).astype(np.float32)
+        return gguf.dequantise(raw, self._type(name)).astype(np.float32, copy=False)
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -208,6 +236,17 @@ class Packaged(Model):
             return Blocks(codes.view(np.int8), scale, order=order)
         minimum = floats[..., 1] if kind == "Q4_1" else scale * np.float16(-8)
         return Blocks(codes, scale, minimum, order)
+
+
+def _bits(kind: str) -> int:
+    """Of a code, as the native step keeps such a matrix."""
+    return 4 if kind in ("Q4_0", "Q4_1") else 8
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    """Which file lies there, as far as its directory tells."""
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def plain_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -123,6 +123,8 @@ class Chooser:
     def choose(self, logits: np.ndarray) -> int:
         """The next token for logits [V] (float32, not changed)."""
         logits = self.penalise(self.steer(logits))
+        if not np.isfinite(logits.max()):
+            raise ArithmeticError("nothing is left that may be drawn")
         if self.generator is None:
             return int(logits.argmax())
         probabilities, tokens = candidates(logits, self.sampling)

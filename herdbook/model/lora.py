@@ -149,7 +149,8 @@ class LoRALinear(Adapter):
 def together(x: Tensor, *layers: nn.Module) -> Tensor | None:
     """What these layers give of the same x [..., I], end to end [..., ΣO], if they are adapters that one
     product can be; else None."""
-    if not all(type(one) is LoRALinear for one in layers):
+    # a layer whose product goes by another way (tensor parallel) is not taken into one
+    if not all(type(one) is LoRALinear and "forward" not in vars(one) for one in layers):
         return None
     adapters: list[Any] = list(layers)
     first = adapters[0]

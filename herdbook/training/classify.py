@@ -35,7 +35,7 @@ from herdbook.model.lora import merge_lora
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.packing import Pack
 from herdbook.tokens.tokenizer import Tokenizer
-from herdbook.training import loop, methods
+from herdbook.training import loop, methods, parallel
 from herdbook.training.tune import Tune
 
 METHODS = ("full", "freeze", "lora", "ia3")
@@ -133,6 +133,12 @@ class Classify(Tune):
 
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "model", "file")
+        if not parallel.Team().alone:
+            raise ConfigError(
+                "Classify in several processes",
+                rule="is not there yet: it trains in one",
+                next="run it without torchrun",
+            )
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         labels, rows = self._labelled(bench, tokenizer)
@@ -141,6 +147,7 @@ class Classify(Tune):
         count = max(1, round(self.heldout * len(rows))) if self.heldout else 0
         held, train = order[:count], sorted(order[count:])
         decoder = self._load(source, torch.float32)
+        decoder.recompute = self.recompute
         put_score(decoder, labels, self.seed)
         parameters = methods.prepare(decoder, self)
         assert decoder.score is not None
@@ -148,7 +155,7 @@ class Classify(Tune):
         decoder.score.requires_grad_(True)
         objective = Labels(decoder)
         learnt = [rows[n] for n in train]
-        plan = self._plan(learnt)
+        plan = self._plan(learnt, decoder.parameter_count())
         state = loop.train(
             objective,
             parameters,

@@ -69,8 +69,9 @@ def save(
             name: _shared(value, moved.parameters[name.rpartition(":")[0]])
             for name, value in tensors.items()
         }
-        _write(folder, folder / FOLDERS.replace("*", f"{state.step:09}"), shares, about, team)
-        older.append(folder / NAME)
+        place = folder / FOLDERS.replace("*", f"{state.step:09}")
+        _write(folder, place, shares, about, team)
+        older = [*(one for one in older if one != place), folder / NAME]
     elif team.leads:
         with atomic.replacing(folder / NAME) as new:
             save_file(tensors, new, metadata=about)

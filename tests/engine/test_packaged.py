@@ -15,6 +15,7 @@ import torch
 import herdbook
 from herdbook.engine import compiled, native
 from herdbook.engine.engine import Engine
+from herdbook.engine.kept import kept
 from herdbook.engine.packaged import Packaged, packaged, plain_shapes
 from herdbook.engine.request import Request, Sampling
 from herdbook.engine.runner import step_for
@@ -24,7 +25,7 @@ from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.decoder import Decoder
 from herdbook.tokens.tokenizer import Tokenizer
 
-from .test_native import CONFIG, CONFIGS, needs_native
+from .test_native import CONFIG, CONFIGS, needs_native, quantised
 
 pytestmark = needs_native
 #: 384: the tiny tokenizer's
@@ -115,6 +116,27 @@ def test_two_engines_of_one_model_in_two_threads(tiny_folder: Path, tmp_path: Pa
         assert engines[0].runner._native is engines[1].runner._native
         for found in pool.map(lambda one: [r.ids for r in one.generate(asked)], engines):
             assert found == want
+
+
+def test_a_file_that_changes_is_not_read_on(tiny_folder: Path, tmp_path: Path) -> None:
+    tokenizer, config = Tokenizer.load(tiny_folder), dataclasses.replace(CONFIG, vocab=384)
+    model = packaged(made(config, "llama", tokenizer, tmp_path / "a.gguf", "Q4_1"))
+    assert model is not None
+    made(config, "llama", tokenizer, tmp_path / "b.gguf", "Q8_0").replace(tmp_path / "a.gguf")
+    for use in (model.module, lambda: model.step):
+        with pytest.raises(FileError, match="was changed meanwhile"):
+            use()
+
+
+def test_matrices_of_one_product_have_one_width() -> None:
+    """Files of llama-quantize --tensor-type keep, say, v in 8 bits beside q and k in 4."""
+    decoder = quantised(CONFIG)
+    assert kept(decoder) is not None
+    decoder.blocks[1].attention.v = quantised(CONFIG, 8).blocks[1].attention.v
+    assert kept(decoder) is None
+    bits = {f"blocks.0.attention.{one}": 4 for one in "qkvo"} | {"blocks.0.mlp.down": 8}
+    bits |= {"blocks.0.mlp.gate": 8, "blocks.0.mlp.up": 8}
+    assert native.together(bits) and not native.together(bits | {"blocks.0.mlp.up": 4})
 
 
 def test_what_does_not_fit_becomes_a_decoder(tiny_folder: Path, tmp_path: Path) -> None:

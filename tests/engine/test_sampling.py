@@ -180,3 +180,10 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     logits = row(1.0, 90.0, 89.0, -3.0)
     probabilities, _ = candidates(logits, Sampling(temperature=temperature))
     assert probabilities.tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_nothing_is_left_nothing_is_drawn(temperature: float) -> None:
+    chooser = Chooser(Sampling(temperature=temperature, min_tokens=1), [0], 2, ends=[0, 1])
+    with pytest.raises(ArithmeticError, match="nothing is left"):
+        chooser.choose(row(1.0, 2.0))
