@@ -105,14 +105,7 @@ class Merge(Step):
                 f"rounded to {self.dtype}: the logits moved by up to {found.max_logit_difference:.3g} "
                 f"of {found.scale:.3g}; float32 keeps all that was learnt"
             )
-        return {
-            "max_logit_difference": found.max_logit_difference,
-            "mean_kl": found.mean_kl,
-            "top1_agreement_share": found.top1_agreement,
-            "merged_matrices": len(merged),
-            "parameters": saved.parameter_count(),
-            "size_bytes": sum(f.stat().st_size for f in bench.out.iterdir()),
-        }
+        return _metrics(found, len(merged), saved, bench.out)
 
     def _say_nf4(self, bench: Bench, tokenizer: Tokenizer | None, trained: Tensor) -> None:
         """How far the adapter on the base's own weights is from what was trained."""
@@ -150,14 +143,18 @@ class Merge(Step):
                 rule="though its weights are those that were trained",
                 next="please report this",
             )
-        return {
-            "max_logit_difference": found.max_logit_difference,
-            "mean_kl": found.mean_kl,
-            "top1_agreement_share": found.top1_agreement,
-            "merged_matrices": len(merged),
-            "parameters": saved.parameter_count(),
-            "size_bytes": sum(f.stat().st_size for f in bench.out.iterdir()),
-        }
+        return _metrics(found, len(merged), saved, bench.out)
+
+
+def _metrics(found: parity.Parity, merged: int, saved: Decoder, out: Path) -> dict[str, Any]:
+    return {
+        "max_logit_difference": found.max_logit_difference,
+        "mean_kl": found.mean_kl,
+        "top1_agreement_share": found.top1_agreement,
+        "merged_matrices": merged,
+        "parameters": saved.parameter_count(),
+        "size_bytes": sum(f.stat().st_size for f in out.iterdir()),
+    }
 
 
 def make_dense(decoder: Decoder) -> None:

@@ -104,7 +104,7 @@ class Text(Step):
                     yield text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines(path: Path) -> Iterator[str]:
     """A file's lines with their ends, unpacked and decoded."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
@@ -128,7 +128,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _rows(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -146,7 +146,7 @@ def _rows(path: Path) -> Iterator[str]:
 def _passages(path: Path, size: int) -> Iterator[str]:
     """Paragraphs put together until they have `size` characters."""
     held, characters = list[str](), 0
-    for line in _lines(path):
+    for line in lines(path):
         if not line.strip() and characters >= size:
             yield "".join(held).strip("\r\n")
             held, characters = [], 0

@@ -103,6 +103,7 @@ def threads() -> int:
     return max(1, int(given)) if given.isdigit() else cores()
 
 
+@functools.cache
 def cores() -> int:
     """Physical ones of those that this process may use: their twins only get in the way."""
     mine = (

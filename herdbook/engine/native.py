@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from herdbook.engine.compiled import threads
+from herdbook.files.gguf import BLOCK
 from herdbook.model.config import DecoderConfig
 from herdbook.model.rope import rope_frequencies, rope_magnitude
 
 if TYPE_CHECKING:
     from herdbook.engine.store import Store
 
-TILE, BLOCK = 16, 32
+TILE = 16
 
 
 class Matrix(ctypes.Structure):

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from herdbook.engine.compiled import library, processor
-from herdbook.engine.native import BLOCK, Blocks, Step, fits, together
-from herdbook.errors import FileError
+from herdbook.engine.native import Blocks, Step, fits, together
 from herdbook.files import gguf
 from herdbook.model import gguf_config
 from herdbook.model.config import DecoderConfig
@@ -41,8 +40,7 @@ def packaged(path: Path) -> Packaged | None:
     if file is None or not file.is_file() or library() is None:
         return None
     found = gguf.read(file)
-    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
-    family, config, _ = gguf_config.read(found, shapes)
+    family, config, _ = gguf_config.read(found, found.shapes)
     if not fits(config):
         return None
     model = Packaged(path, found, family, config)
@@ -59,13 +57,11 @@ class Packaged(Model):
         self.path, self.file, self.config, self.family = path, file, config, family.name
         self._shapes = plain_shapes(config)
         self._names = {name: family.gguf_tensor(name, config) for name in self._shapes}
-        found = {name: tensor.shape for name, tensor in file.tensors.items()}
         self._map: mmap.mmap | None = None
-        self._read = _mark(file.path)
         self._lock = threading.RLock()
         self._step: Step | None = None
         self._decoder: Decoder | None = None
-        check_names(file.path, source_shapes(self._shapes, self._names), found)
+        check_names(file.path, source_shapes(self._shapes, self._names), file.shapes)
 
     def whole(self) -> bool:
         """Whether every matrix of a block is kept in blocks of 4 or 8 bits along our rows."""
@@ -88,7 +84,7 @@ class Packaged(Model):
 
                 from herdbook.model.checkpoint import load_decoder
 
-                self._need_same()
+                self.file.need_same()
                 kind = getattr(torch, self.kind)
                 self._decoder = load_decoder(self.path, dtype=kind, quantised=True)
             return self._decoder
@@ -107,21 +103,14 @@ class Packaged(Model):
         with self.file.path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
-            self._need_same()
+            self.file.need_same()
             step = Step(self, found)
-            if self.embed(np.zeros(1, np.int64)) is not None:
+            if not self._embeds_by_head:
                 _ = self._table  # read now: later another file may lie there
-            self._need_same()
+            self.file.need_same()
             return step
         finally:
             self._map = None  # unmapped with the last array that looks into it
-
-    def _need_same(self) -> None:
-        """Raise where another file lies there than the one whose header was read."""
-        if _mark(self.file.path) != self._read:
-            raise FileError(
-                f"{self.file.path}", rule="was changed meanwhile", next="load the model again"
-            )
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
@@ -146,7 +135,7 @@ class Packaged(Model):
     @property
     def held_bytes(self) -> int:
         """Of the file's own bytes that stay in memory: the embedding's, unless the head has them."""
-        if self.config.tied and self._type("embed.weight") == "Q8_0":
+        if self._embeds_by_head:
             return 0
         return self.file.tensors[self._names["embed.weight"].name].nbytes
 
@@ -165,6 +154,11 @@ class Packaged(Model):
     def _head(self) -> str:
         """The name of the weight that gives the logits."""
         return "embed.weight" if self.config.tied else "head.weight"
+
+    @property
+    def _embeds_by_head(self) -> bool:
+        """Whether the embedding's rows are the head's, just as the step keeps them."""
+        return self.config.tied and self._type("embed.weight") == "Q8_0"
 
     @property
     def kind(self) -> str:
@@ -189,7 +183,7 @@ class Packaged(Model):
         return values if order is None else values[order]
 
     def embed(self, ids: np.ndarray) -> np.ndarray | None:
-        if self.config.tied and self._type("embed.weight") == "Q8_0":
+        if self._embeds_by_head:
             return None
         return self._rows("embed.weight", ids)
 
@@ -229,7 +223,7 @@ class Packaged(Model):
     def _blocks(self, name: str) -> Blocks:
         kind, head = self._type(name), HEADS[self._type(name)]
         raw = self._raw(name)
-        raw = raw.reshape(len(raw), self._shapes[name][1] // BLOCK, -1)
+        raw = raw.reshape(len(raw), self._shapes[name][1] // gguf.BLOCK, -1)
         floats = raw[..., :head].view(np.float16)
         codes, scale, order = raw[..., head:], floats[..., 0], self._order(name)
         if kind == "Q8_0":
@@ -241,12 +235,6 @@ class Packaged(Model):
 def _bits(kind: str) -> int:
     """Of a code, as the native step keeps such a matrix."""
     return 4 if kind in ("Q4_0", "Q4_1") else 8
-
-
-def _mark(path: Path) -> tuple[int, int, int]:
-    """Which file lies there, as far as its directory tells."""
-    about = path.stat()
-    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def plain_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:

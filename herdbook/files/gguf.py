@@ -87,6 +87,18 @@ class GGUF:
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    mark: tuple[int, int, int]  # which file it was, as far as its directory tells
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def need_same(self) -> None:
+        """Raise where another file lies there than the one whose header was read."""
+        if _mark(self.path) != self.mark:
+            raise FileError(
+                f"{self.path}", rule="was changed meanwhile", next="load the model again"
+            )
 
     def raw(self, name: str) -> np.ndarray:
         """The tensor's bytes as they lie in the file: uint8 [rows…, bytes a row]."""
@@ -212,20 +224,25 @@ def read(path: Path | str) -> GGUF:
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}", rule="is no file", next="check the path")
-    about = path.stat()
-    if not about.st_size:  # an empty file cannot be mapped
+    mark = _mark(path)
+    if not mark[1]:  # an empty file cannot be mapped
         raise FileError(f"{path}", rule="is empty", next="fetch it again")
-    return _read_once(path, (about.st_ino, about.st_size, about.st_mtime_ns))
+    return _read_once(path, mark)
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    about = path.stat()
+    return about.st_ino, about.st_size, about.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=2)
-def _read_once(path: Path, about: tuple[int, ...]) -> GGUF:
+def _read_once(path: Path, mark: tuple[int, int, int]) -> GGUF:
     """A file is read by those who want its weights and by those who want its vocabulary."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _read(path, data)
+        return _read(path, data, mark)
 
 
-def _read(path: Path, data: mmap.mmap) -> GGUF:
+def _read(path: Path, data: mmap.mmap, mark: tuple[int, int, int]) -> GGUF:
     r = _Reader(path, data)
     if data[:4] != MAGIC:
         raise FileError(
@@ -288,7 +305,7 @@ def _read(path: Path, data: mmap.mmap) -> GGUF:
         if one.offset < at:
             raise r.fail(f"tensor {one.name!r} lies at byte {one.offset:,} within another")
         at = one.offset + one.nbytes
-    return GGUF(path, metadata, tensors)
+    return GGUF(path, metadata, tensors, mark)
 
 
 # --- values and blocks -----------------------------------------------------------------------------

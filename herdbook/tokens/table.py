@@ -20,11 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
@@ -45,7 +44,7 @@ TALK, KEEP, TEXT = 0, 1, 2
 COLUMNS = {"ids": "<i4", "mask": "u1", "ends": "<i8", "lines": "<i8", "kinds": "u1"}
 
 
-class Table(Sequence[Rendering]):
+class Table:
     """The rows of one dataset, in its order."""
 
     def __init__(self, folder: Path) -> None:
@@ -61,13 +60,7 @@ class Table(Sequence[Rendering]):
     def __len__(self) -> int:
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, number: int) -> Rendering: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Rendering]: ...
-    def __getitem__(self, number: int | slice) -> Rendering | list[Rendering]:
-        if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
+    def __getitem__(self, number: int) -> Rendering:
         if not 0 <= number < len(self):
             raise IndexError(number)
         start, end = (int(self.ends[number - 1]) if number else 0), int(self.ends[number])

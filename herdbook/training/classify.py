@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from herdbook.book.step import Bench, Input, require
+from herdbook.data.plain import lines
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import save_hf
@@ -223,7 +224,7 @@ def read(path: Path) -> Iterator[tuple[Any, str]]:
     """(text or messages, label) of each line. DataError names the line that is neither."""
     if not path.is_file():
         raise DataError(f"{path}", rule="is no file", next="check the path")
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines(path), 1):
         if not line.strip():
             continue
         try:
@@ -232,7 +233,7 @@ def read(path: Path) -> Iterator[tuple[Any, str]]:
             assert isinstance(asked, (str, list)) and isinstance(label, (str, int))
         except (ValueError, KeyError, AttributeError, AssertionError) as error:
             raise DataError(
-                f"{path}, line {number}: {line[:80]}",
+                f"{path}, line {number}: {line.rstrip()[:80]}",
                 rule="is no text with a label",
                 next='write {"text": "…", "label": "…"}',
             ) from error

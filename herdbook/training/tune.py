@@ -23,9 +23,9 @@ from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, How, Input, Inputs, Step, require
 from herdbook.errors import ConfigError
 from herdbook.files import atomic
-from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
-from herdbook.model.checkpoint.weights import GGUFWeights
+from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.model.decoder import Decoder
+from herdbook.model.gguf_config import gguf_file
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.lora import merge_lora
 from herdbook.model.precision import compute_dtype
@@ -169,8 +169,8 @@ class Tune(Step):
             decoder.recompute = self.recompute
             held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
             plan = self._plan(rows, decoder.parameter_count())
-            gguf = isinstance(open_checkpoint(source.path).weights, GGUFWeights)
-            parameters = methods.prepare(decoder, self, minima=gguf)
+            minima = gguf_file(source.path) is not None
+            parameters = methods.prepare(decoder, self, minima=minima)
             trainable = sum(p.numel() for p in parameters.values())
             objective: loop.Objective = NextToken(decoder, self.anchor, self.balance)
             objective, parameters = team.share(objective, decoder, self.precision == "mixed")

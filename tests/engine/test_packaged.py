@@ -23,6 +23,7 @@ from herdbook.errors import FileError
 from herdbook.model.checkpoint import expected_shapes, load_decoder, save_gguf
 from herdbook.model.config import DecoderConfig, RopeScaling
 from herdbook.model.decoder import Decoder
+from herdbook.model.precision import compute_dtype
 from herdbook.tokens.tokenizer import Tokenizer
 
 from .test_native import CONFIG, CONFIGS, needs_native, quantised
@@ -67,6 +68,7 @@ def test_the_step_is_that_of_the_decoder(
     file = made(config, family, tokenizer, tmp_path / "a.gguf", quant)
     model = packaged(file)
     assert model is not None and not model.opened and model.config == config
+    assert getattr(torch, model.kind) == compute_dtype("cpu")
     ours, theirs = step_for(model), step_for(load_decoder(file, torch.float32, quantised=True))
     assert ours is not None and theirs is not None
     assert len(ours.kept) == len(theirs.kept)

@@ -200,7 +200,7 @@ class GGUFWeights(Weights):
 
     def __init__(self, file: gguf.GGUF) -> None:
         self.file, self.files = file, [file.path]
-        self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        self.shapes = file.shapes
 
     def dtype(self, name: str) -> torch.dtype:
         exact = {"F16": torch.float16, "BF16": torch.bfloat16}
