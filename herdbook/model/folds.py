@@ -53,6 +53,12 @@ class Fold:
         found = source[mine] if self.order is None else source[self.order(config)[mine]]
         return found + self.plus if self.plus else found
 
+    def row_of(self, part: int, rows: Sequence[int], config: DecoderConfig) -> Tensor:
+        """int64: the source's row of each of the part's, where nothing is transposed or added."""
+        start = sum(rows[:part])
+        at = torch.arange(sum(rows)) if self.order is None else self.order(config)
+        return at[start : start + rows[part]]
+
     def join(self, parts: Sequence[Tensor], config: DecoderConfig) -> Tensor:
         """The source's tensor again."""
         whole = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
