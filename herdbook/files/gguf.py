@@ -321,8 +321,8 @@ def _dequantise(raw: np.ndarray, type: str, out: np.ndarray) -> None:
         np.multiply(codes >> 4, d, out=flat[:, BLOCK // 2 :])
         flat += m
     elif type in kquants.DEQUANTISE:
-        blocks = raw.reshape(-1, _SIZES[type][1])
-        kquants.DEQUANTISE[type](blocks, out.reshape(len(blocks), kquants.BLOCK))
+        super_blocks = raw.reshape(-1, _SIZES[type][1])
+        kquants.DEQUANTISE[type](super_blocks, out.reshape(-1, kquants.BLOCK))
     else:
         try:
             out[...] = quants.dequantize(raw, GGMLQuantizationType[type])

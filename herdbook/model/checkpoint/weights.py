@@ -122,9 +122,8 @@ class Pick:
 
     def numpy(self) -> tuple[Any, Any]:
         """The same two as numpy's indices."""
-        return tuple(
-            one.numpy() if isinstance(one, Tensor) else one for one in (self.of, self.into)
-        )
+        of, into = (one.numpy() if isinstance(one, Tensor) else one for one in (self.of, self.into))
+        return of, into
 
 
 def picked(rows: int, count: int, row_of: Tensor | None) -> Iterator[tuple[int, int, Pick]]:
