@@ -43,6 +43,13 @@ BLOCK = 32  # values that share a scale in Q4_0, Q4_1 and Q8_0
 #: the types that Herdbook writes; it reads every type that the gguf package can dequantise
 WRITABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
 
+#: how a block of 32 lies in the file; codes by byte
+BLOCKS = {
+    "Q4_0": np.dtype([("scale", "<f2"), ("codes", "V16")]),
+    "Q4_1": np.dtype([("scale", "<f2"), ("minimum", "<f2"), ("codes", "V16")]),
+    "Q8_0": np.dtype([("scale", "<f2"), ("codes", "V32")]),
+}
+
 #: its number in a file, and of a block the values and the bytes (ggml.h)
 TYPES = {
     "F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2), "F64": (28, 1, 8),
@@ -311,43 +318,54 @@ def _read(path: Path, data: mmap.mmap, mark: tuple[int, int, int]) -> GGUF:
 # --- values and blocks -----------------------------------------------------------------------------
 
 
-def dequantise(raw: np.ndarray, type: str) -> np.ndarray:
-    """uint8 [rows…, bytes a row] → float32 [rows…, columns]; F16 stays float16 (it is exact)."""
+def dequantise(raw: np.ndarray, type: str, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8 [rows…, bytes a row] → float32 [rows…, columns]; F16 stays float16 (it is exact).
+
+    out: where they are to be, float32 in their order.
+    """
     if type in ("F32", "F16"):
-        return raw.view(np.float32 if type == "F32" else np.float16)
+        found = raw.view(np.float32 if type == "F32" else np.float16)
+        if out is None:
+            return found
+        out[...] = found
+        return out
+    if out is None:
+        values, size = _SIZES[type]
+        out = np.empty((*raw.shape[:-1], raw.shape[-1] // size * values), np.float32)
     with np.errstate(invalid="ignore", over="ignore"):  # a scale that is not finite gives NaN
-        return _dequantise(raw, type)
+        _dequantise(raw, type, out)
+    return out
 
 
-def _dequantise(raw: np.ndarray, type: str) -> np.ndarray:
-    if type in ("Q4_0", "Q4_1"):
-        head = 2 if type == "Q4_0" else 4
-        blocks = raw.reshape(-1, head + BLOCK // 2)
-        d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        m = d * -8 if type == "Q4_0" else blocks[:, 2:4].copy().view(np.float16).astype(np.float32)
-        out = np.empty((len(blocks), BLOCK), np.float32)
-        np.multiply(blocks[:, head:] & 15, d, out=out[:, : BLOCK // 2])
-        np.multiply(blocks[:, head:] >> 4, d, out=out[:, BLOCK // 2 :])
-        out += m
-        return out.reshape(*raw.shape[:-1], -1)
-    if type == "Q8_0":
-        blocks = raw.reshape(-1, 2 + BLOCK)
-        d = blocks[:, :2].copy().view(np.float16).astype(np.float32)
-        return (blocks[:, 2:].view(np.int8) * d).reshape(*raw.shape[:-1], -1)
-    if type in kquants.DEQUANTISE:
-        blocks = raw.reshape(-1, _SIZES[type][1])
-        return kquants.DEQUANTISE[type](blocks).reshape(*raw.shape[:-1], -1)
-    from gguf import quants  # a package that takes long to import, for the types above not needed
-    from gguf.constants import GGMLQuantizationType
+def _dequantise(raw: np.ndarray, type: str, out: np.ndarray) -> None:
+    if type in BLOCKS:
+        blocks = raw.view(BLOCKS[type]).reshape(-1)
+        codes = blocks["codes"].copy().view(np.uint8).reshape(len(blocks), -1)
+        d, flat = blocks["scale"].astype(np.float32)[:, None], out.reshape(-1, BLOCK)
+        if type == "Q8_0":
+            np.multiply(codes.view(np.int8), d, out=flat)
+            return
+        m = d * -8 if type == "Q4_0" else blocks["minimum"].astype(np.float32)[:, None]
+        np.multiply(codes & 15, d, out=flat[:, : BLOCK // 2])
+        np.multiply(codes >> 4, d, out=flat[:, BLOCK // 2 :])
+        flat += m
+    elif type in kquants.DEQUANTISE:
+        super_blocks = raw.reshape(-1, _SIZES[type][1])
+        kquants.DEQUANTISE[type](super_blocks, out.reshape(-1, kquants.BLOCK))
+    else:
+        from gguf import (
+            quants,
+        )  # a package that takes long to import, for the types above not needed
+        from gguf.constants import GGMLQuantizationType
 
-    try:
-        return quants.dequantize(raw, GGMLQuantizationType[type])
-    except NotImplementedError:
-        raise FileError(
-            f"tensors of the type {type}",
-            rule="cannot be read",
-            next="use a file of one of the types " + ", ".join(WRITABLE),
-        ) from None
+        try:
+            out[...] = quants.dequantize(raw, GGMLQuantizationType[type])
+        except NotImplementedError:
+            raise FileError(
+                f"tensors of the type {type}",
+                rule="cannot be read",
+                next="use a file of one of the types " + ", ".join(WRITABLE),
+            ) from None
 
 
 def quantise(values: np.ndarray, type: str) -> np.ndarray:

@@ -57,6 +57,12 @@ class Fold:
         found = source[mine] if self.order is None else source[self.order(config)[mine]]
         return found + self.plus if self.plus else found
 
+    def row_of(self, part: int, rows: Sequence[int], config: DecoderConfig) -> np.ndarray:
+        """int64: the source's row of each of the part's, where nothing is transposed or added."""
+        start = sum(rows[:part])
+        at = np.arange(sum(rows)) if self.order is None else self.order(config)
+        return at[start : start + rows[part]]
+
     def join(self, parts: Sequence[Tensor], config: DecoderConfig) -> Tensor:
         """The source's tensor again."""
         import torch  # a description is read without it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor
 
 from herdbook.errors import FileError
-from herdbook.files import gguf
-from herdbook.model.checkpoint.weights import Blocks, GGUFWeights, Weights
+from herdbook.model.checkpoint.steps import Step
+from herdbook.model.checkpoint.weights import WHOLE, Blocks, Weights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, SourceTensor
+from herdbook.model.folds import Fold
 from herdbook.model.modules import build
 from herdbook.model.sources import check_names
 
@@ -32,46 +35,50 @@ class Checkpoint:
     shapes: dict[str, tuple[int, ...]] = field(repr=False)  # by our name
     weights: Weights = field(repr=False)
 
-    def fill(self, name: str, out: Tensor) -> None:
-        """One tensor by our name, dequantised, into its final place."""
+    def steps(self, name: str, out: Tensor) -> Iterable[Step]:
+        """What together puts one tensor by our name, dequantised, into its final place."""
         source = self.names[name]
-        if source.fold is None:
-            self.weights.fill(source.name, out)
-        elif isinstance(self.weights, GGUFWeights) and out.ndim > 1:
-            # our rows alone are dequantised: of stacked experts, one
-            file = self.weights.file
-            raw = self._mine(name, torch.from_numpy(file.raw(source.name))).contiguous()
-            values = gguf.dequantise(raw.numpy(), file.tensors[source.name].type)
-            out.copy_(torch.from_numpy(values))
-        else:
-            out.copy_(self._mine(name, self.weights.read(source.name, out.dtype)))
+        fold = source.fold
+        if fold is None:
+            return self.weights.steps(source.name, out)
+        as_rows = out.ndim == 2 and not fold.transposed and not fold.plus
+        if as_rows and self.weights.in_rows(source.name):
+            return self.weights.steps(source.name, out, self._row_of(name, fold))
+        return [partial(self._unfold, name, fold, out)]
 
-    def _mine(self, name: str, tensor: Tensor) -> Tensor:
-        """Our tensor out of the source's."""
+    def _unfold(self, name: str, fold: Fold, out: Tensor) -> None:
         source = self.names[name]
-        if source.fold is None:
-            return tensor
-        rows = [self.shapes[one][0] for one in source.ours]
-        mine: Tensor = source.fold.take(tensor, source.ours.index(name), rows, self.config)
-        return mine
+        with WHOLE:
+            whole = self.weights.read(source.name, out.dtype)
+            out.copy_(fold.take(whole, *self._part(name), self.config))
+
+    def _part(self, name: str) -> tuple[int, list[int]]:
+        """Which of its source's parts a tensor is, and how many rows each has."""
+        ours = self.names[name].ours
+        return ours.index(name), [self.shapes[one][0] for one in ours]
+
+    def _row_of(self, name: str, fold: Fold) -> Tensor:
+        return torch.from_numpy(fold.row_of(*self._part(name), self.config))
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """The same, in memory of its own."""
         out = torch.empty(self.shapes[name], dtype=dtype)
-        self.fill(name, out)
+        for step in self.steps(name, out):
+            step()
         return out
 
     def dtype(self, name: str) -> torch.dtype:
         """The least type that holds the tensor of this name of ours exactly."""
         return self.weights.dtype(self.names[name].name)
 
-    def blocks(self, name: str) -> Blocks | None:
-        """The tensor where the source keeps it in blocks along our rows, else None."""
+    def blocks(self, name: str) -> tuple[Blocks, Iterable[Step]] | None:
+        """The tensor where the source keeps it in blocks along our rows, and what fills them."""
         source = self.names[name]
-        if source.fold is not None and source.fold.transposed:
+        if source.fold is None:
+            return self.weights.blocks(source.name)
+        if source.fold.transposed:
             return None
-        found = self.weights.blocks(source.name)
-        return found and found.map(lambda whole: self._mine(name, whole).contiguous())
+        return self.weights.blocks(source.name, self._row_of(name, source.fold))
 
 
 def expected_shapes(config: DecoderConfig, *, headless: bool = False) -> dict[str, tuple[int, ...]]:

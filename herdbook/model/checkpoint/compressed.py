@@ -18,14 +18,16 @@ Source: https://github.com/vllm-project/compressed-tensors (format "pack-quantiz
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from herdbook.errors import FileError
+from herdbook.model.checkpoint.steps import Step, at_once
 from herdbook.model.checkpoint.weights import STRIP_BYTES, Blocks, PlainWeights, Weights
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear
 
@@ -155,33 +157,43 @@ class CompressedWeights(Weights):
     def same(self, one: str, other: str) -> bool:
         return not {one, other} & set(self.schemes) and self.plain.same(one, other)
 
-    def fill(self, name: str, out: Tensor) -> None:
-        if name not in self.schemes:
-            self.plain.fill(name, out)
-            return
-        for first, last in self._strips(name):
-            codes, scale, zero = self._rows(name, first, last)
-            codes = codes.float().sub_(zero[..., None]).mul_(scale[..., None])
-            out[first:last] = codes.flatten(1)
+    def in_rows(self, name: str) -> bool:
+        return name not in self.schemes and self.plain.in_rows(name)
 
-    def blocks(self, name: str) -> Blocks | None:
+    def steps(self, name: str, out: Tensor, row_of: Tensor | None = None) -> Iterable[Step]:
+        if name not in self.schemes:
+            return self.plain.steps(name, out, row_of)
+        return [partial(self._strip, name, out, *rows) for rows in self._strips(name)]
+
+    def _strip(self, name: str, out: Tensor, first: int, last: int) -> None:
+        codes, scale, zero = self._rows(name, first, last)
+        codes = codes.float().sub_(zero[..., None]).mul_(scale[..., None])
+        out[first:last] = codes.flatten(1)
+
+    def blocks(
+        self, name: str, row_of: Tensor | None = None
+    ) -> tuple[Blocks, Iterable[Step]] | None:
         if name not in self.schemes:
             return None
         rows, columns = self.shapes[name]
         four = self.schemes[name].bits == 4
-        count = columns // BLOCK
-        kept = torch.empty(rows, count, BLOCK // 2 if four else BLOCK, dtype=torch.uint8)
+        count, half = columns // BLOCK, BLOCK // 2
+        kept = torch.empty(rows, count, half if four else BLOCK, dtype=torch.uint8)
         scales, minima = torch.empty(rows, count), torch.empty(rows, count)
-        for first, last in self._strips(name):
+
+        def strip(first: int, last: int) -> None:
             codes, scale, zero = self._rows(name, first, last)
-            half = BLOCK // 2
             kept[first:last] = codes[..., :half] | codes[..., half:] << 4 if four else codes ^ 128
             scales[first:last], minima[first:last] = scale, scale * -zero
+
+        at_once(partial(strip, *rows) for rows in self._strips(name))
         if not four:
-            return Blocks(kept.view(torch.int8), scales, None)
-        if all(torch.equal(one, one.half().float()) for one in (scales, minima)):
-            scales, minima = scales.half(), minima.half()
-        return Blocks(kept, scales, minima)
+            found = Blocks(kept.view(torch.int8), scales, None)
+        elif all(torch.equal(one, one.half().float()) for one in (scales, minima)):
+            found = Blocks(kept, scales.half(), minima.half())
+        else:
+            found = Blocks(kept, scales, minima)
+        return (found if row_of is None else found.map(lambda whole: whole[row_of])), ()
 
     def _strips(self, name: str) -> list[tuple[int, int]]:
         """First and last row of strips that begin with a word of zero points."""

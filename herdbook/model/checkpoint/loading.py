@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
+from herdbook.model.checkpoint.steps import Step, at_once
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, Linear
 from herdbook.model.modules import build
@@ -34,7 +37,8 @@ def load_decoder(
         decoder = build(checkpoint.config, headless=checkpoint.headless)
     decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
-    places: dict[str, Tensor] = {}  # first all of them: what is held besides then leaves no holes
+    # first all places: what is held besides them then leaves no holes
+    fills: list[Iterable[Step]] = []
     for name, shape in checkpoint.shapes.items():
         module_name, _, leaf = name.rpartition(".")
         module = decoder.get_submodule(module_name)
@@ -46,27 +50,32 @@ def load_decoder(
             weight = checkpoint.read(name, torch.float32)
             _replace(decoder, module_name, NF4Linear(weight, _bias(checkpoint, name, dtype), dtype))
         elif may and (made := _quantised(checkpoint, name, dtype)):
-            _replace(decoder, module_name, made)
+            _replace(decoder, module_name, made[0])
+            fills.append(made[1])
         elif leaf in dict(module.named_parameters(recurse=False)):
-            places[name] = torch.empty(shape, dtype=dtype)
-            setattr(module, leaf, nn.Parameter(places[name], requires_grad=False))
-    for name, place in places.items():
-        checkpoint.fill(name, place)
+            place = torch.empty(shape, dtype=dtype)
+            setattr(module, leaf, nn.Parameter(place, requires_grad=False))
+            fills.append(checkpoint.steps(name, place))
+    at_once(chain.from_iterable(fills))
     return decoder.eval()
 
 
-def _quantised(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> nn.Module | None:
-    """The layer that keeps this weight's blocks; None where it has none that a layer can keep."""
-    found = checkpoint.blocks(name)
-    if found is None:
+def _quantised(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype
+) -> tuple[nn.Module, Iterable[Step]] | None:
+    """The layer that keeps this weight's blocks, and what fills it; None where it has none that a
+    layer can keep."""
+    blocks = checkpoint.blocks(name)
+    if blocks is None:
         return None
+    found, steps = blocks
     if name == "embed.weight":  # rows are taken singly
         whole = found.minimum is None
-        return Int8Embedding(found.codes, found.scale, None, dtype) if whole else None
+        return (Int8Embedding(found.codes, found.scale, None, dtype), steps) if whole else None
     bias = _bias(checkpoint, name, dtype)
     if found.minimum is None:
-        return Int8Linear(found.codes, found.scale, bias, dtype)
-    return Int4Linear(found.codes, found.scale, found.minimum, bias, dtype)
+        return Int8Linear(found.codes, found.scale, bias, dtype), steps
+    return Int4Linear(found.codes, found.scale, found.minimum, bias, dtype), steps
 
 
 def _bias(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor | None:
