@@ -75,7 +75,7 @@ distributed: $(VENV)/.tested
 
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested
-	$(BIN)/python -m pytest -s tests/fuzz/large_checkpoints.py
+	$(BIN)/python -m pytest -s tests/model/large_checkpoints.py
 
 $(BENCH)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH)

@@ -343,11 +343,13 @@ def _dequantise(raw: np.ndarray, type: str, out: np.ndarray) -> None:
         codes = blocks["codes"].copy().view(np.uint8).reshape(len(blocks), -1)
         d, flat = blocks["scale"].astype(np.float32)[:, None], out.reshape(-1, BLOCK)
         if type == "Q8_0":
-            np.multiply(codes.view(np.int8), d, out=flat)
+            flat[...] = codes.view(np.int8)
+            flat *= d
             return
         m = d * -8 if type == "Q4_0" else blocks["minimum"].astype(np.float32)[:, None]
-        np.multiply(codes & 15, d, out=flat[:, : BLOCK // 2])
-        np.multiply(codes >> 4, d, out=flat[:, BLOCK // 2 :])
+        flat[:, : BLOCK // 2] = codes & 15
+        flat[:, BLOCK // 2 :] = codes >> 4
+        flat *= d
         flat += m
     elif type in kquants.DEQUANTISE:
         super_blocks = raw.reshape(-1, _SIZES[type][1])
