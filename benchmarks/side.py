@@ -29,7 +29,9 @@ def environment() -> dict[str, str]:
     count = str(THREADS)
     fixed = {name: count for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
     quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_OFFLINE": "1"}
-    return {**os.environ, **fixed, **quiet}
+    # An installed package has its bytecode, written by pip; ours, read in its folder, may write it.
+    mine = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return {**mine, **fixed, **quiet}
 
 
 class Side:

@@ -17,14 +17,14 @@ from herdbook.versions import VERSION as __version__
 
 if TYPE_CHECKING:
     from herdbook.book.book import Book
-    from herdbook.engine.loaded import load
+    from herdbook.engine.loading import load
     from herdbook.recipe import raise_
 
 __all__ = ["Book", "__version__", "load", "raise_"]
 
 _HOME = {
     "Book": "herdbook.book.book",
-    "load": "herdbook.engine.loaded",
+    "load": "herdbook.engine.loading",
     "raise_": "herdbook.recipe",
 }
 

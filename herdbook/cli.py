@@ -5,6 +5,7 @@ Heavy rooms are imported inside the commands, so that `herd --help` answers at o
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -134,23 +135,15 @@ def chat(
     temperature
         0 takes the likeliest token each time
     """
-    from herdbook.serving.chat import chat as talk
+    from herdbook.engine.loading import load
+    from herdbook.engine.request import Sampling
 
-    sampling: dict[str, Any] = {
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-        "max_tokens": max_tokens,
-    }
-    talk(
-        ref or _latest(),
-        prompt=prompt,
-        system=system,
-        as_json=json,
-        template=template,
-        device=device,
-        **sampling,
-    )
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_tokens)
+    name = ref or _latest()
+    model = load(name, template=template, device=device)
+    from herdbook.serving.chat import chat as talk  # while the weights are packed
+
+    talk(model, name, sampling, prompt=prompt, system=system, as_json=json)
 
 
 @app.command
@@ -615,6 +608,10 @@ def run(command: Callable[[], Any]) -> int:
 
 def main() -> None:
     """Entry point of `herd`."""
+    # Imports and vocabularies make many objects that stay, and are looked through again and again.
+    gc.set_threshold(100_000, 20, 100)
+    # numpy's own threads start with it, and no product here is numpy's
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     def command() -> None:
         try:

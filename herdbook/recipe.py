@@ -297,7 +297,7 @@ def _check_gates(raised: Raised) -> None:
 
 def open_teacher(artifact: Artifact) -> Any:
     """A model of the book as a Teacher for the steps that need text."""
-    from herdbook.engine.loaded import load
+    from herdbook.engine.loading import load
 
     return load(str(artifact.path), quantised=False).as_teacher()
 

@@ -15,7 +15,7 @@ from herdbook.book.book import Book
 from herdbook.book.step import Bench
 from herdbook.compression import quantise as compression
 from herdbook.data.plain import Text
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.evaluation import report as evaluation
 from herdbook.model.init import Init
 from herdbook.recipe import Recipe, raise_

@@ -1,4 +1,4 @@
-"""`herdbook.load(ref)`: a model to talk to, from any reference.
+"""A model to talk to: what `herdbook.load(ref)` gives.
 
     m = herdbook.load("smollm2")
     m.generate([{"role": "user", "content": "Who are you?"}], max_tokens=32)
@@ -10,43 +10,29 @@ Shapes: T tokens, hidden size, vocab size.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from herdbook.book.book import Book
 from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask
 from herdbook.engine.engine import Engine
-from herdbook.engine.packaged import Packaged, packaged
 from herdbook.engine.request import Request, Sampling
 from herdbook.engine.text import escapes
-from herdbook.errors import ConfigError, FileError, RequestError, nearest
+from herdbook.errors import FileError, RequestError, nearest
 from herdbook.model.config import DecoderConfig
 from herdbook.model.interface import Model
-from herdbook.model.references import ADAPTER, may_be_name, resolve
 from herdbook.model.sources import check_vocabulary
-from herdbook.tokens import templates
 from herdbook.tokens.chat import Rendering, render
 from herdbook.tokens.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
 
     from herdbook.model.decoder import Decoder
-
-#: how an engine's cache may keep its numbers
-CacheType = Literal["float32", "bfloat16", "int8"]
-
-Device = Literal["cpu", "cuda"]
-
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 Messages: TypeAlias = Sequence[Mapping[str, Any] | Message]
 #: a conversation that waits for its reply, a text to go on with, token ids, or (CPM-Bee) a tree
@@ -209,133 +195,6 @@ class EngineTeacher:
         ]
         replies = engine.generate(requests)
         return [Answer(reply.text, finished=reply.finish == "stop") for reply in replies]
-
-
-def load(
-    ref: str | Path,
-    *,
-    book: Book | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: Device | None = None,
-    quantised: bool = True,
-    template: str | None = None,
-) -> LoadedModel:
-    """The model behind a reference: a name in the book, a folder, a .gguf, smollm2, hf:org/name.
-
-    An adapter loads its base model and sits on it unmerged (PEQA's scales take the place of the base's,
-    whose codes stay, so quantised is always so). device: cpu or cuda (default: cuda where torch sees a
-    GPU). dtype: what is computed in (default: bfloat16 where that hardware multiplies it, else float32).
-    quantised=False dequantises a GGUF or a folder.
-    template: a chat template to use instead of the model's own, by its name or its file.
-    """
-    source = templates.read(template) if template else None
-    ref, number, where = str(ref), _dtype(dtype), _device(device)
-    if book is None and may_be_name(ref):
-        book = Book()
-    path = with_tokenizer = _find(ref, book)
-    model: Model | None = None
-    if (path / ADAPTER).is_file():
-        from herdbook.model.lora import merge_lora
-        from herdbook.training import peft_format
-
-        base = _base_of(path, book)
-        scales = peft_format.method(path) == "PEQA"
-        rounded = peft_format.kept(path) == "nf4"  # it learnt beside such weights
-        model = _opened(base, number, where, quantised=scales, nf4=rounded)
-        peft_format.load(model, path)
-        if scales:  # the same codes with other scales: nothing is lost, and the kernels fit
-            merge_lora(model)
-        model.requires_grad_(False)
-        with_tokenizer = path if Tokenizer.exists(path) else base
-        model.to(where)
-    elif number is None and quantised and where == "cpu":
-        model = packaged(path)
-    model = model or _opened(path, number, where, quantised)
-    with model.preparing() if isinstance(model, Packaged) else nullcontext():
-        exists = Tokenizer.exists(with_tokenizer)
-        tokenizer = Tokenizer.load(with_tokenizer, source) if exists else None
-    return LoadedModel(model, tokenizer, path)
-
-
-def _opened(
-    path: Path, dtype: str | None, device: str, quantised: bool = False, nf4: bool = False
-) -> Decoder:
-    import torch
-
-    from herdbook.model.checkpoint import load_decoder
-    from herdbook.model.precision import compute_dtype
-
-    number = compute_dtype(device) if dtype is None else getattr(torch, dtype)
-    return load_decoder(path, dtype=number, quantised=quantised, nf4=nf4).to(device)
-
-
-def _device(given: str | None) -> str:
-    if given not in (None, "cpu", "cuda"):
-        raise ConfigError(f"device={given!r}", rule="is not known", next="give cpu or cuda")
-    if given == "cpu" or (given is None and not may_have_gpu()):
-        return "cpu"
-    from herdbook.model.precision import compute_device
-
-    found = compute_device()
-    if given == "cuda" and found != "cuda":
-        raise ConfigError(
-            "device='cuda'",
-            rule="is not there: torch sees no GPU, or was built without CUDA",
-            next="leave it out, or install a torch that was built with CUDA (herd doctor)",
-        )
-    return found
-
-
-def may_have_gpu() -> bool:
-    """Whether torch, which takes long to import, has to be asked."""
-    return any(Path(one).exists() for one in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))
-
-
-def adapter_folder(ref: str, book: Book | None = None) -> Path:
-    """The folder of an adapter: a name in the book, a folder, hf:org/name."""
-    path = _find(ref, book)
-    if not (path / ADAPTER).is_file():
-        raise FileError(
-            f"{ref}",
-            rule=f"is no adapter: it has no {ADAPTER}",
-            next="name an adapter of the book (herd list), or a folder that peft wrote",
-        )
-    return path
-
-
-def _find(ref: str, book: Book | None) -> Path:
-    artifact = book.find(ref) if book is not None else None
-    if artifact is not None and artifact.kind == "adapter":
-        return artifact.path
-    return resolve(ref, book)
-
-
-def _base_of(adapter: Path, book: Book | None) -> Path:
-    """The model that an adapter was trained on, by its own word."""
-    file = adapter / ADAPTER
-    try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise FileError(
-            f"{file}", rule=f"is no JSON object ({error})", next="fetch the adapter again"
-        ) from error
-    if not base:
-        raise FileError(
-            f"{file}",
-            rule="does not name its base model (base_model_name_or_path)",
-            next="write the base model's folder or name there",
-        )
-    if book is None and may_be_name(str(base)):
-        book = Book()
-    return resolve(str(base), book)
-
-
-def _dtype(given: str | torch.dtype | None) -> str | None:
-    """Its name."""
-    name = None if given is None else str(given).removeprefix("torch.")
-    if name is not None and name not in DTYPES:
-        raise ConfigError(f"dtype={given!r}", rule="is not known", next=nearest(name, list(DTYPES)))
-    return name
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:

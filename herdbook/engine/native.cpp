@@ -467,9 +467,9 @@ extern "C" void herd_step(const Model* model, const Batch* given) {
     }
 }
 
-// Blocks of 32 neighbours of a row, as files keep them. For 4 bits byte i of a block holds value i in its
-// low half and i + 16 in its high; for 8 bits they are signed.
-struct Blocks {
+// Blocks of 32 neighbours of a row, as files keep them, and the tiles that they are to become. For 4 bits
+// byte i of a block holds value i in its low half and i + 16 in its high; for 8 bits they are signed.
+struct Job {
     const uint8_t* codes;               // of row r and block b at codes + r · row_bytes + b · block_bytes
     int64_t row_bytes, block_bytes;
     const char* scales;                 // float16, as far apart as told
@@ -477,32 +477,36 @@ struct Blocks {
     const char* minimums;               // likewise
     int64_t minimum_row, minimum_block;
     const int64_t* order;               // which row of theirs each of ours is; null: the same one
+    int64_t rows, blocks, bits;
+    uint8_t* out;
+    int64_t step;                       // bytes between the beginnings of two of our tiles
 };
 
-// Our rows into tiles; `step` bytes lie between the beginnings of two of them.
-extern "C" void herd_pack(const Blocks* given, int64_t rows, int64_t blocks, int64_t bits, uint8_t* out,
-                          int64_t step, int64_t threads) {
-    const Blocks& from = *given;
-    const uint32_t flip = bits == 8 ? 0x80808080u : 0;  // signed bytes become those from 0 to 255
-    const int64_t size = (bits + 1) * 64;
-#pragma omp parallel for num_threads(threads)
-    for (int64_t t = 0; t < rows / TILE; t++)
-        for (int64_t r = 0; r < TILE; r++) {
-            const int64_t row = from.order ? from.order[t * TILE + r] : t * TILE + r;
-            const uint8_t* codes = from.codes + row * from.row_bytes;
-            const char* scale = from.scales + row * from.scale_row;
-            const char* minimum = from.minimums + row * from.minimum_row;
-            for (int64_t b = 0; b < blocks; b++) {
-                uint8_t* to = out + t * step + b * size;
-                for (int64_t p = 0; p < bits; p++) {
-                    uint32_t word;
-                    std::memcpy(&word, codes + 4 * p, 4);
-                    word ^= flip;
-                    std::memcpy(to + 64 * p + 4 * r, &word, 4);
+extern "C" void herd_pack(const Job* jobs, int64_t count, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    for (int64_t j = 0; j < count; j++) {
+        const Job& job = jobs[j];
+        const uint32_t flip = job.bits == 8 ? 0x80808080u : 0;  // signed bytes become those from 0 to 255
+        const int64_t size = (job.bits + 1) * 64;
+#pragma omp for schedule(dynamic, 4) nowait
+        for (int64_t t = 0; t < job.rows / TILE; t++)
+            for (int64_t r = 0; r < TILE; r++) {
+                const int64_t row = job.order ? job.order[t * TILE + r] : t * TILE + r;
+                const uint8_t* codes = job.codes + row * job.row_bytes;
+                const char* scale = job.scales + row * job.scale_row;
+                const char* minimum = job.minimums + row * job.minimum_row;
+                for (int64_t b = 0; b < job.blocks; b++) {
+                    uint8_t* to = job.out + t * job.step + b * size;
+                    for (int64_t p = 0; p < job.bits; p++) {
+                        uint32_t word;
+                        std::memcpy(&word, codes + 4 * p, 4);
+                        word ^= flip;
+                        std::memcpy(to + 64 * p + 4 * r, &word, 4);
+                    }
+                    std::memcpy(to + 64 * job.bits + 2 * r, scale, 2);
+                    std::memcpy(to + 64 * job.bits + 32 + 2 * r, minimum, 2);
+                    codes += job.block_bytes, scale += job.scale_block, minimum += job.minimum_block;
                 }
-                std::memcpy(to + 64 * bits + 2 * r, scale, 2);
-                std::memcpy(to + 64 * bits + 32 + 2 * r, minimum, 2);
-                codes += from.block_bytes, scale += from.scale_block, minimum += from.minimum_block;
             }
-        }
+    }
 }

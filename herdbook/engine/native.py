@@ -15,7 +15,7 @@ import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -88,8 +88,8 @@ class Batch(ctypes.Structure):
     ]
 
 
-class Raw(ctypes.Structure):
-    """native.cpp's Blocks."""
+class Job(ctypes.Structure):
+    """A matrix for native.cpp to pack."""
 
     _fields_ = [
         ("codes", ctypes.c_void_p),
@@ -102,6 +102,9 @@ class Raw(ctypes.Structure):
         ("minimum_row", ctypes.c_int64),
         ("minimum_block", ctypes.c_int64),
         ("order", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "blocks", "bits")),
+        ("out", ctypes.c_void_p),
+        ("step", ctypes.c_int64),
     ]
 
 
@@ -193,34 +196,45 @@ def together(bits: Mapping[str, int]) -> bool:
     )
 
 
-def pack(library: ctypes.CDLL, parts: Sequence[Blocks], alternate: bool = False) -> np.ndarray:
-    """Matrices as the tiles that native.cpp reads, uint8 [tiles, bytes]: one matrix after another,
-    or alternate: a tile of each in turn."""
-    count, size = sum(one.rows for one in parts) // TILE, parts[0].tile_bytes
-    assert len({one.tile_bytes for one in parts}) == 1, "tiles of one size"
-    out = aligned(count * size).reshape(count, size)
-    at = 0
-    for one in parts:
-        scale, minimum = one.scale, one.minimum
-        if minimum is None:  # bytes become those from 0 to 255
-            minimum = scale.astype(np.float32) * -128
-        half = [some.astype(np.float16, copy=False) for some in (scale, minimum)]
-        order = None if one.order is None else np.ascontiguousarray(one.order, np.int64)
-        assert one.codes.strides[2] == 1, "a block's bytes lie side by side"
-        raw = Raw(
-            one.codes.ctypes.data,
-            *one.codes.strides[:2],
-            *(number for some in half for number in (some.ctypes.data, *some.strides)),
-            None if order is None else order.ctypes.data,
-        )
-        library.herd_pack(
-            ctypes.byref(raw),
-            *map(ctypes.c_int64, (one.rows, one.codes.shape[1], one.bits)),
-            ctypes.c_void_p(out.ctypes.data + at * size),
-            *map(ctypes.c_int64, (size * (len(parts) if alternate else 1), threads())),
-        )
-        at += 1 if alternate else one.rows // TILE
-    return out
+class Packing:
+    """Matrices to become the tiles that native.cpp reads, all in one call, beside which other threads
+    of Python's run undisturbed."""
+
+    def __init__(self) -> None:
+        self._jobs: list[Job] = []
+        self._read: list[Any] = []  # what the jobs point into
+
+    def add(self, parts: Sequence[Blocks], alternate: bool = False) -> np.ndarray:
+        """Tiles uint8 [tiles, bytes], filled by `run`: of one matrix after another, or alternate: one
+        of each in turn."""
+        count, size = sum(one.rows for one in parts) // TILE, parts[0].tile_bytes
+        assert len({one.tile_bytes for one in parts}) == 1, "tiles of one size"
+        out = aligned(count * size).reshape(count, size)
+        at = 0
+        for one in parts:
+            scale, minimum = one.scale, one.minimum
+            if minimum is None:  # bytes become those from 0 to 255
+                minimum = scale.astype(np.float32) * -128
+            half = [some.astype(np.float16, copy=False) for some in (scale, minimum)]
+            order = None if one.order is None else np.ascontiguousarray(one.order, np.int64)
+            assert one.codes.strides[2] == 1, "a block's bytes lie side by side"
+            self._read += [one.codes, half, order]
+            self._jobs.append(
+                Job(
+                    one.codes.ctypes.data,
+                    *one.codes.strides[:2],
+                    *(number for some in half for number in (some.ctypes.data, *some.strides)),
+                    None if order is None else order.ctypes.data,
+                    *(one.rows, one.codes.shape[1], one.bits),
+                    *(out.ctypes.data + at * size, size * (len(parts) if alternate else 1)),
+                )
+            )
+            at += 1 if alternate else one.rows // TILE
+        return out
+
+    def run(self, library: ctypes.CDLL) -> None:
+        jobs = (Job * len(self._jobs))(*self._jobs)
+        library.herd_pack(jobs, *map(ctypes.c_int64, (len(jobs), threads())))
 
 
 class Step:
@@ -231,10 +245,10 @@ class Step:
         self.library, self.config = library, c
         self.kept: list[np.ndarray] = []  # what the structures point into
         self.frequencies, self.magnitude = rope_frequencies(c), rope_magnitude(c)
-        self._source = source
+        self._source, packing = source, Packing()
         self._layers = (Layer * c.layers)()
         for number, layer in enumerate(self._layers):
-            self._fill(layer, number)
+            self._fill(layer, number, packing)
         norm = source.floats("norm.weight")
         assert norm is not None
         self._norm = norm
@@ -250,8 +264,9 @@ class Step:
             scale=c.attention_scale or c.head_dim**-0.5,
             layer=self._layers,
             norm=self._keep(norm),
-            head=self._matrix([source.blocks("head")], []),
+            head=self._matrix(packing, [source.blocks("head")], []),
         )
+        packing.run(library)
         self._head = self.kept[-1]
         self._only_head = Model.from_buffer_copy(self.model)
         self._only_head.layers = 0
@@ -270,9 +285,13 @@ class Step:
         return int(self.kept[-1].ctypes.data)
 
     def _matrix(
-        self, parts: Sequence[Blocks], biases: Sequence[np.ndarray], alternate: bool = False
+        self,
+        packing: Packing,
+        parts: Sequence[Blocks],
+        biases: Sequence[np.ndarray],
+        alternate: bool = False,
     ) -> Matrix:
-        tiles = pack(self.library, parts, alternate)
+        tiles = packing.add(parts, alternate)
         bias = None
         if biases and alternate:
             bias = np.stack([one.reshape(-1, TILE) for one in biases], 1)
@@ -283,23 +302,24 @@ class Step:
             self._keep(tiles), self._keep(bias), len(tiles) * TILE, columns, parts[0].bits
         )
 
-    def _fill(self, layer: Layer, number: int) -> None:
+    def _fill(self, layer: Layer, number: int, packing: Packing) -> None:
         at, floats = f"blocks.{number}.", self._source.floats
         layer.attention_norm = self._keep(floats(f"{at}attention_norm.weight"))
         layer.mlp_norm = self._keep(floats(f"{at}mlp_norm.weight"))
         layer.q_norm = self._keep(floats(f"{at}attention.q_norm.weight"))
         layer.k_norm = self._keep(floats(f"{at}attention.k_norm.weight"))
-        layer.qkv = self._joined([f"{at}attention.{one}" for one in "qkv"])
-        layer.o = self._joined([f"{at}attention.o"])
-        layer.gate_up = self._joined([f"{at}mlp.gate", f"{at}mlp.up"], alternate=True)
-        layer.down = self._joined([f"{at}mlp.down"])
+        layer.qkv = self._joined(packing, [f"{at}attention.{one}" for one in "qkv"])
+        layer.o = self._joined(packing, [f"{at}attention.o"])
+        layer.gate_up = self._joined(packing, [f"{at}mlp.gate", f"{at}mlp.up"], alternate=True)
+        layer.down = self._joined(packing, [f"{at}mlp.down"])
         layer.window = self.config.window(number) or 0
 
-    def _joined(self, names: Sequence[str], alternate: bool = False) -> Matrix:
+    def _joined(self, packing: Packing, names: Sequence[str], alternate: bool = False) -> Matrix:
         biases = [self._source.floats(f"{name}.bias") for name in names]
         given = [one for one in biases if one is not None]
         assert len(given) in (0, len(names)), names
-        return self._matrix([self._source.blocks(name) for name in names], given, alternate)
+        parts = [self._source.blocks(name) for name in names]
+        return self._matrix(packing, parts, given, alternate)
 
     def __call__(self, store: Store, spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
         """Logits float32 [R, V] after the tokens that want them, and what the last layer gives

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from herdbook.book.book import Book
 from herdbook.compression import parity
-from herdbook.engine.loaded import LoadedModel, load
+from herdbook.engine.loaded import LoadedModel
+from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, FileError, GateError, UnknownName, nearest
 from herdbook.files.atomic import sha256_file, sync_folder, sync_tree
 from herdbook.model.checkpoint import open_checkpoint, save_gguf, save_hf

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.errors import HerdbookError
 from herdbook.training.memory import peak_bytes
 

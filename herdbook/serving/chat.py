@@ -16,16 +16,12 @@ import json
 import sys
 from collections.abc import Generator
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
 
-from herdbook.engine.loaded import Device, load
+from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import CapacityError, FileError, HerdbookError
 from herdbook.serving.worker import Worker
 from herdbook.tokens.chat import render
-
-if TYPE_CHECKING:
-    from herdbook.book.book import Book
 
 HELP = """\
 /reset          forget the conversation (the system message stays)
@@ -34,30 +30,26 @@ HELP = """\
 
 
 def chat(
-    ref: str,
+    model: LoadedModel,
+    name: str,
+    sampling: Sampling,
+    *,
     prompt: str | None = None,
     system: str | None = None,
-    *,
     as_json: bool = False,
-    template: str | None = None,
-    device: Device | None = None,
-    book: Book | None = None,
-    **sampling: Any,
 ) -> None:
     """One reply to `prompt` on stdout; without a prompt, a conversation until /quit.
 
-    template: a chat template in place of the model's own, by its name or its file. device: see `load`. sampling: fields of `Sampling` (temperature, top_p, seed, max_tokens …). as_json: with a
-    prompt, one object with the reply, why it ended and the tokens it took.
+    name: what the model is called. as_json: with a prompt, one object with the reply, why it ended and
+    the tokens it took.
     """
-    settings = Sampling(**sampling)  # a wrong setting is told before the model is loaded
-    model = load(ref, book=book, template=template, device=device)
-    worker = Worker(ref, lambda: model.engine)
+    worker = Worker(name, lambda: model.engine)
     worker.start()
     worker.wait()
     try:
-        talk = Talk(worker, system, settings)
+        talk = Talk(worker, system, sampling)
         if prompt is None:
-            converse(talk, ref)
+            converse(talk, name)
         else:
             _reply_once(talk, prompt, as_json)
     finally:

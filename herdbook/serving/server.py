@@ -26,7 +26,7 @@ from fastapi import FastAPI
 
 from herdbook.book.book import Book
 from herdbook.book.keys import Keys
-from herdbook.engine.loaded import CacheType, Device
+from herdbook.engine.loading import CacheType, Device
 from herdbook.errors import ServeError
 from herdbook.model.references import may_be_name
 from herdbook.serving import on_ray

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from herdbook.book.book import Book
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import CacheType, Device, adapter_folder, load
+from herdbook.engine.loading import CacheType, Device, adapter_folder, load
 from herdbook.engine.memory import estimated_bytes
 from herdbook.errors import ServeError
 from herdbook.model.references import resolve

@@ -122,10 +122,7 @@ def build(
 ) -> Tokenizer:
     """A `tokenizers` tokenizer: tokens by id, merges as "Ġ t", the best first."""
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        pairs.append((left, right))
+    pairs = [merge.partition(" ")[::2] for merge in merges]
     try:
         model = BPE(vocab=vocabulary, merges=pairs, ignore_merges=cut.whole_words)
     except Exception as error:  # the library raises bare Exception: a merge of unknown tokens

@@ -20,7 +20,7 @@ from herdbook.tokens.codec import Parts, plain_specials
 from herdbook.tokens.library import LibraryCodec, bos_first
 from herdbook.tokens.pieces import PieceCodec
 from herdbook.tokens.sentence import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, PieceModel
-from herdbook.tokens.settings import delimits, find_template, understood
+from herdbook.tokens.settings import delimiters, find_template, understood
 
 FLOAT_MOST = 3.4e38  # of a score, in SentencePiece's own file
 
@@ -48,7 +48,7 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
             next="use it by token ids, or load a folder that has a tokenizer.json",
         )
     template = template or gguf_template(metadata, path)
-    if not all(isinstance(one, str) for one in tokens):
+    if set(map(type, tokens)) != {str}:
         raise TypeError("a token is no text")
     if any(abs(one) > FLOAT_MOST for one in get("scores") or () if math.isfinite(one)):
         raise ValueError("a score is beyond float32")
@@ -61,10 +61,11 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
                 rule="must be as many",
                 next="get the file again; it may be damaged",
             )
-    for id, kind in enumerate(types):
-        if kind in (NORMAL, USER_DEFINED) and delimits(tokens[id], template):
+    for id in delimiters(tokens, template):
+        if types[id] in (NORMAL, USER_DEFINED):
             types[id] = CONTROL
-    special = {tokens[id]: id for id, kind in enumerate(types) if kind in (CONTROL, UNKNOWN)}
+    marked = [id for id, kind in enumerate(types) if kind != NORMAL]
+    special = {tokens[id]: id for id in marked if types[id] in (CONTROL, UNKNOWN)}
     specials = plain_specials(list(special))
     bos, eos = _known(get("bos_token_id"), tokens), _known(get("eos_token_id"), tokens)
     named = [_known(get(f"{name}_token_id"), tokens) for name in ("eot", "eom")]
@@ -72,9 +73,9 @@ def _read(metadata: Mapping[str, Any], path: Path, template: str | None) -> Part
     if model == "gpt2":
         cut = bytebpe.known_cut(get("pre", "default"))
         added = [
-            AddedToken(tokens[id], normalized=False, special=kind != USER_DEFINED)
-            for id, kind in enumerate(types)
-            if kind in (CONTROL, UNKNOWN, USER_DEFINED)
+            AddedToken(tokens[id], normalized=False, special=types[id] != USER_DEFINED)
+            for id in marked
+            if types[id] in (CONTROL, UNKNOWN, USER_DEFINED)
         ]
         library = bytebpe.build(tokens, get("merges") or [], added, cut)
         add_bos = bool(get("add_bos_token", cut.add_bos)) and bos is not None

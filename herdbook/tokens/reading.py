@@ -36,6 +36,7 @@ from herdbook.tokens.settings import (
     FILE_LIMIT,
     Settings,
     beside,
+    delimiters,
     delimits,
     need_ids,
     understood,
@@ -295,8 +296,8 @@ def _from_model(path: Path, template: str | None) -> Parts:
         pieces.pieces.append(text)
         pieces.scores.append(0.0)
         pieces.types.append(kind)
-    for id, kind in enumerate(pieces.types):
-        if kind in (NORMAL, USER_DEFINED) and delimits(pieces.pieces[id], settings.template):
+    for id in delimiters(pieces.pieces, settings.template):
+        if pieces.types[id] in (NORMAL, USER_DEFINED):
             pieces.types[id] = CONTROL
     special = {
         pieces.pieces[id]: id for id, kind in enumerate(pieces.types) if kind in (CONTROL, UNKNOWN)

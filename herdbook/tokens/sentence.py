@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-
-import sentencepiece
+from typing import TYPE_CHECKING
 
 from herdbook.errors import FileError
 from herdbook.tokens.settings import MOST_IDS
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 #: types of a piece, the same numbers in SentencePiece and in GGUF
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -162,6 +164,8 @@ class PieceModel:
 
     @cached_property
     def processor(self) -> sentencepiece.SentencePieceProcessor:
+        import sentencepiece  # many tokenizers need none
+
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=self.serialise())
         except RuntimeError as error:

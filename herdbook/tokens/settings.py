@@ -8,7 +8,7 @@ generation_config.json, config.json                ids that end a reply
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -109,6 +109,12 @@ def find_template(path: Path, config: Mapping[str, Any], *names: str | None) -> 
 def delimits(token: str, template: str | None) -> bool:
     """Whether an ordinary added token opens or closes turns in the template."""
     return bool(template and token in template and _DELIMITER.fullmatch(token))
+
+
+def delimiters(tokens: Sequence[str], template: str | None) -> list[int]:
+    """The ids of those that do, of a whole vocabulary."""
+    first = "<[se"  # what a delimiter begins with: most tokens are done with here
+    return [id for id, one in enumerate(tokens) if one[:1] in first and delimits(one, template)]
 
 
 @contextmanager

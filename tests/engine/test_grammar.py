@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from herdbook.engine.engine import Engine
 from herdbook.engine.grammar import MOST_BYTES, MOST_DEPTH, Grammar, Grammars
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.engine.request import Reply, Request, Sampling
 from herdbook.errors import RequestError
 

@@ -273,7 +273,9 @@ def test_tiles_hold_what_native_cpp_reads(bits: int) -> None:
     dense = layer.dense(torch.float32)
     source, found = kept(decoder), compiled.library()
     assert source is not None and found is not None
-    tiles = torch.from_numpy(native.pack(found, [source.blocks("blocks.0.mlp.up")]))
+    packing = native.Packing()
+    tiles = torch.from_numpy(packing.add([source.blocks("blocks.0.mlp.up")]))
+    packing.run(found)
     tiles = tiles.view(6, 3, 64 * bits + 64)
     for row, block, column in ((0, 0, 0), (5, 1, 17), (16, 2, 31), (31, 0, 14), (95, 2, 3)):
         tile = tiles[row // 16, block]

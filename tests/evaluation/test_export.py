@@ -12,7 +12,7 @@ import torch
 
 from herdbook.book.book import Artifact, Book
 from herdbook.compression.quantise import Quantise
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, FileError, GateError, UnknownName
 from herdbook.evaluation import export as module
 from herdbook.evaluation.export import export

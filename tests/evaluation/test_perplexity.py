@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herdbook.data.records import Conversation
-from herdbook.engine.loaded import LoadedModel, load
+from herdbook.engine.loaded import LoadedModel
+from herdbook.engine.loading import load
 from herdbook.errors import DataError
 from herdbook.evaluation.perplexity import (
     PASSAGE_BYTES,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from herdbook.book.book import Book
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.errors import FamilyError, FileError
 from herdbook.model.checkpoint import LEGACY_INDEX, load_decoder, open_checkpoint, save_hf
 from herdbook.model.decoder import Decoder

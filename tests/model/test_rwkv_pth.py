@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from herdbook.book.book import Book
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.errors import FileError, HerdbookError
 from herdbook.model.checkpoint import expected_shapes, load_decoder, open_checkpoint, save_hf
 from herdbook.model.families import families

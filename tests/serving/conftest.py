@@ -14,7 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.serving.api import app
 from herdbook.serving.worker import Worker

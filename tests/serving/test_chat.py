@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from herdbook import cli
+from herdbook.engine.loading import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import CapacityError, RequestError
 from herdbook.serving.chat import Talk, chat, converse
@@ -35,7 +37,7 @@ def typed(
 def test_one_reply_is_alone_on_stdout(
     tiny_folder: Path, worker: Worker, capsys: pytest.CaptureFixture[str]
 ):
-    chat(str(tiny_folder), prompt="hello", system="be brief", max_tokens=8)
+    chat(load(tiny_folder), "tiny", Sampling(max_tokens=8), prompt="hello", system="be brief")
     turns = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hello"},
@@ -47,8 +49,9 @@ def test_a_templates_text_ends_a_reply(
     tiny_folder: Path, stopping: tuple[Path, str, str], capsys: pytest.CaptureFixture[str]
 ):
     file, whole, left = stopping
-    chat(str(tiny_folder), prompt="你好", max_tokens=24)
-    chat(str(tiny_folder), prompt="你好", max_tokens=24, template=str(file), as_json=True)
+    settings, other = Sampling(max_tokens=24), load(tiny_folder, template=str(file))
+    chat(load(tiny_folder), "tiny", settings, prompt="你好")
+    chat(other, "tiny", settings, prompt="你好", as_json=True)
     said = capsys.readouterr().out
     assert said.startswith(whole + "\n")
     found = json.loads(said.removeprefix(whole + "\n"))
@@ -56,7 +59,7 @@ def test_a_templates_text_ends_a_reply(
 
 
 def test_one_reply_as_json(tiny_folder: Path, capsys: pytest.CaptureFixture[str]):
-    chat(str(tiny_folder), prompt="hello", as_json=True, max_tokens=8)
+    chat(load(tiny_folder), "tiny", Sampling(max_tokens=8), prompt="hello", as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"reply", "finish_reason", "usage"}
     assert found["finish_reason"] in ("stop", "length")
@@ -65,7 +68,7 @@ def test_one_reply_as_json(tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_wrong_setting_is_told_before_loading(tmp_path: Path):
     with pytest.raises(RequestError, match="top_p=3"):
-        chat(str(tmp_path / "nothing here"), prompt="hello", top_p=3)
+        cli.chat(str(tmp_path / "nothing here"), prompt="hello", top_p=3)
 
 
 def test_a_conversation_keeps_its_history(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from herdbook.engine.engine import Engine
-from herdbook.engine.loaded import load
+from herdbook.engine.loading import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FileError, RequestError, ServeError
 from herdbook.serving.api import app

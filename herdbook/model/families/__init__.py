@@ -20,9 +20,18 @@ from herdbook.model.family import Family
 @functools.cache
 def families() -> dict[str, Family]:
     """The file's name → its description, in alphabetical order."""
-    modules = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    found = {name: importlib.import_module(f"{__name__}.{name}").FAMILY for name in modules}
-    return {name: dataclasses.replace(family, name=name) for name, family in found.items()}
+    return {name: _family(name) for name in _files()}
+
+
+@functools.cache
+def _files() -> tuple[str, ...]:
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+@functools.cache
+def _family(name: str) -> Family:
+    family: Family = importlib.import_module(f"{__name__}.{name}").FAMILY
+    return dataclasses.replace(family, name=name)
 
 
 def by_source(source: dict[str, Any], where: str) -> Family:
@@ -48,13 +57,20 @@ def by_gguf(
     """
     windowed = bool(metadata.get(f"{architecture}.attention.sliding_window"))
     first = "mistral" if architecture == "llama" and windowed else architecture
-    same = [one for one in families().values() if one.gguf and one.gguf == architecture]
-    same.sort(key=lambda one: one.model_type != first)  # asked first: whose own name it is
-    for family in same:
+
+    def fits(family: Family) -> bool:
         telling = ("blocks.{n}.attention.q", "blocks.{n}.mlp.")
         wanted = {gguf for ours, (_, gguf) in family.names.items() if ours.startswith(telling)}
-        if all(f"{one.replace('{n}', '0')}.weight" in tensors for one in wanted):
-            return family
+        return all(f"{one.replace('{n}', '0')}.weight" in tensors for one in wanted)
+
+    if isinstance(first, str) and first in _files():  # asked first, before all others are imported
+        own = _family(first)
+        if own.gguf == architecture and own.model_type == first and fits(own):
+            return own
+    same = [one for one in families().values() if one.gguf and one.gguf == architecture]
+    same.sort(key=lambda one: one.model_type != first)
+    if (found := next(filter(fits, same), None)) is not None:
+        return found
     if same:
         return same[0]  # whose tensors will be found missing
     known = sorted({family.gguf for family in families().values() if family.gguf})
