@@ -53,11 +53,14 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return kept + [value for value in vars(module).values() if isinstance(value, Tensor)]
 
 
-def estimated_bytes(path: Path, cache_dtype: str | None = None) -> int:
-    """Of the model at `path`, from its headers; 0 for an adapter, whose base is not looked up."""
+def estimated_bytes(path: Path, cache_dtype: str | None = None, *, adapters: bool = False) -> int:
+    """Of the model at `path`, from its headers; 0 for an adapter, whose base is not looked up.
+
+    adapters: some will stand beside it, so PyTorch has the weights as well.
+    """
     if (path / ADAPTER).is_file():
         return 0
-    if (model := packaged(path)) is not None:
+    if not adapters and (model := packaged(path)) is not None:
         kept = cache_dtype or cache_kind(model, None)
         tokens = cache_pages(model.config, kept, PAGE_TOKENS, None) * PAGE_TOKENS
         return model.weight_bytes + tokens * token_bytes(model.config, kept)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from herdbook.engine.store import Store
 
 TILE = 16
+#: up to here a model is packed by one thread: the other cores are busy with what else a start needs
+ALONE_BYTES = 2**28
 
 
 class Matrix(ctypes.Structure):
@@ -202,6 +204,7 @@ class Packing:
 
     def __init__(self) -> None:
         self._jobs: list[Job] = []
+        self._bytes = 0  # of the tiles
         self._read: list[Any] = []  # what the jobs point into
 
     def add(self, parts: Sequence[Blocks], alternate: bool = False) -> np.ndarray:
@@ -210,6 +213,7 @@ class Packing:
         count, size = sum(one.rows for one in parts) // TILE, parts[0].tile_bytes
         assert len({one.tile_bytes for one in parts}) == 1, "tiles of one size"
         out = aligned(count * size).reshape(count, size)
+        self._bytes += out.nbytes
         at = 0
         for one in parts:
             scale, minimum = one.scale, one.minimum
@@ -234,7 +238,8 @@ class Packing:
 
     def run(self, library: ctypes.CDLL) -> None:
         jobs = (Job * len(self._jobs))(*self._jobs)
-        library.herd_pack(jobs, *map(ctypes.c_int64, (len(jobs), threads())))
+        team = threads() if self._bytes > ALONE_BYTES else 1
+        library.herd_pack(jobs, *map(ctypes.c_int64, (len(jobs), team)))
 
 
 class Step:

@@ -40,7 +40,9 @@ class Setup:
                 served_name(ref),
                 partial(self.engine, ref, book, folders),
                 adapters=[*folders],
-                estimate_bytes=estimated_bytes(path, self.cache) if counted else 0,
+                estimate_bytes=estimated_bytes(path, self.cache, adapters=bool(folders))
+                if counted
+                else 0,
             )
             for ref, path in zip(self.refs, paths, strict=True)
         ]

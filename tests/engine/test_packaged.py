@@ -16,9 +16,11 @@ import herdbook
 from herdbook.engine import compiled, native
 from herdbook.engine.engine import Engine
 from herdbook.engine.kept import kept
+from herdbook.engine.memory import estimated_bytes, held_bytes
 from herdbook.engine.packaged import Packaged, packaged, plain_shapes
 from herdbook.engine.request import Request, Sampling
 from herdbook.engine.runner import step_for
+from herdbook.engine.store import token_bytes
 from herdbook.errors import FileError
 from herdbook.model.checkpoint import expected_shapes, load_decoder, save_gguf
 from herdbook.model.config import DecoderConfig, RopeScaling
@@ -77,6 +79,23 @@ def test_the_step_is_that_of_the_decoder(
     assert np.array_equal(ours.embed(ids), theirs.embed(ids))
     assert not model.opened
     assert ours.nbytes + model.held_bytes == pytest.approx(model.weight_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("quant", ["Q4_1", "Q8_0"])
+def test_the_estimate_counts_what_adapters_bring(
+    quant: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """PyTorch has the weights as well, beside the native step's."""
+    config, tokenizer = dataclasses.replace(CONFIG, vocab=384), Tokenizer.load(tiny_folder)
+    file = made(config, "llama", tokenizer, tmp_path / "a.gguf", quant)
+    engine = herdbook.load(file).engine
+    for adapters in (False, True):
+        if adapters:
+            engine.model.module()
+        # of this model, which is nearly nothing, the cache is left out of what is compared
+        cache = engine.pool.tokens * token_bytes(config, engine.runner.kind)
+        found = estimated_bytes(file, adapters=adapters) - cache
+        assert found == pytest.approx(held_bytes(engine) - cache, rel=0.1)
 
 
 def test_a_reply_comes_without_torch(tiny_folder: Path, tmp_path: Path) -> None:
