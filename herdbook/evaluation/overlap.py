@@ -20,7 +20,9 @@ from herdbook.evaluation.words import HAN
 _HAN = re.compile(HAN)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ASCII = str.maketrans("", "", string.punctuation)
-_WIDE = str.maketrans("", "", "，。！？；：、《》〈〉【】「」『』（）〔〕［］｛｝“”‘’…—～·．％＂＇－／")
+_WIDE = str.maketrans(
+    "", "", "，。！？；：、《》〈〉【】「」『』（）〔〕［］｛｝“”‘’…—～·．％＂＇－／"
+)
 _ROUGE = re.compile(rf"[a-z0-9]+|{HAN}")
 
 

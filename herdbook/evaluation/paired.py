@@ -142,7 +142,9 @@ def compare(
         "after": float(np.mean(after)),
         "difference": mean_difference(before, after, groups, draws).to_json(),
         "standard_error": error,
-        "detectable": detectable_difference(deviation, len(rise)) if error == error else math.nan,
+        "detectable": detectable_difference(deviation, len(rise))
+        if math.isfinite(error)
+        else math.nan,
     }
     if {*before, *after} <= {0, 1}:
         found["mcnemar"] = mcnemar(before, after).to_json()
@@ -151,7 +153,8 @@ def compare(
 
 def _rise(before: Sequence[float], after: Sequence[float]) -> np.ndarray:
     assert len(before) == len(after) > 0, "the same items, in the same order"
-    return np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    rise: np.ndarray = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    return rise
 
 
 def _by_group(
