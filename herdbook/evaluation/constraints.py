@@ -24,7 +24,9 @@ _PARAGRAPH = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.、)])\s*\S", re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\[[^\[\]\n]+\]|【[^【】\n]+】")
 _TITLE = re.compile(r"<<[^<>\n]+>>|《[^《》\n]+》|^#{1,6} +\S|^\*\*[^*\n]+\*\*$", re.MULTILINE)
-_POSTSCRIPT = re.compile(r"^\s*(?:P\.\s?(?:P\.\s?)?S\b|附[：:言注]|又及)", re.MULTILINE | re.IGNORECASE)
+_POSTSCRIPT = re.compile(
+    r"^\s*(?:P\.\s?(?:P\.\s?)?S\b|附[：:言注]|又及)", re.MULTILINE | re.IGNORECASE
+)
 
 Check = Callable[[str], bool]
 
@@ -140,7 +142,7 @@ def _plain(check: Check) -> Callable[[Mapping[str, Any]], Check]:
     return lambda given: check
 
 
-BOUNDS = {"at_least": int, "at_most": int, "exactly": int}
+BOUNDS: dict[str, type] = {"at_least": int, "at_most": int, "exactly": int}
 #: kind → what makes its check, and its parameters
 KINDS: dict[str, tuple[Callable[[Mapping[str, Any]], Check], dict[str, type]]] = {
     "words": (_counted(lambda reply: len(words.words(reply))), BOUNDS),
@@ -198,7 +200,7 @@ def _constraint(one: Mapping[str, Any]) -> Constraint:
                 rule="is no parameter of it",
                 next=nearest(name, list(parameters)),
             )
-        fits = type(value) is wanted and (wanted is not int or value >= 0)
+        fits = type(value) is wanted and not (isinstance(value, int) and value < 0)
         if wanted is list:
             fits = fits and all(isinstance(word, str) and word for word in value)
         if not fits:
