@@ -216,10 +216,10 @@ def turns(case: Case) -> list[Case]:
 
 
 def _ask(kind: str, cases: Sequence[Case], language: str) -> Ask:
-    text = _sections(language)
+    text = sections(language)
     case = cases[0]
     said = [*case.questions, *case.references, *(a for one in cases for a in one.answers)]
-    mark = _mark(said)
+    mark = mark_of(said)
     task = [text[kind]]
     task += [text["reference"]] * bool(case.references) + [text["turns"]] * (
         len(case.questions) > 1
@@ -227,17 +227,17 @@ def _ask(kind: str, cases: Sequence[Case], language: str) -> Ask:
     task.append(text["safety"].replace("{mark}", mark))
     parts = []
     for turn, question in enumerate(case.questions):
-        parts.append(_framed(text["question"], question, mark))
+        parts.append(framed(text["question"], question, mark))
         if case.references:
-            parts.append(_framed(text["expected"], case.references[turn], mark))
+            parts.append(framed(text["expected"], case.references[turn], mark))
         for name, one in zip(("A", "B") if len(cases) > 1 else ("",), cases, strict=True):
-            parts.append(_framed(f"{text['answer']} {name}".strip(), one.answers[turn], mark))
+            parts.append(framed(f"{text['answer']} {name}".strip(), one.answers[turn], mark))
     parts.append(text[f"ask {kind}"])
     messages = (Message("system", "\n".join(task)), Message("user", "\n\n".join(parts)))
     return Ask(messages, MAX_TOKENS)
 
 
-def _mark(texts: Sequence[str]) -> str:
+def mark_of(texts: Sequence[str]) -> str:
     """A digest of all that is framed; none of the texts holds it."""
     salt = 0
     while True:
@@ -248,11 +248,11 @@ def _mark(texts: Sequence[str]) -> str:
         salt += 1
 
 
-def _framed(name: str, content: str, mark: str) -> str:
+def framed(name: str, content: str, mark: str) -> str:
     return f"<<{name} {mark}>>\n{content}\n<</{name} {mark}>>"
 
 
-def _sections(language: str) -> dict[str, str]:
+def sections(language: str) -> dict[str, str]:
     assert language in ("en", "zh")
     raw = (_PROMPTS / f"judge.{language}.txt").read_text(encoding="utf-8")
     parts = re.split(r"^\[([a-z ]+)\]\n", raw, flags=re.MULTILINE)

@@ -128,9 +128,9 @@ def test_an_answer_cannot_leave_its_frame(forged: str, language: str) -> None:
 
 def test_a_mark_in_an_answer_changes_the_mark() -> None:
     texts = ["a", "b"]
-    first = judge._mark(texts)
-    assert first == judge._mark(texts)
-    assert judge._mark([*texts, first]) not in first
+    first = judge.mark_of(texts)
+    assert first == judge.mark_of(texts)
+    assert judge.mark_of([*texts, first]) not in first
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -147,11 +147,11 @@ def test_references_and_turns_are_shown(language: str) -> None:
     assert [one.count(text) for text in ("Q1", "R1", "A1", "Q2", "R2", "A2")] == [1, 1, 1, 0, 0, 0]
     places = [two.index(text) for text in ("Q1", "R1", "A1", "Q2", "R2", "A2")]
     assert places == sorted(places)
-    sections = judge._sections(language)
+    sections = judge.sections(language)
     for ask, expected in zip(seen, (False, True), strict=True):
         assert (sections["turns"] in ask.messages[0].content) is expected
         assert sections["reference"] in ask.messages[0].content
-    assert set(judge._sections("en")) == set(judge._sections("zh"))
+    assert set(judge.sections("en")) == set(judge.sections("zh"))
 
 
 def test_answers_are_given_at_the_category_s_temperature(
