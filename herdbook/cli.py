@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
-from herdbook import cli_keys, cli_plan, cli_tokenizer, versions
+from herdbook import cli_arena, cli_keys, cli_plan, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
 from herdbook.terminal import Json, language
 from herdbook.terminal import book as _book
@@ -33,6 +33,8 @@ app = App(
 app.command(cli_tokenizer.app)
 app.command(cli_keys.app)
 app.command(cli_plan.plan)
+app.command(cli_arena.arena)
+app.command(cli_arena.judge)
 Template = Annotated[
     str | None,
     Parameter(

@@ -18,6 +18,7 @@ Tree::
     ├── CapacityError    it does not fit: memory, disk, context, pages
     ├── BookError        the book cannot be opened or written, or its contents changed
     ├── GateError        a step finished, but its result breaks a gate that the recipe sets
+    ├── SandboxError     model-written code cannot be shut in here, so it is not run
     ├── ServeError       the server cannot start (port in use, no key)
     └── RequestError     one request to the engine or the server is wrong (400)
 
@@ -78,6 +79,10 @@ class BookError(HerdbookError):
 
 
 class GateError(HerdbookError):
+    pass
+
+
+class SandboxError(HerdbookError):
     pass
 
 
