@@ -2,14 +2,16 @@
 
 ========== =======================================================================================
 acc        the likeliest choice (sum of its tokens' log-likelihoods) is a right one
-acc_norm   the same by log-likelihood a byte of the choice's text, so that long ones are not punished
+acc_norm   the same by log-likelihood a character of the choice's text: long ones are not punished
+acc_bytes  the same by log-likelihood a byte
 mrr        1 / the right choice's rank, the likeliest at rank 1; of several right ones the best's
-mrr_norm   the same by log-likelihood a byte
+mrr_bytes  the same by log-likelihood a byte
 mass       share of the choices' probability that is on right ones (TruthfulQA's mc2)
 ========== =======================================================================================
 
-Choices that are exactly as likely share their places: of two at the top one is taken by lot, so the
-score is what is right on average, ½. A model that finds all alike scores what chance does.
+acc, acc_norm and acc_bytes are lm-evaluation-harness's of the same names, but for ties. Choices that
+are exactly as likely share their places: of two at the top one is taken by lot, so the score is what is
+right on average, ½. A model that finds all alike scores what chance does.
 
 >>> worth("acc", [-1.0, -1.0, -2.0], ["A", "B", "C"], {0})
 0.5
@@ -27,9 +29,11 @@ def worth(
     metric: str, logprobs: Sequence[float], texts: Sequence[str], right: Collection[int]
 ) -> float:
     """0 to 1. logprobs: nats, one for each choice; texts: of the choices, as they are scored."""
-    values = list(logprobs)
-    if metric.endswith("_norm"):
-        values = [value / len(text.encode()) for value, text in zip(logprobs, texts, strict=True)]
+    sizes = {
+        "norm": [len(text) for text in texts],
+        "bytes": [len(text.encode()) for text in texts],
+    }.get(metric.partition("_")[2], [1] * len(texts))
+    values = [value / size for value, size in zip(logprobs, sizes, strict=True)]
     if metric == "mass":
         top = max(values)
         weights = [math.exp(value - top) for value in values]
@@ -57,4 +61,4 @@ def _first(before: int, alike: int, good: int) -> float:
 
 def chance(metric: str, choices: int, right: int) -> float:
     """What a model that finds all choices alike scores."""
-    return worth(metric.removesuffix("_norm"), [0.0] * choices, [""] * choices, range(right))
+    return worth(metric.partition("_")[0], [0.0] * choices, [""] * choices, range(right))

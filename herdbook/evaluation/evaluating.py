@@ -66,18 +66,20 @@ class Evaluate(Step):
     def tasks(self) -> list[Task]:
         """The one that is asked, or the members of a group."""
         found = items.find(self.task)
-        members = [items.find(one) for one in found.tasks] if isinstance(found, Group) else [found]
+        if isinstance(found, Task):
+            return [found.with_shots(self.shots)]
+        members = [items.find(one) for one in found.tasks]
         tasks = [one for one in members if isinstance(one, Task)]
-        if len(tasks) == 1 == len(members):
-            return [tasks[0].with_shots(self.shots)]
-        if len(tasks) < len(members) or self.shots is not None:
+        if self.shots is not None or len(tasks) < len(members):
             raise ConfigError(
-                f"group {self.task}", rule="takes no --shots: each of its tasks has its own"
+                f"group {found.name}",
+                rule="takes no shots (each task has its own), and no other group",
+                next="herd tasks " + found.name,
             )
         return tasks
 
     def fingerprint(self) -> dict[str, str]:
-        told = {}
+        told: dict[str, str] = {}
         for task in self.tasks():
             told |= {task.name: digest(task.asked()), **items.hashes(task)}
         return told
@@ -212,9 +214,8 @@ def read(report: Artifact) -> dict[str, Any]:
 
 def metrics(result: Mapping[str, Any]) -> dict[str, Any]:
     """The flat figures for the tree and the list."""
-    name, share = result.get("metric", "mean"), "_share"
-    if result["kind"] == "text":
-        share = ""
+    name = result.get("metric", "mean")
+    share = "" if result["kind"] == "text" or name.startswith("mrr") else "_share"
     flat = {f"{name}{end}{share}": result[key] for end, key in _ENDS}
     if "unparsed" in result:
         flat["unparsed_share"] = result["unparsed"]["share"]

@@ -143,7 +143,9 @@ class _Reader:
 
     def options(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
         """The options' texts, and the places of the right ones."""
-        task, labels = self.task, None
+        task = self.task
+        value: Any
+        labels: Any = None
         if isinstance(task.options, str):
             value = self.pick(row, task.options)
             if isinstance(value, Mapping) and value.keys() == {"choices", "labels"}:
@@ -336,7 +338,7 @@ def users(path: Path) -> Task:
     if not isinstance(first, Mapping) or "question" not in first or "answer" not in first:
         found = f"{path}, {place}: {first!r:.60}" if place else f"{path} holds no row"
         raise DataError(found, rule=expected, next='write {"question": "…", "answer": "…"} a line')
-    named = []
+    named: list[str] = []
     while len(named) < len(LETTERS) and LETTERS[len(named)] in first:
         named.append(LETTERS[len(named)])
     options: Any = "choices" if "choices" in first else named
@@ -354,7 +356,7 @@ def users(path: Path) -> Task:
     if options:
         prompt = "{{ question }}\n" + _LISTED + says
         return Task(
-            kind="choice", prompt=prompt, options=options, metrics=("acc", "acc_norm"), **common
+            kind="choice", prompt=prompt, options=options, metrics=("acc", "acc_bytes"), **common
         )
     return Task(
         kind="generate",

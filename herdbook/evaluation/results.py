@@ -31,8 +31,9 @@ def summarise(task: Task, items: Sequence[Item], rows: Mapping[int, Rows]) -> di
     """rows: of each seed, in the order of the items (of a text: of its windows)."""
     metric = task.metrics[0]
     if task.kind == "text":
-        metrics = _of_text(next(iter(rows.values())))
-        return {"metric": metric, **metrics[metric], "n": len(rows[0]), "metrics": metrics}
+        (some,) = rows.values()
+        metrics = _of_text(some)
+        return {"metric": metric, **metrics[metric], "n": len(some), "metrics": metrics}
     marks = {name: _marks(rows, name) for name in task.metrics}
     metrics = {name: _figure(values) for name, values in marks.items()}
     found: dict[str, Any] = {"metric": metric, **metrics[metric], "n": len(items)}

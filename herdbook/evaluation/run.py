@@ -9,6 +9,7 @@ from herdbook.book.book import Artifact, Book
 from herdbook.errors import UnknownName
 from herdbook.evaluation.evaluating import Evaluate, read, report_name
 from herdbook.model.fetch import Fetch
+from herdbook.model.references import resolve
 from herdbook.progress import for_terminal
 
 
@@ -31,7 +32,10 @@ def run(
     for step in asked:
         step.check()
     progress = for_terminal()
-    artifact = book.find(ref) or Fetch(ref).run(book, progress=progress)
+    artifact = book.find(ref)
+    if artifact is None:
+        resolve(ref, book)  # names that are like it, where there is none
+        artifact = Fetch(ref).run(book, progress=progress)
     if artifact.kind not in ("model", "adapter"):
         raise UnknownName(
             f"{ref!r} is of the kind {artifact.kind}",

@@ -134,14 +134,14 @@ _SAID = re.compile(
     + _LETTER
     + r"|(?:答案|选项|选择)\s*(?:应该是|应当是|应是|应为|就是|是|为|:|选)+\s*:?\s*(?:选项)?\s*"
     + _LETTER.replace("letter", "zh")
-    + r"|(?:故|因此|所以|应|综上,?)\s*(?:应|正确)?选\s*(?:择|项)?\s*:?\s*"
+    + r"|(?:故|因此|所以|应|综上),?\s*(?:应|正确)?选\s*(?:择|项)?\s*:?\s*"
     + _LETTER.replace("letter", "so")
     + r"|"
     r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*(?P<boxed>[A-Z])\s*\}",
     re.IGNORECASE,
 )
 #: a reply that is a letter and nothing else, or a letter with its option behind it
-_ALONE = re.compile(r"\s*(?:选\s*)?[(\[（【*]*(?P<letter>[A-Z])[)\]）】*]*\s*(?:[.:,、]|$|\n)")
+_ALONE = re.compile(r"\s*(?:选\s*)?[(\[（【*]*(?P<letter>[A-Z])[)\]）】*]*\s*(?:[.:,、。]|$|\n)")
 #: lines that begin with a letter: the options, told once more
 _LISTED = re.compile(r"^\s*[(\[（【*]*([A-Z])[)\]）】*]*[.:、)]", re.MULTILINE)
 #: behind a letter: another one is meant as well

@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: what templates are given besides a row's columns
 GIVEN = frozenset({"group", "options", "letters"})
 #: what can be told from the likelihoods of choices (choices.py)
-CHOICE_METRICS = ("acc", "acc_norm", "mrr", "mrr_norm", "mass")
+CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "mrr", "mrr_bytes", "mass")
 TEXT_METRICS = ("bits_per_byte", "perplexity")
 #: how a score over questions becomes one: each question, or each group, counts the same
 Average = Literal["question", "group"]
@@ -198,7 +198,6 @@ def read(ref: str) -> Task | Group:
     return _parsed(path, own)
 
 
-@functools.lru_cache(maxsize=64)
 def _parsed(path: Path, own: bool) -> Task | Group:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -206,7 +205,7 @@ def _parsed(path: Path, own: bool) -> Task | Group:
         raise ConfigError(f"{path}", rule=f"is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}", rule="must be a mapping", next="herd tasks mmlu shows one")
-    kind = Group if "tasks" in content else Task
+    kind: type[Task | Group] = Group if "tasks" in content else Task
     given = {"name": path.stem, "about": "", "version": 1} | content
     if missing := [one.name for one in fields(kind) if one.name not in given and _needed(one)]:
         raise ConfigError(
@@ -216,14 +215,11 @@ def _parsed(path: Path, own: bool) -> Task | Group:
         raise ConfigError(f"{path}: folder", rule="is the file's own", next="leave it out")
     if kind is Task and own:
         given["folder"] = path.parent
-    found: Task | Group = config.from_mapping(kind, given, where=f"task {path.stem}")
-    return found
+    return config.from_mapping(kind, given, where=f"task {path.stem}")
 
 
-def _needed(one: Any) -> bool:
-    import dataclasses
-
-    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+def _needed(one: Field[Any]) -> bool:
+    return one.default is MISSING and one.default_factory is MISSING
 
 
 def shipped() -> tuple[str, ...]:
