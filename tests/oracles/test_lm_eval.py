@@ -1,0 +1,130 @@
+"""Multiple choice against lm-evaluation-harness: the same questions, prompts, choices and likelihoods."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from herdbook.data import formats
+from herdbook.engine.loaded import LoadedModel, load
+from herdbook.evaluation import items, scoring
+from herdbook.evaluation.task import Item, Task
+from herdbook.model.checkpoint import load_decoder, save_hf
+from herdbook.tokens.tokenizer import Tokenizer
+
+lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval accelerate")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+#: nats, of float32 sums in another order
+NEAR = 1e-3
+
+
+def theirs(
+    folder: Path, desk: Path, name: str, rows: list[dict[str, Any]], dev: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """lm-evaluation-harness's own samples, on its own MMLU task with these rows."""
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    for split, some in (("test", rows), ("dev", dev)):
+        written = [
+            {
+                "question": row["question"],
+                "choices": [row[one] for one in "ABCD"],
+                "answer": "ABCD".index(row["answer"]),
+            }
+            for row in some
+        ]
+        (desk / f"{split}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in written))
+    source = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default" / f"mmlu_{name}.yaml"
+    files = {split: str(desk / f"{split}.jsonl") for split in ("test", "dev")}
+    local = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    plain = {"include": str(source), "task": "mmlu_here", **local}
+    (desk / "here").mkdir()
+    (desk / "here" / "mmlu_here.yaml").write_text(yaml.safe_dump(plain))
+    found = evaluator.simple_evaluate(
+        model=HFLM(str(folder), dtype="float32", device="cpu", batch_size=4),
+        tasks=["mmlu_here"],
+        num_fewshot=len(dev),
+        task_manager=TaskManager(include_path=str(desk / "here"), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    return sorted(found["samples"]["mmlu_here"], key=lambda one: one["doc_id"])
+
+
+def compare(
+    model: LoadedModel, asked: Task, some: list[Item], samples: list[dict[str, Any]]
+) -> None:
+    rows = {
+        row["id"]: row
+        for batch in scoring.batches(model, asked, some)
+        for row in scoring.run(model, asked, batch)
+    }
+    assert len(samples) == len(some)
+    for item, sample in zip(some, samples, strict=True):
+        row = rows[item.id]
+        (context, said), *_ = sample["arguments"]
+        assert context == item.context() and said == f"{item.delimiter}{item.choices[0]}"
+        want = [float(one[0]) for one in sample["filtered_resps"]]
+        assert row["logprobs"] == pytest.approx(want, abs=NEAR)
+        assert row["choice"] == want.index(max(want))
+        assert row["values"]["acc"] == sample["acc"]
+
+
+def of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Task, list[Item]]:
+    monkeypatch.setenv("HERDBOOK_DATA", str(folder))
+    asked = items.find("mmlu")
+    assert isinstance(asked, Task)
+    return asked, [one for one in items.questions(asked).items if one.group == name]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [row for _, _, row in formats.rows(path)]
+
+
+def test_the_embedded_model_on_twenty_questions(
+    smollm2_path: Path,
+    shared_data: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, name = shared_data("mmlu/test.jsonl.gz").parent, "global_facts"
+    asked, some = of(name, folder.parent, monkeypatch)
+    rows = [row for row in lines(folder / "test.jsonl.gz") if row["subject"] == name][:20]
+    dev = [row for row in lines(folder / "dev.jsonl") if row["subject"] == name]
+    hf = tmp_path / "hf"
+    tokenizer = Tokenizer.load(smollm2_path)
+    save_hf(load_decoder(smollm2_path, torch.float32), tokenizer, hf, torch.float32)
+    model = load(str(hf), dtype="float32", device="cpu")
+    compare(model, asked, some[:20], theirs(hf, tmp_path, name, rows, dev))
+
+
+def test_a_tiny_model_on_made_up_questions(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row(n: int) -> dict[str, str]:
+        options = {"A": f"{n}", "B": "I am", "C": "你好", "D": " you "}
+        answer = "ABCD"[n % 4]
+        return {"subject": "anatomy", "question": f" who {n}?\n", **options, "answer": answer}
+
+    made = {"dev": [row(n) for n in range(5)], "test": [row(n) for n in range(9, 18)]}
+    (tmp_path / "mmlu").mkdir()
+    for split, file in (("dev", "dev.jsonl"), ("test", "test.jsonl.gz")):
+        text = "".join(json.dumps(one) + "\n" for one in made[split])
+        (tmp_path / "mmlu" / file).write_text(text)
+    asked, some = of("anatomy", tmp_path, monkeypatch)
+    samples = theirs(tiny_folder, tmp_path, "anatomy", made["test"], made["dev"])
+    compare(load(str(tiny_folder), dtype="float32", device="cpu"), asked, some, samples)
