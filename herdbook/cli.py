@@ -233,7 +233,7 @@ def eval_command(
     task: list[str] | None = None,
     limit: int = 0,
     shots: int | None = None,
-    seeds: tuple[int, ...] = (0,),
+    seeds: str = "0",
     chat: bool = False,
     json: Json = False,
 ) -> None:
@@ -261,11 +261,13 @@ def eval_command(
         ask by the model's chat template (default: as plain text to go on with)
     """
     if task:
+        from herdbook import config
         from herdbook.evaluation.run import run
 
+        drawn = config.convert(seeds, tuple[int, ...], where="--seeds")
         told = [*task, *([str(text)] if text else [])]
         reports = run(
-            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=seeds, chat=chat
+            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat
         )
         if json:
             _print({report.ref: figures for report, figures in reports})

@@ -55,12 +55,16 @@ class Evaluate(Step):
             if task.kind == "generate":
                 for metric in task.metrics:
                     scorer(metric)
-                if len(self.seeds) > 1 and not task.temperature:
-                    raise ConfigError(
-                        f"{len(self.seeds)} seeds for task {task.name}",
-                        rule="whose replies are not drawn (temperature 0): all would be the same",
-                        next="give one seed, or a task with a temperature",
-                    )
+            if len(self.seeds) > 1 and not (task.kind == "generate" and task.temperature):
+                raise ConfigError(
+                    f"{len(self.seeds)} seeds for task {task.name}",
+                    rule="in which nothing is drawn (temperature 0): all would be the same",
+                    next="give one seed, or a task with a temperature",
+                )
+            if self.chat and task.kind == "text":
+                raise ConfigError(
+                    f"task {task.name} as a chat", rule="is none: a text is scored as it stands"
+                )
             items.hashes(task)  # its files are here
 
     def tasks(self) -> list[Task]:
@@ -89,10 +93,6 @@ class Evaluate(Step):
         if isinstance(found, Group):
             return self._group(found, bench)
         (task,), artifact = self.tasks(), bench.artifact("model")
-        if task.kind != "generate":
-            seeds: tuple[int, ...] = (0,)
-        else:
-            seeds = self.seeds
         asked = items.questions(task, self.limit)
         model = load(artifact.id, book=bench.book)
         head = {
@@ -108,7 +108,7 @@ class Evaluate(Step):
             "chat": _template(model) if self.chat else "",
         }
         rows = {}
-        for seed in seeds:
+        for seed in self.seeds:
             batches = scoring.batches(model, task, asked.items, self.limit)
             answered = _Answered(bench.work / f"{seed}.jsonl", batches)
             total = sum(map(len, batches))

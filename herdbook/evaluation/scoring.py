@@ -10,8 +10,9 @@ and groups have in common is computed once (engine/score.py).
 
 **The same whatever ran before.** Items are asked in an order that their texts alone decide, in batches
 of a fixed size, each with an empty cache: so neither the file's order nor a kill in between changes
-one bit. With other batches (another limit, another machine) sums are taken in another order, and
-log-likelihoods may differ by rounding (below 1e-4 nats a token in float32).
+one bit. With other batches (another limit, another machine) the native engine still gives the same
+bits; PyTorch takes sums in another order, and log-likelihoods may differ by rounding (below 1e-4 nats a
+token in float32).
 
 **Too long.** Where the examples leave no room, the last ones are left out; how many stayed stands in
 the row. A question that is too long even alone is unparsed, and says so.

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from herdbook import cli
 from herdbook.book.book import Artifact, Book
+from herdbook.book.tree import reports
 from herdbook.errors import ConfigError, DataError, TemplateError, UnknownName
 from herdbook.evaluation import evaluating, run, scoring
 from herdbook.evaluation.evaluating import Evaluate
@@ -50,11 +52,37 @@ def test_a_report_in_the_book(model: Artifact, book: Book, rows: Path) -> None:
     assert result["n"] == result["of"] == 11 and result["chance"] == 0.5 and result["version"] == 1
     assert report.metrics["acc_share"] == result["value"]
     assert report.metrics["acc_low_share"] == result["low"] < result["value"] < result["high"]
-    assert "tiny-own" in page(report, book)
+    assert "tiny-own" in page(report, book) and "tiny" in page(model, book)
+    assert [one.id for one in reports(book, model)] == [report.id]
     assert Evaluate("tiny", str(rows)).run(book, name="tiny-own").id == report.id
     changed = rows.read_text().replace("model", "friend")
     rows.write_text(changed)
     assert Evaluate("tiny", str(rows)).run(book, name="tiny-own").id != report.id
+
+
+def test_an_adapter_is_asked_on_its_base(
+    model: Artifact, book: Book, rows: Path, tmp_path: Path
+) -> None:
+    from herdbook.model.checkpoint import load_decoder
+    from herdbook.model.lora import adapters_of, put_adapter
+    from herdbook.training import peft_format
+
+    desk = tmp_path / "adapter"
+    desk.mkdir()
+    decoder = load_decoder(model.path, torch.float32)
+    put_adapter(decoder, "blocks.0.attention.q", 2, 4.0)
+    for adapter in adapters_of(decoder).values():
+        for one in adapter.parameters(recurse=False):
+            torch.nn.init.constant_(one, 0.3)
+    peft_format.save(decoder, desk, base=model.id)
+    book.add(
+        desk, kind="adapter", name="tuned", parents=[model.id], step="Made", key="sha256:tuned",
+        config={}, metrics={}, versions={},
+    )  # fmt: skip
+    (_, tuned), (_, plain) = (run.run(one, [str(rows)], book)[0] for one in ("tuned", "tiny"))
+    assert tuned["model"]["ref"] == "tuned@1" and tuned["prompt_hash"] == plain["prompt_hash"]
+    ours, base = (read(book.get(f"{one}-own"))[1] for one in ("tuned", "tiny"))
+    assert [row["logprobs"] for row in ours] != [row["logprobs"] for row in base]
 
 
 def test_a_kill_changes_nothing(

@@ -227,11 +227,13 @@ def test_what_is_not_here_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:
-    path = str(own(tmp_path))
+    path, notes = str(own(tmp_path)), tmp_path / "notes.txt"
+    notes.write_text("who are you?")
     for changes, message in (
         ({"limit": -1}, "limit -1"),
         ({"seeds": (1, 1)}, "different whole numbers"),
-        ({"seeds": (0, 1)}, "not drawn"),
+        ({"seeds": (0, 1)}, "nothing is drawn"),
+        ({"task": str(notes), "chat": True}, "scored as it stands"),
         ({"shots": 3}, "no file of examples"),
         ({"task": ""}, "task is empty"),
     ):
