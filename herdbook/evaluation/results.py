@@ -6,7 +6,10 @@
      "unparsed": {"count": 3, "share": 0.0015, "examples": [{"id", "reply", "why"}, …]},
      "seeds": {"0": 0.44, "1": 0.46}, "spread": 0.014}
 
-Shares have Wilson's interval; means of other marks, and averages by group, ± 1.96 standard errors.
+Shares have Wilson's interval; means of other marks ± 1.96 standard errors. A mean of means (by group,
+over tasks) takes the distances of each one's limits together, as the square root of their squares' sum
+(MOVER; Zou and Donner, Statistics in Medicine 27, 2008): groups of one question, or all right, still have
+their width.
 With several seeds a question's mark is its mean over them: they are no further questions.
 """
 
@@ -44,7 +47,7 @@ def summarise(task: Task, items: Sequence[Item], rows: Mapping[int, Rows]) -> di
     found["metrics"] = metrics
     groups = _groups(items, marks[metric])
     if groups:
-        macro = _macro(list(groups.values()))
+        macro = _together([_figure(values) for values in groups.values()])
         found["averages"] = {"by question": found["value"], "by group": macro["value"]}
         if task.average == "group":
             found |= macro
@@ -61,9 +64,15 @@ def summarise(task: Task, items: Sequence[Item], rows: Mapping[int, Rows]) -> di
 
 def overall(members: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Of a group of tasks: the mean of their headlines, each task counting the same."""
-    value = fmean(one["value"] for one in members.values())
-    error = math.hypot(*(one["stderr"] for one in members.values())) / len(members)
-    return {"average": "mean over tasks of their headlines"} | _around(value, error)
+    return {"average": "mean over tasks of their headlines"} | _together([*members.values()])
+
+
+def _together(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of independent figures, each with its interval."""
+    value = fmean(one["value"] for one in parts)
+    below = math.hypot(*(one["value"] - one["low"] for one in parts)) / len(parts)
+    above = math.hypot(*(one["high"] - one["value"] for one in parts)) / len(parts)
+    return _plain(Interval(value, value - below, value + above), (below + above) / 2 / Z95)
 
 
 def _mark(row: Mapping[str, Any], metric: str) -> float:
@@ -78,19 +87,15 @@ def _marks(rows: Mapping[int, Rows], metric: str) -> list[float]:
 
 
 def _figure(values: Sequence[float]) -> dict[str, float]:
-    value, error = fmean(values), _stderr(values)
-    if all(one in (0.0, 1.0) for one in values):
-        return _plain(wilson(int(sum(values)), len(values)), error)
-    return _around(value, error)
+    value, error, total = fmean(values), _stderr(values), len(values)
+    if not error or all(one in (0.0, 1.0) for one in values):
+        return _plain(wilson(math.fsum(values), total), error)
+    low, high = max(0.0, value - Z95 * error), min(1.0, value + Z95 * error)
+    return _plain(Interval(value, low, high), error)
 
 
 def _stderr(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def _around(value: float, error: float) -> dict[str, float]:
-    low, high = max(0.0, value - Z95 * error), min(1.0, value + Z95 * error)
-    return _plain(Interval(value, low, high), error)
 
 
 def _plain(interval: Interval, error: float) -> dict[str, float]:
@@ -103,12 +108,6 @@ def _groups(items: Sequence[Item], marks: Sequence[float]) -> dict[str, list[flo
         if item.group:
             groups.setdefault(item.group, []).append(value)
     return dict(sorted(groups.items()))
-
-
-def _macro(groups: Sequence[Sequence[float]]) -> dict[str, float]:
-    """The mean of the groups' means."""
-    error = math.hypot(*map(_stderr, groups)) / len(groups)
-    return _around(fmean(map(fmean, groups)), error)
 
 
 def _unparsed(rows: Mapping[int, Rows], metric: str) -> dict[str, Any]:

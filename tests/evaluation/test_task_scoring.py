@@ -129,9 +129,30 @@ def test_groups_and_seeds() -> None:
     assert found["groups"]["x"] == {"n": 3, "value": pytest.approx(5 / 6)}
     assert found["seeds"] == {"0": 0.75, "1": 0.5}
     assert found["spread"] == pytest.approx(0.25 / math.sqrt(2))
-    members = {"a": {"value": 0.2, "stderr": 0.03}, "b": {"value": 0.6, "stderr": 0.04}}
-    whole = results.overall(members)
-    assert whole["value"] == pytest.approx(0.4) and whole["stderr"] == pytest.approx(0.025)
+    assert found["low"] < found["value"] < found["high"]
+    one, other = (
+        {"value": value, "low": value - 0.03, "high": value + 0.04} for value in (0.2, 0.6)
+    )
+    whole = results.overall({"a": one, "b": other})
+    assert whole["value"] == pytest.approx(0.4)
+    assert whole["low"] == pytest.approx(0.4 - 0.03 / math.sqrt(2))
+    assert whole["high"] == pytest.approx(0.4 + 0.04 / math.sqrt(2))
+
+
+def test_few_questions_have_wide_intervals() -> None:
+    """One question a group, all right: no proof of 100 %."""
+    asked, some = (
+        task("generate", average="group"),
+        [replace(item(str(n), "q", (), 0, group=group), right=()) for n, group in enumerate("xyz")],
+    )
+    sure = [{"id": str(n), "values": {"exact": 1.0}} for n in range(3)]
+    found = results.summarise(asked, some, {0: sure})
+    below = 1 - wilson(1, 1).low
+    assert (found["value"], found["high"]) == (1, 1)
+    assert found["low"] == pytest.approx(1 - below / math.sqrt(3))
+    alike = [{"id": str(n), "values": {"exact": 0.5}} for n in range(3)]
+    half = results.summarise(asked, some, {0: alike})["metrics"]["exact"]
+    assert half["low"] == wilson(1.5, 3).low
 
 
 def test_bits_of_a_text_by_hand() -> None:
