@@ -23,12 +23,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.request import Request, Sampling
-from herdbook.errors import CapacityError, DataError
+from herdbook.errors import DataError
 from herdbook.evaluation import choices
 from herdbook.evaluation.scorers import scorer
 from herdbook.evaluation.task import Item, Task
@@ -39,7 +40,7 @@ SCORED, GENERATED = 256, 64
 
 @dataclass(frozen=True)
 class Window:
-    """A piece of a text: its tokens, the one before them, and how much text it is."""
+    """A piece of a text: its tokens, those it sees before them, and how much text it is."""
 
     id: str
     before: list[int]
@@ -86,16 +87,8 @@ class _Plain:
         return self.model.tokenizer.prompt(self.model.written(item.context(shots)))
 
     def choices(self, item: Item, shots: int) -> tuple[list[int], list[list[int]]]:
-        """The context's ids, and those of each choice behind it."""
-        tokenizer, context = self.model.tokenizer, self.model.written(item.context(shots))
-        texts = [item.delimiter + self.model.written(one) for one in item.choices]
-        bare = context.rstrip()
-        start = len(tokenizer.encode(bare))
-        found = [tokenizer.encode(context + one)[start:] for one in texts]
-        if self.model.model.whole_prompts or not all(found):
-            # read and written are two texts, or one token holds the end of the one and the other
-            found = [tokenizer.encode(one.strip()) for one in item.choices]
-        return tokenizer.prompt(bare), found
+        texts = [item.delimiter + one for one in item.choices]
+        return split(self.model, item.context(shots), texts)
 
 
 class _Chat:
@@ -127,6 +120,25 @@ class _Chat:
             if self.model.tokenizer.decode(ids[:end]).strip().startswith(said):
                 return ids[:end]
         return ids
+
+
+def split(
+    model: LoadedModel, context: str, several: Sequence[str], *, chat: bool = False
+) -> tuple[list[int], list[list[int]]]:
+    """The ids of a context, and those of each text that may follow it.
+
+    chat: the context was written by a chat template, whose special tokens are such.
+    """
+    encode = partial(model.tokenizer.encode, specials=True) if chat else model.tokenizer.encode
+    if not chat:
+        context, several = model.written(context), [model.written(one) for one in several]
+    bare = context.rstrip()
+    ids = encode(bare)
+    found = [encode(context + one)[len(ids) :] for one in several]
+    if model.model.whole_prompts or not all(found):
+        # read and written are two texts, or one token holds the end of the one and the other
+        found = [encode(one.strip()) for one in several]
+    return ids if chat else model.tokenizer.prompt(bare), found
 
 
 def _user(item: Item, shots: int) -> dict[str, str]:
@@ -212,10 +224,24 @@ def _seed(seed: int, id: str) -> int:
 
 
 def windows(model: LoadedModel, item: Item, most: int) -> Iterator[Window]:
-    """A text in pieces of `most` tokens, each token in one; each piece sees the token before it, the
-    first one the BOS (or, where there is none, the end of a document)."""
+    """A text in pieces of `most` tokens, each token in one. Each piece sees the token before it, the
+    first one the BOS (or, where there is none, the end of a document), and the last, which is shorter,
+    as many as make it `most`: lm-evaluation-harness's rolling windows."""
+    ids = model.tokenizer.encode(model.written(item.prompt))
+    most = min(most, model.engine.most_tokens - 1)
+    assert most > 0
+    sizes = [len(model.tokenizer.token_bytes(id)) for id in ids]
+    left = len(item.prompt.encode()) - sum(sizes)  # what a tokenizer adds or lacks: a first blank
+    edges = [*range(0, len(ids), most), len(ids)]
+    for number, (start, end) in enumerate(pairwise(edges)):
+        before = ids[max(0, end - most - 1) : start] if start else [first_token(model)]
+        size = sum(sizes[start:end]) + (0 if start else left)
+        yield Window(f"{item.id}.{number + 1}", before, ids[start:end], size)
+
+
+def first_token(model: LoadedModel) -> int:
+    """What stands before a text, so that its first token can be scored."""
     tokenizer = model.tokenizer
-    ids = tokenizer.encode(model.written(item.prompt))
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
         raise DataError(
@@ -223,16 +249,7 @@ def windows(model: LoadedModel, item: Item, most: int) -> Iterator[Window]:
             rule="cannot score a text's first token",
             next="give its tokenizer's configuration one of them",
         )
-    most = min(most, model.engine.most_tokens - 1)
-    if most < 1:
-        raise CapacityError(f"a window of {most} tokens", rule="holds nothing")
-    sizes = [len(tokenizer.token_bytes(id)) for id in ids]
-    left = len(item.prompt.encode()) - sum(sizes)  # what a tokenizer adds or lacks: a first blank
-    edges = [*range(0, len(ids), most), len(ids)]
-    for number, (start, end) in enumerate(pairwise(edges)):
-        before = [ids[start - 1] if start else first]
-        size = sum(sizes[start:end]) + (0 if start else left)
-        yield Window(f"{item.id}.{number + 1}", before, ids[start:end], size)
+    return first
 
 
 def _texts(model: LoadedModel, batch: Sequence[Window]) -> list[dict[str, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import yaml
 
 from herdbook.data import formats
 from herdbook.engine.loaded import LoadedModel, load
+from herdbook.errors import ConfigError
 from herdbook.evaluation import items, scoring
 from herdbook.evaluation.task import Item, Task
 from herdbook.model.checkpoint import load_decoder, save_hf
@@ -128,3 +132,87 @@ def test_a_tiny_model_on_made_up_questions(
     asked, some = of("anatomy", tmp_path, monkeypatch)
     samples = theirs(tiny_folder, tmp_path, "anatomy", made["test"], made["dev"])
     compare(load(str(tiny_folder), dtype="float32", device="cpu"), asked, some, samples)
+
+
+# ------------------------------------------------------------------- their tasks on our engine
+
+
+@dataclass
+class Asked:
+    """lm_eval's Instance, of which a model reads the arguments alone."""
+
+    args: tuple[Any, ...]
+    task_name: str = "made"
+
+
+@pytest.fixture(scope="module")
+def both(tiny_folder: Path) -> tuple[Any, Any]:
+    from lm_eval.models.huggingface import HFLM
+
+    from herdbook.evaluation.harness import HerdbookLM
+
+    length = {"max_length": 48}
+    ours = HerdbookLM(str(tiny_folder), dtype="float32", device="cpu", **length)
+    return ours, HFLM(str(tiny_folder), dtype="float32", device="cpu", batch_size=2, **length)
+
+
+def test_likelihoods_as_a_model_of_theirs(both: tuple[Any, Any]) -> None:
+    ours, theirs_ = both
+    long = "hello who are you I am a small model " * 6
+    pairs = [("who are", " you"), ("who are", " a model 你好"), ("who are ", "you"), ("", "hello")]
+    pairs += [(long, " you"), (long, " small model"), ("Answer:", " A"), ("Answer:", " B")]
+    asked = [Asked(pair) for pair in pairs]
+    for mine, want in zip(ours.loglikelihood(asked), theirs_.loglikelihood(asked), strict=True):
+        assert mine[0] == pytest.approx(want[0], abs=NEAR) and mine[1] == want[1]
+
+
+def test_whole_texts_as_a_model_of_theirs(both: tuple[Any, Any]) -> None:
+    ours, theirs_ = both
+    texts = ["hello", "who are you? I am a small model. 你好，你是谁？\n" * 5]
+    asked = [Asked((text,)) for text in texts]
+    want = theirs_.loglikelihood_rolling(asked)
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(want, abs=NEAR * 40)
+
+
+def test_replies_as_a_model_of_theirs(both: tuple[Any, Any]) -> None:
+    ours, theirs_ = both
+    contexts = ["hello who are", "你好", "I am a small " * 20]
+    settings = {"until": ["model"], "max_gen_toks": 12, "do_sample": False, "temperature": 0.0}
+    asked = [Asked((context, dict(settings))) for context in contexts]
+    assert ours.generate_until(asked) == theirs_.generate_until(asked)
+    with pytest.raises(ConfigError, match="'num_beams' is no setting"):
+        ours.generate_until([Asked(("hello", {"num_beams": 4}))])
+
+
+def test_their_chat_templates(both: tuple[Any, Any]) -> None:
+    ours, theirs_ = both
+    turns = [{"role": "user", "content": "who are you"}]
+    text = ours.apply_chat_template(turns)
+    assert text == theirs_.apply_chat_template(turns)
+    asked = [Asked((text, "I am"))]
+    (mine,), (want,) = ours.loglikelihood(asked), theirs_.loglikelihood(asked)
+    assert mine[0] == pytest.approx(want[0], abs=NEAR)
+
+
+def test_their_command_on_our_engine(tiny_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"who {n}", "a": n % 2}) + "\n" for n in range(6)))
+    plain = {
+        "task": "made",
+        "dataset_path": "json",
+        "test_split": "test",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "a",
+        "doc_to_choice": ["you", "a model"],
+    }
+    (tmp_path / "made.yaml").write_text(yaml.safe_dump(plain))
+    command = [sys.executable, "-W", "ignore", "-m", "herdbook.evaluation.harness"]
+    command += ["--model", "herdbook", "--model_args", f"path={tiny_folder},dtype=float32"]
+    command += ["--tasks", "made", "--include_path", str(tmp_path)]
+    command += ["--output_path", str(tmp_path / "out")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = (tmp_path / "out").rglob("results_*.json")
+    assert 0 <= json.loads(told.read_text())["results"]["made"]["acc,none"] <= 1
