@@ -3,9 +3,10 @@ used refuses the file, by its line."""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def questions(task: Task, limit: int = 0) -> Questions:
     if 0 < limit < len(rows):
         picked = [place * len(rows) // limit for place in range(limit)]  # type: ignore[assignment]
     items = [_item(task, rows[place], shots, pool) for place in picked]
-    told = {"task": task.asked(), "examples": shots.written(items)}
+    told = {"task": task.asked(), "examples": shots.written({row.group for row in rows})}
     return Questions(items, len(rows), digest(hashes(task)), digest(told))
 
 
@@ -123,7 +124,9 @@ class _Reader:
         )
 
     def pick(self, row: Mapping[str, Any], path: str) -> Any:
-        """The value of column a, or of b in column a where the path is a.b."""
+        """The value of column a, or of b in column a where the path is a.b; of a template, its text."""
+        if "{" in path:
+            return self.task.rendered(path, row, "answer")
         value: Any = row
         for part in path.split("."):
             if not isinstance(value, Mapping) or part not in value:
@@ -146,7 +149,13 @@ class _Reader:
         task = self.task
         value: Any
         labels: Any = None
-        if isinstance(task.options, str):
+        if isinstance(task.options, str) and "{" in task.options:
+            written = task.rendered(task.options, row, "options")
+            try:
+                value = ast.literal_eval(written)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise self.wrong(f"the options {written!r:.60}", "are no list") from None
+        elif isinstance(task.options, str):
             value = self.pick(row, task.options)
             if isinstance(value, Mapping) and value.keys() == {"choices", "labels"}:
                 value, labels = value["choices"], value["labels"]
@@ -179,6 +188,9 @@ class _Reader:
     def right(self, answer: Any, options: tuple[str, ...]) -> int:
         """The place of the option that the answer names."""
         kind, letters = self.task.answer_is, LETTERS[: len(options)]
+        if "{" in self.task.answer:  # a template writes a number or an option
+            answer = answer.strip()
+            kind, answer = ("number", int(answer)) if answer.isdecimal() else ("text", answer)
         places = set()
         if kind in ("any", "number") and isinstance(answer, int) and not isinstance(answer, bool):
             places |= {answer} & set(range(len(options)))
@@ -247,9 +259,9 @@ class _Shots:
             )
         return self._of[key]
 
-    def written(self, items: Sequence[Item]) -> dict[str, Any]:
-        for item in items:
-            self.of(item.group)
+    def written(self, groups: Collection[str]) -> dict[str, Any]:
+        for group in groups:
+            self.of(group)
         return {key: [list(one) for one in some] for key, some in sorted(self._of.items())}
 
 

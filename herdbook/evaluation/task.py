@@ -13,7 +13,7 @@
     intro: "Questions about {{ group }}.\\n\\n"
     prompt: "{{ question }}\\n{% for one in options %}{{ letters[loop.index0] }}. {{ one }}\\n…"
     options: [A, B, C, D]             # columns, one each; or the one column that holds them all
-    answer: answer                    # the column
+    answer: answer                    # the column, or a template (options too, if it writes a list)
     metrics: [acc]                    # the first is the headline
 
 Templates are Jinja in the sandbox (tokens/sandbox.py). They see the row's columns, `group` (by its
@@ -37,6 +37,7 @@ import yaml
 
 from herdbook import config
 from herdbook.errors import ConfigError, DataError, FetchError, UnknownName, nearest
+from herdbook.evaluation import foreign
 from herdbook.tokens import sandbox
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -124,7 +125,10 @@ class Task:
 
     def fill(self, which: str, words: Mapping[str, Any]) -> str:
         """The template in field `which`, with a row's words."""
-        source: str = getattr(self, which)
+        return self.rendered(getattr(self, which), words, which)
+
+    def rendered(self, source: str, words: Mapping[str, Any], which: str) -> str:
+        """What a template writes; `which` field it stands in, for the error."""
         body = source.rstrip("\n")  # Jinja drops the last line's end
         try:
             return sandbox.render(sandbox.compile(body), words) + source[len(body) :]
@@ -164,9 +168,11 @@ class Task:
         if self.kind == "text":
             return set()
         of = [self.options] if isinstance(self.options, str) else [*self.options]
-        of += [self.answer, *([self.group] if self.group else []), *([self.id] if self.id else [])]
-        read = columns(self.prompt, self.name) | columns(self.intro, self.name)
-        return {one.partition(".")[0] for one in of} | (read - GIVEN)
+        of += [one for one in (self.answer, self.group, self.id) if one]
+        read = {one.partition(".")[0] for one in of if "{" not in one}
+        for source in (self.prompt, self.intro, *(one for one in of if "{" in one)):
+            read |= columns(source, self.name) - GIVEN
+        return read
 
     @property
     def present(self) -> bool:
@@ -205,6 +211,8 @@ def _parsed(path: Path, own: bool) -> Task | Group:
         raise ConfigError(f"{path}", rule=f"is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}", rule="must be a mapping", next="herd tasks mmlu shows one")
+    if foreign.is_theirs(content):
+        content = foreign.translated(content, path)
     kind: type[Task | Group] = Group if "tasks" in content else Task
     given = {"name": path.stem, "about": "", "version": 1} | content
     if missing := [one.name for one in fields(kind) if one.name not in given and _needed(one)]:

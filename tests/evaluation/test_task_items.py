@@ -47,6 +47,7 @@ def test_every_shipped_task_s_items_build(
     assert len(asked.items) == (1 if task.kind == "text" else 60)
     assert len({item.id for item in asked.items}) == len(asked.items)
     assert items.questions(task, limit=60) == asked
+    assert items.questions(task, limit=3).prompt_hash == asked.prompt_hash
     for item in asked.items:
         assert len(item.shots) == task.shots and item.context().endswith(item.prompt)
         if task.kind == "choice":
@@ -191,6 +192,64 @@ def test_a_users_rows(tmp_path: Path) -> None:
     chinese = items.users(write(tmp_path / "zh.jsonl", {"question": "谁？", "answer": "我"}))
     (item,) = items.questions(chinese).items
     assert item.prompt == "问题：谁？\n答案："
+
+
+THEIRS = {
+    "task": "mine",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "theirs.jsonl"}},
+    "output_type": "multiple_choice",
+    "test_split": "test",
+    "doc_to_text": "{{q}}:",
+    "doc_to_choice": ["no", "yes"],
+    "doc_to_target": "label",
+    "metadata": {"version": 2.0},
+}
+
+
+def theirs(tmp_path: Path, **changes: Any) -> Task:
+    import yaml
+
+    write(tmp_path / "theirs.jsonl", {"q": "b?", "label": 1})
+    path = tmp_path / "theirs.yaml"
+    plain = {key: one for key, one in (THEIRS | changes).items() if one is not None}
+    path.write_text(yaml.safe_dump(plain))
+    found = items.find(str(path))
+    assert isinstance(found, Task)
+    return found
+
+
+def test_a_plain_task_of_lm_evaluation_harness_s(tmp_path: Path) -> None:
+    task = theirs(tmp_path)
+    (item,) = items.questions(task).items
+    assert item.context() == "b?:" and item.choices == ("no", "yes") and item.right == (1,)
+    assert task.version == 2 and task.metrics == ("acc", "acc_norm")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_type": "generate_until"}, "output_type is 'generate_until'"),
+        ({"process_docs": "x"}, "process_docs is more than a plain task"),
+        ({"filter_list": []}, "filter_list is more"),
+        ({"dataset_path": "org/name"}, "dataset_path is 'org/name'"),
+        ({"dataset_name": "main"}, "dataset_name"),
+        ({"dataset_kwargs": None}, "data_files"),
+        ({"test_split": "dev"}, "test_split is 'dev'"),
+        ({"doc_to_choice": None}, "doc_to_choice is not there"),
+        ({"num_fewshot": 3}, "sampler: first_n"),
+        ({"metric_list": [{"metric": "f1"}]}, "metric_list: f1 is none of acc"),
+        ({"fewshot_delimiter": "\n"}, "must be a blank line"),
+        ({"doc_to_text": "{{q|regex_replace('a', 'b')}}"}, "is no Jinja template"),
+        ({"doc_to_choice": "{{q}}"}, "are no list"),
+        ({"doc_to_target": "{{q}}"}, "is none of the 2 options"),
+    ],
+)
+def test_what_is_not_plain_is_refused_by_its_key(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(HerdbookError, match=message):
+        items.questions(theirs(tmp_path, **changes))
 
 
 def test_truthfulqa_in_both_of_its_shapes(tmp_path: Path) -> None:

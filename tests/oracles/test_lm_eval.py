@@ -134,6 +134,66 @@ def test_a_tiny_model_on_made_up_questions(
     compare(load(str(tiny_folder), dtype="float32", device="cpu"), asked, some, samples)
 
 
+PLAIN = [
+    {
+        "doc_to_text": "Q: {{q.strip()}}\n{% if n > 2 %}\nmore\n{% endif %}\nA:",
+        "doc_to_choice": "{{[one, two]}}",
+        "doc_to_target": "{{label}}",
+    },
+    {"doc_to_text": "q", "doc_to_choice": "both", "doc_to_target": "n2", "target_delimiter": " = "},
+    {"doc_to_text": "{{q}}", "doc_to_choice": ["you", " a model"], "doc_to_target": "label"},
+    {
+        "doc_to_text": "{{q}}\n",
+        "doc_to_choice": "{{both}}",
+        "doc_to_target": "{{both[n2]}}",
+        "description": "who?\n\n",
+        "num_fewshot": 2,
+        "fewshot_split": "dev",
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc_norm"}, {"metric": "acc"}],
+    },
+]
+
+
+@pytest.mark.parametrize("number", range(len(PLAIN)))
+def test_their_plain_tasks_as_ours(number: int, tiny_folder: Path, tmp_path: Path) -> None:
+    from lm_eval import evaluator
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    def made(n: int) -> dict[str, Any]:
+        pair = ["I am", f"small {n}"]
+        return {"q": f" who {n}? ", "n": n, "n2": n % 2, "label": (n + 1) % 2, "both": pair} | dict(
+            zip(("one", "two"), pair, strict=True)
+        )
+
+    for split, numbers in (("test", range(5)), ("dev", range(7, 11))):
+        rows = [json.dumps(made(n)) for n in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("test", "dev")}
+    plain = {
+        "task": "mine",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": files},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        **PLAIN[number],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(plain))
+    found = evaluator.simple_evaluate(
+        model=HFLM(str(tiny_folder), dtype="float32", device="cpu", batch_size=4),
+        tasks=["mine"],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    asked = items.find(str(tmp_path / "mine.yaml"))
+    assert isinstance(asked, Task)
+    samples = sorted(found["samples"]["mine"], key=lambda one: one["doc_id"])
+    model = load(str(tiny_folder), dtype="float32", device="cpu")
+    compare(model, asked, items.questions(asked).items, samples)
+
+
 # ------------------------------------------------------------------- their tasks on our engine
 
 
