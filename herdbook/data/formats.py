@@ -153,7 +153,7 @@ def need_file(path: Path) -> None:
             f"{path}", rule="is a folder; expected one file of rows", next="name the file itself"
         )
     if not path.exists():
-        raise DataError(f"{path}", rule="is not there", next="check the path of --data")
+        raise DataError(f"{path}", rule="is not there", next="check the path")
 
 
 def rows(path: Path, expected: str = EXPECTED) -> Iterator[tuple[int, str, Any]]:

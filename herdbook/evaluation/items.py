@@ -1,9 +1,7 @@
-"""From a task's files to its items: every row is read before one is asked, and a row that cannot be
-used refuses the file, by its line."""
+"""From a task's files to its items. Every row is read before one is asked."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import random
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +11,8 @@ from typing import Any
 from herdbook.book.hashing import digest
 from herdbook.data import formats
 from herdbook.errors import ConfigError, DataError
+from herdbook.evaluation.rows import Reader, Row
+from herdbook.evaluation.rows import read as read_rows
 from herdbook.evaluation.task import GIVEN, LETTERS, Group, Item, Task, columns, read
 from herdbook.files.atomic import sha256_once
 
@@ -55,176 +55,32 @@ def questions(task: Task, limit: int = 0) -> Questions:
     if task.kind == "text":
         texts = _documents(task, path)
         return Questions(texts, len(texts), digest(hashes(task)), digest(task.asked()))
-    rows = _rows(task, path)
+    rows = read_rows(task, path)
     pool = sorted({one for row in rows for one in row.options}) if task.pool else []
     shots = _Shots(task)
     _unique([row.id for row in rows], path)
-    picked = range(len(rows))
-    if 0 < limit < len(rows):
-        picked = [place * len(rows) // limit for place in range(limit)]  # type: ignore[assignment]
-    items = [_item(task, rows[place], shots, pool) for place in picked]
+    some = limit if 0 < limit < len(rows) else len(rows)
+    picked = [rows[place * len(rows) // some] for place in range(some)]
+    items = [_item(task, row, shots, pool) for row in picked]
     told = {"task": task.asked(), "examples": shots.written({row.group for row in rows})}
     return Questions(items, len(rows), digest(hashes(task)), digest(told))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """A checked row."""
-
-    id: str
-    group: str
-    options: tuple[str, ...]
-    right: tuple[int, ...]
-    answer: str
-    plain: Mapping[str, Any]
-
-
-def _rows(task: Task, path: Path, more: frozenset[str] = frozenset()) -> list[_Row]:
-    needed = task.needs() | more
-    expected = f"where rows with {', '.join(sorted(needed))} were expected"
+def _documents(task: Task, path: Path) -> list[Item]:
+    """The whole of a text file, or `text` of each row."""
+    if not path.name.endswith(ROWS):
+        return [_document("1", formats.text(path, "where a text was expected"))]
     found = []
-    for number, (_, place, row) in enumerate(formats.rows(path, expected), start=1):
-        found.append(_Reader(task, path, place).row(row, number, needed))
-    if not found:
-        raise DataError(f"{path} holds no row", rule=expected, next="give another file")
+    rows = formats.rows(path, "where rows with text were expected")
+    for number, (_, place, row) in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"]:
+            raise Reader(task, path, place).wrong(f"{row!r:.60}", "lacks a text")
+        found.append(_document(str(number), row["text"]))
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """Reads one row, and knows how to say where it is."""
-
-    task: Task
-    path: Path
-    place: str
-
-    def wrong(self, found: str, rule: str) -> DataError:
-        return DataError(
-            f"{self.path}, {self.place}: {found}",
-            rule=rule,
-            next="mend or take out that row; nothing was asked yet",
-        )
-
-    def row(self, row: Any, number: int, needed: set[str]) -> _Row:
-        task = self.task
-        if not isinstance(row, Mapping):
-            raise self.wrong(f"{row!r:.60}", "is no object, where one row was expected")
-        if missing := sorted(needed - row.keys()):
-            raise self.wrong(
-                f"a row with the keys {{{', '.join(map(str, row))}}}", f"lacks {missing[0]!r}"
-            )
-        options, right = self.options(row) if task.options else ((), ())
-        return _Row(
-            id=self.word(row, task.id) if task.id else str(number),
-            group=self.word(row, task.group) if task.group else "",
-            options=options,
-            right=right,
-            answer="" if right else self.word(row, task.answer),
-            plain=row,
-        )
-
-    def pick(self, row: Mapping[str, Any], path: str) -> Any:
-        """The value of column a, or of b in column a where the path is a.b; of a template, its text."""
-        if "{" in path:
-            return self.task.rendered(path, row, "answer")
-        value: Any = row
-        for part in path.split("."):
-            if not isinstance(value, Mapping) or part not in value:
-                raise self.wrong(f"{value!r:.60}", f"lacks {part!r} (of {path})")
-            value = value[part]
-        return value
-
-    def word(self, row: Mapping[str, Any], path: str) -> str:
-        value = self.pick(row, path)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise self.wrong(f"{path} is {value!r:.60}", "where text or a number was expected")
-        if not str(value).strip():
-            raise self.wrong(f"{path} is empty", "where text was expected")
-        return str(value)
-
-    def options(self, row: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The options' texts, and the places of the right ones."""
-        task = self.task
-        value: Any
-        labels: Any = None
-        if isinstance(task.options, str) and "{" in task.options:
-            written = task.rendered(task.options, row, "options")
-            try:
-                value = ast.literal_eval(written)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                raise self.wrong(f"the options {written!r:.60}", "are no list") from None
-        elif isinstance(task.options, str):
-            value = self.pick(row, task.options)
-            if isinstance(value, Mapping) and value.keys() == {"choices", "labels"}:
-                value, labels = value["choices"], value["labels"]
-            elif isinstance(value, Mapping):  # {text: 1 or 0}
-                value, labels = list(value), list(value.values())
-            elif isinstance(value, str):
-                value = value.split("\n")
-        else:
-            value = [self.pick(row, one) for one in task.options]
-        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) < 2:
-            raise self.wrong(f"the options are {value!r:.60}", "where two or more were expected")
-        for place, one in enumerate(value, start=1):
-            if isinstance(one, bool) or not isinstance(one, str | int | float):
-                raise self.wrong(f"option {place} is {one!r:.60}", "where text was expected")
-            if not str(one).strip():
-                raise self.wrong(f"option {place} of {len(value)} is empty", "and cannot be chosen")
-        if task.scored == "letter" and len(value) > len(LETTERS):
-            raise self.wrong(f"{len(value)} options", f"are more than {len(LETTERS)} letters")
-        options = tuple(map(str, value))
-        if task.answer_is == "labels":
-            labels = self.pick(row, task.answer) if labels is None else labels
-            if not isinstance(labels, list) or len(labels) != len(options) or 1 not in labels:
-                raise self.wrong(
-                    f"the labels are {labels!r:.60}",
-                    f"where 0 or 1 for each of {len(options)} options, one 1 at least, was expected",
-                )
-            return options, tuple(place for place, one in enumerate(labels) if one == 1)
-        return options, (self.right(self.pick(row, task.answer), options),)
-
-    def right(self, answer: Any, options: tuple[str, ...]) -> int:
-        """The place of the option that the answer names."""
-        kind, letters = self.task.answer_is, LETTERS[: len(options)]
-        if "{" in self.task.answer:  # a template writes a number or an option
-            answer = answer.strip()
-            kind, answer = ("number", int(answer)) if answer.isdecimal() else ("text", answer)
-        places = set()
-        if kind in ("any", "number") and isinstance(answer, int) and not isinstance(answer, bool):
-            places |= {answer} & set(range(len(options)))
-        word = answer.strip() if isinstance(answer, str) else ""
-        if kind in ("any", "letter") and len(word) == 1 and word in letters:
-            places.add(letters.index(word))
-        if kind in ("any", "text"):
-            places |= {place for place, one in enumerate(options) if one == str(answer)}
-        if len(places) == 1:
-            return places.pop()
-        if places:
-            raise self.wrong(
-                f"answer {answer!r:.60}", "may mean several options; give the number, from 0"
-            )
-        named = {"letter": f"a letter of {letters}", "text": "an option's text"}
-        named["number"] = f"a number from 0 to {len(options) - 1}"
-        raise self.wrong(
-            f"answer {answer!r:.60}",
-            f"is none of the {len(options)} options; it must be "
-            + named.get(kind, f"{named['letter']}, an option's text, or {named['number']}"),
-        )
-
-
-def _documents(task: Task, path: Path) -> list[Item]:
-    """The whole of a text file, or `text` of each row."""
-    rows = [("1", formats.text(path, "where a text was expected"))]
-    if path.name.endswith(ROWS):
-        expected = "where rows with text were expected"
-        rows = []
-        for number, (_, place, row) in enumerate(formats.rows(path, expected), start=1):
-            if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
-                raise _Reader(task, path, place).wrong(f"{row!r:.60}", "lacks a text")
-            rows.append((str(number), row["text"]))
-    return [Item(id, "", "", (), body, "") for id, body in rows]
+def _document(id: str, text: str) -> Item:
+    return Item(id, group="", intro="", shots=(), prompt=text, delimiter="")
 
 
 class _Shots:
@@ -232,11 +88,11 @@ class _Shots:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         if task.shots:
             self.path = task.file(task.shots_data)
             plain = dataclasses.replace(task, id="", group=task.group if self.grouped else "")
-            self.rows = _rows(plain, self.path, columns(task.target, task.name) - GIVEN)
+            self.rows = read_rows(plain, self.path, columns(task.target, task.name) - GIVEN)
         self._of: dict[str, tuple[tuple[str, str], ...]] = {}
 
     @property
@@ -265,29 +121,29 @@ class _Shots:
         return {key: [list(one) for one in some] for key, some in sorted(self._of.items())}
 
 
-def _words(task: Task, row: _Row) -> dict[str, Any]:
+def _words(task: Task, row: Row) -> dict[str, Any]:
     """What a template sees."""
     group = task.names.get(row.group, row.group.replace("_", " "))
     return {**row.plain, "group": group, "options": row.options, "letters": LETTERS}
 
 
-def _prompt(task: Task, row: _Row) -> str:
+def _prompt(task: Task, row: Row) -> str:
     return task.fill("prompt", _words(task, row))
 
 
-def _choices(task: Task, row: _Row) -> tuple[str, ...]:
+def _choices(task: Task, row: Row) -> tuple[str, ...]:
     return tuple(LETTERS[: len(row.options)]) if task.scored == "letter" else row.options
 
 
-def _target(task: Task, row: _Row) -> str:
+def _target(task: Task, row: Row) -> str:
     return task.fill("target", _words(task, row)) if task.target else _answer(task, row)
 
 
-def _answer(task: Task, row: _Row) -> str:
+def _answer(task: Task, row: Row) -> str:
     return _choices(task, row)[row.right[0]] if row.right else row.answer
 
 
-def _item(task: Task, row: _Row, shots: _Shots, pool: Sequence[str]) -> Item:
+def _item(task: Task, row: Row, shots: _Shots, pool: Sequence[str]) -> Item:
     if task.pool:
         row = _filled(task, row, pool)
     return Item(
@@ -304,7 +160,7 @@ def _item(task: Task, row: _Row, shots: _Shots, pool: Sequence[str]) -> Item:
     )
 
 
-def _filled(task: Task, row: _Row, pool: Sequence[str]) -> _Row:
+def _filled(task: Task, row: Row, pool: Sequence[str]) -> Row:
     """The row with options of other rows, `task.pool` in all, in an order of its own."""
     own = dict.fromkeys(row.options)
     if len(pool) < task.pool:

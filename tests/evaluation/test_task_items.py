@@ -179,6 +179,19 @@ def test_a_users_rows_that_cannot_be(tmp_path: Path, rows: bytes, message: str) 
     assert str(path) in str(raised.value)
 
 
+def test_a_text_of_rows(tmp_path: Path) -> None:
+    path = own(tmp_path, kind="text", data="texts.jsonl", prompt="", metrics=["bits_per_byte"])
+    write(tmp_path / "texts.jsonl", {"text": "who"}, {"text": "你"})
+    task = items.find(str(path))
+    assert isinstance(task, Task)
+    assert [item.prompt for item in items.questions(task).items] == ["who", "你"]
+    write(tmp_path / "texts.jsonl", {"text": "who"}, {"txt": "you"})
+    with pytest.raises(DataError, match="line 2: .* lacks a text"):
+        items.questions(task)
+    with pytest.raises(DataError, match="is not there\n  next: check the path$"):
+        items.find(str(tmp_path / "none.jsonl"))
+
+
 def test_a_users_rows(tmp_path: Path) -> None:
     rows = [
         {"question": "a", "choices": ["x", "y"], "answer": "B"},
