@@ -220,10 +220,22 @@ def serve(
 
 
 @app.command(name="eval")
-def eval_command(ref: str = "", /, *, text: Path | None = None, json: Json = False) -> None:
-    """Measure a model: perplexity, identity where it was taught one, size, speed, memory.
+def eval_command(
+    ref: str = "",
+    /,
+    *,
+    text: Path | None = None,
+    task: list[str] | None = None,
+    limit: int = 0,
+    shots: int | None = None,
+    seeds: str = "0",
+    chat: bool = False,
+    json: Json = False,
+) -> None:
+    """Measure a model: perplexity, identity where it was taught one, size, speed, memory; or, with
+    --task, how well it does a task. What a task gives is a report in the book.
 
-    Example: herd eval cria --text my-notes.txt
+    Example: herd eval cria --task mmlu --limit 200
 
     Parameters
     ----------
@@ -231,7 +243,35 @@ def eval_command(ref: str = "", /, *, text: Path | None = None, json: Json = Fal
         any reference to a model (default: the model raised last)
     text
         a UTF-8 text for the perplexity (default: a short text of Herdbook's own)
+    task
+        a task or group (see: herd tasks), a task's .yaml, a .jsonl of your own questions, or a .txt; may
+        be given several times
+    limit
+        so many questions of each task, spread evenly over its file (default: all)
+    shots
+        examples before each question (default: as the task says)
+    seeds
+        of replies that are drawn; several, such as 0,1,2, give mean and spread
+    chat
+        ask by the model's chat template (default: as plain text to go on with)
     """
+    if task:
+        from herdbook import config
+        from herdbook.evaluation.run import run
+
+        drawn = config.convert(seeds, tuple[int, ...], where="--seeds")
+        told = [*task, *([str(text)] if text else [])]
+        reports = run(
+            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat
+        )
+        if json:
+            _print({report.ref: figures for report, figures in reports})
+            return
+        from herdbook.evaluation.told import lines
+
+        for report, figures in reports:
+            print("\n".join(lines(figures)) + f"\n  in the book: {report.ref}")
+        return
     from herdbook.evaluation.evaluate import evaluate
 
     found = evaluate(ref or _latest(), _book(), text=text)
@@ -242,6 +282,35 @@ def eval_command(ref: str = "", /, *, text: Path | None = None, json: Json = Fal
 
     for name, value in found.items():
         print(human_metric(name, value))
+
+
+@app.command
+def tasks(name: str = "", /, *, json: Json = False) -> None:
+    """List the tasks that herd eval knows: what they are and whether their data are here; with a name,
+    show that one.
+
+    Example: herd tasks mmlu
+
+    Parameters
+    ----------
+    name
+        a task or group of the list, a .yaml file, or a .jsonl of your own questions
+    """
+    from herdbook.evaluation import told
+
+    found = told.task(name) if name else told.tasks()
+    if json:
+        _print(found)
+    elif name:
+        import yaml
+
+        print(yaml.safe_dump(found, allow_unicode=True, sort_keys=False, width=100), end="")
+    else:
+        for one, row in found.items():
+            print(f"{one:<15} {row['state']:<10} {row['about'][language()]}")
+        print(
+            "\nherd eval REF --task NAME asks one; herd tasks NAME shows its prompt and its source"
+        )
 
 
 @app.command

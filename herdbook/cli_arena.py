@@ -178,7 +178,7 @@ def _teacher(ref: str, name: str) -> Teacher:
         if not name:
             raise ConfigError(f"--by {ref}", rule="serves several models", next="--by-model NAME")
         return UrlTeacher(ref, name)
-    from herdbook.engine.loaded import load
+    from herdbook.engine.loading import load
     from herdbook.model.references import resolve
 
     known = book()

@@ -51,6 +51,7 @@ STEPS = {
     "Quantise": "herdbook.compression.quantise",
     "Report": "herdbook.evaluation.report",
     "Scaling": "herdbook.evaluation.scaling",
+    "Evaluate": "herdbook.evaluation.evaluating",
 }
 DEFAULT_PROFILE = "cpu"
 

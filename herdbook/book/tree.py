@@ -41,9 +41,10 @@ def human_metric(name: str, value: Any) -> str:
 
 
 def reports(book: Book, artifact: Artifact) -> Iterator[Artifact]:
-    """The reports made of `artifact` as the one to be judged (their setting `after`)."""
+    """The reports made of `artifact` as the one to be judged: their setting `after`, or `model`."""
     for child in book.children(artifact):
-        if child.kind == "report" and child.config.get("after") == artifact.id:
+        judged = (child.config.get("after"), child.config.get("model"))
+        if child.kind == "report" and artifact.id in judged:
             yield child
 
 

@@ -98,7 +98,7 @@ def parse(path: Path | str) -> Parsed:
     path = Path(path)
     parsed = Parsed(format="")
     first_line = 0
-    for line, place, row in _rows(_text(path), path):
+    for line, place, row in rows(path):
 
         def broken(found: str, expected: str, place: str = place) -> DataError:
             return DataError(
@@ -153,17 +153,23 @@ def need_file(path: Path) -> None:
             f"{path}", rule="is a folder; expected one file of rows", next="name the file itself"
         )
     if not path.exists():
-        raise DataError(f"{path}", rule="is not there", next="check the path of --data")
+        raise DataError(f"{path}", rule="is not there", next="check the path")
 
 
-def _text(path: Path) -> str:
+def rows(path: Path, expected: str = EXPECTED) -> Iterator[tuple[int, str, Any]]:
+    """Line number (from 1), place in words, value: of each row of a JSON array or a JSONL file, plain
+    or gzip. expected: what the file should hold, for the error that says it does not."""
+    return _rows(text(path, expected), path)
+
+
+def text(path: Path, expected: str = EXPECTED) -> str:
     """The file's characters: unpacked, decoded, without a byte order mark."""
     need_file(path)
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = _gunzip(data, path)
     try:
-        text = data.decode("utf-8-sig")
+        found = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
         raise DataError(
@@ -172,9 +178,9 @@ def _text(path: Path) -> str:
             next=f"iconv -f {'UTF-16' if wide else 'GB18030'} -t UTF-8 {path.name} > utf8.jsonl, "
             f"{'then' if wide else 'or whatever the encoding is, then'} give that file",
         ) from error
-    if not text.strip():
-        raise DataError(f"{path} is empty", rule=EXPECTED, next="give another file")
-    return text
+    if not found.strip():
+        raise DataError(f"{path} is empty", rule=expected, next="give another file")
+    return found
 
 
 def _gunzip(data: bytes, path: Path) -> bytes:

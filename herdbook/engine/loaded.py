@@ -150,11 +150,13 @@ class LoadedModel:
         return self.engine.embed([self._ids(one) for one in several], normalise=normalise)
 
     def _ids(self, text: str | Sequence[int]) -> Sequence[int]:
-        if not isinstance(text, str):
-            return text
+        return self.tokenizer.prompt(self.written(text)) if isinstance(text, str) else text
+
+    def written(self, text: str) -> str:
+        """A plain text as the model was taught to read it: ChatGLM-6B's line ends are "<n>"."""
         for meant, written in escapes(self.tokenizer.chat_template).items():
             text = text.replace(meant, written)
-        return self.tokenizer.prompt(text)
+        return text
 
     def _request(self, prompt: Prompt, sampling: Sampling) -> Request:
         if isinstance(prompt, str):

@@ -33,7 +33,7 @@ def page(artifact: Artifact, book: Book) -> str:
     judged = (
         artifact
         if artifact.kind == "report"
-        else next(iter([*reports(book, artifact)][::-1]), None)
+        else next(filter(_report_of, [*reports(book, artifact)][::-1]), None)
     )
     report = _report_of(judged)
     body = [_head(artifact, report)]

@@ -24,7 +24,7 @@ class Interval:
         return asdict(self)
 
 
-def wilson(right: int, total: int) -> Interval:
+def wilson(right: float, total: float) -> Interval:
     """The share right/total. Unlike p ± z·sqrt(p·q/n) it is honest near 0 and 1.
 
     >>> wilson(30, 30).low > 0.88

@@ -38,6 +38,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
@@ -89,6 +90,11 @@ def constant(source: str, name: str) -> Any:
     except (jinja2.TemplateError, nodes.Impossible, RecursionError):
         return None  # told when it is rendered, in the words of `compile`
     return None
+
+
+def variables(source: str) -> set[str]:
+    """The names that a template takes from outside; jinja2.TemplateError for what is no program."""
+    return jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
 
 
 def _step() -> None:

@@ -154,7 +154,7 @@ def test_suite_by_script() -> None:
 def test_real_replies(smollm2_path: Path) -> None:
     """The embedded model, greedy and as it is: figures are finite, and a loop that is told is there.
     (Asked for the capital of France it ended in «la Tradition, la Culture, la Tradition …».)"""
-    from herdbook.engine.loaded import load
+    from herdbook.engine.loading import load
 
     teacher = load(str(smollm2_path)).as_teacher()
     prompts = [
