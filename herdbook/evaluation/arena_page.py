@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from herdbook.evaluation.page import _both, _section, document
+from herdbook.evaluation.html import both, document, section
 
 
 def arena_page(board: Mapping[str, Any], title: str) -> str:
@@ -14,14 +14,14 @@ def arena_page(board: Mapping[str, Any], title: str) -> str:
     rows = board["models"]
     controlled = "controlled" in rows[0]
     names = [
-        _both("rank", "名次"),
-        _both("model", "模型"),
-        _both("rating", "评分"),
+        both("rank", "名次"),
+        both("model", "模型"),
+        both("rating", "评分"),
         "",
-        *([_both("at equal length", "同等篇幅")] if controlled else []),
+        *([both("at equal length", "同等篇幅")] if controlled else []),
         "Elo",
-        _both("score", "得分率"),
-        _both("votes", "票数"),
+        both("score", "得分率"),
+        both("votes", "票数"),
     ]
     head = "".join(f"<th>{name}</th>" for name in names)
     low, high = min(row["low"] for row in rows), max(row["high"] for row in rows)
@@ -45,14 +45,14 @@ def arena_page(board: Mapping[str, Any], title: str) -> str:
         title,
         [
             f"<header><h1>{shown}</h1></header>",
-            _section(_both("Leaderboard", "排行榜"), table + notes),
+            section(both("Leaderboard", "排行榜"), table + notes),
         ],
     )
 
 
 def _notes(board: Mapping[str, Any]) -> list[str]:
     notes = [
-        _both(
+        both(
             f"{board['votes']:,} anonymous votes, {board['ties']:,} of them ties. Rating: Bradley–Terry, "
             "mean 1000, with its 95 % interval; 400 points more win ten times as often as they lose. "
             "Rank: one more than the models that lie wholly above.",
@@ -65,7 +65,7 @@ def _notes(board: Mapping[str, Any]) -> list[str]:
         share = f"{100 * first['value']:.0f} %"
         span = f"{100 * first['low']:.0f} … {100 * first['high']:.0f} %"
         notes.append(
-            _both(
+            both(
                 f"What stood first won {share} of the decided votes ({span}).",
                 f"在分出胜负的票中，排在前面的一方胜出 {share}（{span}）。",
             )
@@ -73,21 +73,21 @@ def _notes(board: Mapping[str, Any]) -> list[str]:
     if "length_points" in board:
         points = f"{board['length_points']:+.0f}"
         notes.append(
-            _both(
+            both(
                 f"Twice the length is worth {points} points; «at equal length» takes that out.",
                 f"篇幅加倍相当于 {points} 分；“同等篇幅”一栏已将其扣除。",
             )
         )
     if board["bounded"]:
         notes.append(
-            _both(
+            both(
                 "Some model won or lost all its votes, and has no finite rating: a tie of weight "
                 f"{board['prior']:g} between every two models bounds it.",
                 f"有模型全胜或全负，评分没有有限值；已在每两个模型之间加入权重为 {board['prior']:g} 的平局加以限制。",
             )
         )
     if not board["converged"]:
-        notes.append(_both("The fit did not converge.", "拟合没有收敛。"))
+        notes.append(both("The fit did not converge.", "拟合没有收敛。"))
     return notes
 
 

@@ -29,8 +29,8 @@ from herdbook.data.records import Conversation, Document
 from herdbook.engine.loading import load
 from herdbook.evaluation import identity
 from herdbook.evaluation.measure import measure
-from herdbook.evaluation.page import report_page
 from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
+from herdbook.evaluation.report_page import report_page
 from herdbook.evaluation.statistics import perplexity_ratio
 from herdbook.files.atomic import sha256_once, write_json, write_text
 

@@ -22,7 +22,7 @@ from herdbook.book.step import Bench, Inputs, Step, require
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, DataError
 from herdbook.evaluation.charts import power_law
-from herdbook.evaluation.page import document
+from herdbook.evaluation.html import document
 from herdbook.evaluation.perplexity import perplexity
 from herdbook.evaluation.report import Heldout
 from herdbook.files.atomic import write_json, write_text

@@ -12,7 +12,8 @@ import pytest
 
 from herdbook.book.book import Artifact, Book
 from herdbook.evaluation import charts
-from herdbook.evaluation.page import page, report_page
+from herdbook.evaluation.page import page
+from herdbook.evaluation.report_page import report_page
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from herdbook.evaluation.page import report_page
+from herdbook.evaluation.report_page import report_page
 from tests.evaluation.conftest import made_up  # noqa: F401
 from tests.oracles.test_openai_client import Server
 
