@@ -17,7 +17,7 @@ from cyclopts.exceptions import CycloptsError
 
 from herdbook import cli_arena, cli_keys, cli_plan, cli_tokenizer, versions
 from herdbook.errors import HerdbookError
-from herdbook.terminal import Json, language
+from herdbook.terminal import Json, language, need_own_page
 from herdbook.terminal import book as _book
 from herdbook.terminal import console as _console
 from herdbook.terminal import print_json as _print
@@ -285,6 +285,57 @@ def eval_command(
 
 
 @app.command
+def compare(
+    before: str,
+    after: str,
+    /,
+    *,
+    task: list[str] | None = None,
+    limit: int = 0,
+    text: Path | None = None,
+    out: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Is one model better than another: at what, by how much, with what certainty, at what cost?
+
+    Example: herd compare smollm2 cria --task mmlu --limit 200 --out page.html
+
+    Parameters
+    ----------
+    before
+        any reference to a model: what the other is compared with
+    after
+        the other
+    task
+        a task or group that both are asked (see: herd tasks); may be given several times
+    limit
+        so many questions of each task (default: all)
+    text
+        a UTF-8 text for the perplexity (default: a short text of Herdbook's own)
+    out
+        a file for the page, with plots
+    """
+    from herdbook.evaluation import run
+    from herdbook.evaluation.answer import answer, lines
+    from herdbook.files.atomic import write_text
+
+    if out is not None:
+        need_own_page(out)
+    report = run.compare(
+        before, after, _book(), tasks=task or (), limit=limit, text=str(text) if text else ""
+    )
+    found = run.read_report(report)
+    if out is not None:
+        write_text(out, (report.path / "report.html").read_text(encoding="utf-8"))
+    if json:
+        _print(found | {"answer": answer(found)})
+        return
+    print("\n".join(lines(found)) + f"\n  in the book: {report.ref}")
+    if out is not None:
+        print(f"  the page: {out}")
+
+
+@app.command
 def tasks(name: str = "", /, *, json: Json = False) -> None:
     """List the tasks that herd eval knows: what they are and whether their data are here; with a name,
     show that one.
@@ -492,17 +543,12 @@ def show(
     if json:
         _print(artifact.to_mapping())
         return
-    from herdbook.errors import FileError
     from herdbook.evaluation.page import page
     from herdbook.files.atomic import write_text
 
     target = out or book.home / "pages" / f"{artifact.ref}.html"
-    if out and os.path.lexists(out) and not _own_page(out):
-        raise FileError(
-            f"{out} is there already",
-            rule="and is no page of Herdbook's, so it is not overwritten",
-            next="give another --out",
-        )
+    if out:
+        need_own_page(out)
     write_text(target, page(artifact, book))
     print(target)
     if open:
@@ -634,14 +680,6 @@ def doctor(*, json: Json = False) -> None:
         width = max(map(len, found))
         for name, value in found.items():
             print(f"{name:<{width}}  {value}")
-
-
-def _own_page(path: Path) -> bool:
-    """Whether a page of ours lies there, which may be written again."""
-    if not path.is_file() or path.is_symlink():
-        return False
-    with path.open("rb") as file:
-        return b"Herdbook</title>" in file.read(2000)
 
 
 def _latest() -> str:

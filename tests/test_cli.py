@@ -18,7 +18,7 @@ from herdbook.tokens import templates
 
 COMMANDS = (
     "raise", "chat", "serve", "eval", "export", "delta", "list", "show", "tree", "verify", "recipes",
-    "doctor", "templates", "tokenizer", "keys", "plan", "arena", "judge", "tasks",
+    "doctor", "templates", "tokenizer", "keys", "plan", "arena", "judge", "tasks", "compare",
 )  # fmt: skip
 TOKENIZER = ("train", "extend", "prune", "fertility")
 

@@ -97,14 +97,17 @@ def bars(before: float, after: float, labels: tuple[str, str], *, width: int = 3
     return "".join([*parts, "</svg>"])
 
 
-def change(value: float, low: float, high: float, limit: float, *, width: int = 320) -> str:
-    """A change of a ratio with its interval, around «no change»; a dashed line at the limit."""
+def change(
+    value: float, low: float, high: float, limit: float, *, up: bool = False, width: int = 320
+) -> str:
+    """A change with its interval, around «no change»; a dashed line at the limit. up: more is better,
+    so the limit is a least."""
     reach = 1.15 * max(abs(low), abs(high), abs(limit), 0.01)
 
     def at(x: float) -> float:
         return width / 2 + (width / 2 - 8) * x / reach
 
-    kind = "bad" if limit and value > limit else "good"
+    kind = "bad" if limit and (value < limit if up else value > limit) else "good"
     return (
         f'<svg viewBox="0 0 {width} 34" role="img" aria-label="{100 * value:+.1f} %">'
         f'<line class="grid" x1="0" x2="{width}" y1="17" y2="17"/>'

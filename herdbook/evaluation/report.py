@@ -4,6 +4,8 @@
 
     {"before": SIDE, "after": SIDE,
      "perplexity": {"en": {"value": 1.004, "low": 0.998, "high": 1.011}, …},   after / before
+     "tasks": {"mmlu": {"before", "after", "difference", …}, …},               compared.py
+     "asked": {"en": …, "zh": …, "ordinary": …},      held-out questions, paired as tasks are
      "losses": [{"step": 1, "loss": 2.9, …}, …], "gates": [{"name", "limit", "value", "passed"}],
      "verdict": "passed"}
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +29,9 @@ from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.data.records import Conversation, Document
 from herdbook.engine.loading import load
-from herdbook.evaluation import identity
+from herdbook.errors import ConfigError, nearest
+from herdbook.evaluation import compared, identity, paired
+from herdbook.evaluation.evaluating import Evaluate
 from herdbook.evaluation.measure import measure
 from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
 from herdbook.evaluation.report_page import report_page
@@ -76,11 +80,34 @@ class Report(Step):
     data: Inputs = ()  # datasets whose held-out part is asked
     adapters: Inputs = ()  # whose loss curve is shown
     text: str = ""  # a file for the perplexity; empty: Herdbook's own texts
+    tasks: tuple[str, ...] = ()  # that both sides are asked (herd tasks)
+    limit: int = 0  # so many questions of each; 0: all
     max_perplexity_increase: float = 0.03  # gate: on each text; 0: none
     min_identity: float = 0.9  # gate: right answers, in each language; 0: none
+    #: gate: of a task, how much less may be right, {mmlu: 0.01}
+    max_drop: Any = field(default_factory=dict)
+
+    def check(self) -> None:
+        names = compared.members(self.tasks)
+        for ref in names.values():
+            Evaluate(self.before, ref, self.limit).check()
+        if not isinstance(self.max_drop, Mapping):
+            raise ConfigError(
+                f"max_drop is {self.max_drop!r}", rule="but must be a mapping: {mmlu: 0.01}"
+            )
+        for name, limit in self.max_drop.items():
+            if name not in names or not isinstance(limit, int | float) or not 0 <= limit < 1:
+                raise ConfigError(
+                    f"max_drop: {name}: {limit!r}",
+                    rule="must name one of the report's tasks, and a share from 0 to below 1",
+                    next=nearest(str(name), [*names]) if names else "name the task among tasks",
+                )
 
     def fingerprint(self) -> dict[str, str]:
-        return {"text": sha256_once(Path(self.text))} if Path(self.text).is_file() else {}
+        found = {"text": sha256_once(Path(self.text))} if Path(self.text).is_file() else {}
+        for ref in compared.members(self.tasks).values():
+            found |= Evaluate(self.before, ref, self.limit).fingerprint()
+        return found
 
     def make(self, bench: Bench) -> dict[str, Any]:
         require(self, "before", "after")
@@ -98,6 +125,9 @@ class Report(Step):
                 write_json(kept, found | side(artifact.path, texts, heldout))
             sides[name] = json.loads(kept.read_text(encoding="utf-8"))
         report = compare(sides["before"], sides["after"])
+        report["tasks"] = compared.on_tasks(
+            bench.artifact("before"), bench.artifact("after"), self.tasks, self.limit, bench
+        )
         report["losses"] = [
             json.loads(line)
             for adapter in bench.inputs["adapters"]
@@ -124,6 +154,11 @@ class Report(Step):
                         "passed": rise <= self.max_perplexity_increase,
                     }
                 )
+        for name, limit in self.max_drop.items():
+            drop = -report["tasks"][name]["difference"]["value"]
+            found.append(
+                {"name": f"{name} drops", "limit": limit, "value": drop, "passed": drop <= limit}
+            )
         if self.min_identity:
             for name, share in report["after"]["identity"]["shares"].items():
                 if name != "ordinary":
@@ -157,14 +192,32 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
         name: perplexity_ratio(before["texts"][name]["passages"], text["passages"]).to_json()
         for name, text in after["texts"].items()
     }
-    return {"before": before, "after": after, "perplexity": ratios}
+    return {"before": before, "after": after, "perplexity": ratios, "asked": asked(before, after)}
+
+
+def asked(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the held-out questions of each kind (en, zh, ordinary), paired: what paired.compare says."""
+    sides = [
+        {(one["language"], one["question"]): one for one in side["identity"].get("answers", ())}
+        for side in (before, after)
+    ]
+    marks: dict[str, list[tuple[float, float]]] = {}
+    for key, one in sides[1].items():
+        if key in sides[0]:
+            name = "ordinary" if one["ask"] == "none" else one["language"]
+            pair = float(sides[0][key]["right"]), float(one["right"])
+            marks.setdefault(name, []).append(pair)
+    return {
+        name: paired.compare([one for one, _ in pairs], [one for _, one in pairs])
+        for name, pairs in marks.items()
+    }
 
 
 def verdict(gates: list[dict[str, Any]]) -> str:
     """«passed», or «failed: …» with each broken gate's figures."""
     broken = [
         f"{gate['name']} {100 * gate['value']:.1f} %, "
-        f"{'at most' if 'perplexity' in gate['name'] else 'at least'} {100 * gate['limit']:g} %"
+        f"{'at least' if gate['name'].endswith(' is right') else 'at most'} {100 * gate['limit']:g} %"
         for gate in gates
         if not gate["passed"]
     ]
@@ -180,6 +233,10 @@ def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
         **{
             f"perplexity_{name}_change_share": ratio["value"] - 1
             for name, ratio in report["perplexity"].items()
+        },
+        **{
+            f"{name}_gain_share": one["difference"]["value"]
+            for name, one in report.get("tasks", {}).items()
         },
     }
 

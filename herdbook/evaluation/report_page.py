@@ -8,6 +8,7 @@ from typing import Any
 
 from herdbook.book.tree import human_bytes
 from herdbook.evaluation import charts
+from herdbook.evaluation.answer import answer
 from herdbook.evaluation.html import badge, both, document, percent, quantity, section
 
 #: examples shown at once for each language; the others unfold
@@ -23,7 +24,9 @@ def report_page(report: Mapping[str, Any]) -> str:
 
 def sections(report: Mapping[str, Any]) -> list[str]:
     before, after = report["before"], report["after"]
-    parts = [_cards(report)]
+    parts = [_cards(report), _answer(report)]
+    if report.get("tasks"):
+        parts.append(section(both("Tasks", "任务"), _tasks(report)))
     parts.append(section(both("Before and after", "前后对比"), _comparison(report)))
     if after["identity"]["answers"]:
         parts.append(
@@ -78,6 +81,56 @@ def _cards(report: Mapping[str, Any]) -> str:
         )
         + "</div>"
     )
+
+
+def _answer(report: Mapping[str, Any]) -> str:
+    """Better at what, worse at what, and of what it is not known."""
+    titles = {
+        "better": both("shown to be better", "确有提高"),
+        "worse": both("shown to be worse", "确有下降"),
+        "undecided": both("no difference shown", "未见差异"),
+    }
+    rows = [
+        f"<tr><th>{titles[direction]}</th><td>{escape(', '.join(one['what'] for one in gains))}</td></tr>"
+        for direction, gains in answer(report).items()
+        if gains
+    ]
+    return section(
+        both("Did it get better?", "变好了吗？"), f'<table class="facts">{"".join(rows)}</table>'
+    )
+
+
+def _tasks(report: Mapping[str, Any]) -> str:
+    """Each task: both sides, the paired difference, and the smallest that would have been seen."""
+    limits = {gate["name"]: gate["limit"] for gate in report.get("gates", [])}
+    rows = []
+    for name, one in report["tasks"].items():
+        gain, counts = one["difference"], one.get("mcnemar")
+        limit = -limits.get(f"{name} drops", 0.0)
+        notes = [both(f"{one['items']:,} questions", f"{one['items']:,} 题")]
+        if counts:
+            won, lost = counts["won"], counts["lost"]
+            notes.append(both(f"won {won}, lost {lost}", f"新对 {won}，新错 {lost}"))
+        seen = f"{100 * one['detectable']:.1f}"
+        notes.append(both(f"from {seen} points on it would be seen", f"差 {seen} 分以上才看得出"))
+        rows.append(
+            f"<tr><th>{escape(name)}<br><small>{escape(one['metric'])} · {' · '.join(notes)}</small></th>"
+            f'<td class="n">{100 * one["before"]["value"]:.1f}</td>'
+            f'<td class="n">{100 * one["after"]["value"]:.1f}</td>'
+            f"<td>{charts.change(gain['value'], gain['low'], gain['high'], limit, up=True)}</td>"
+            f'<td class="n">{100 * gain["value"]:+.1f} ({100 * gain["low"]:+.1f} … '
+            f"{100 * gain['high']:+.1f})</td></tr>"
+        )
+    head = (
+        f"<tr><th></th><th>{both('before', '之前')}</th><th>{both('after', '之后')}</th><th></th>"
+        f"<th>{both('points', '分')}</th></tr>"
+    )
+    note = both(
+        "Shares in percent; the difference with its 95 % interval, paired question by question. Higher is "
+        "better; the dashed line is the gate.",
+        "百分比；差值及其 95% 区间（逐题配对）。越高越好；虚线为门限。",
+    )
+    return f'<table class="compare">{head}{"".join(rows)}</table><p class="note">{note}</p>'
 
 
 def _comparison(report: Mapping[str, Any]) -> str:
