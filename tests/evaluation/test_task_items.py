@@ -186,9 +186,9 @@ def test_a_text_of_rows(tmp_path: Path) -> None:
     assert isinstance(task, Task)
     assert [item.prompt for item in items.questions(task).items] == ["who", "你"]
     write(tmp_path / "texts.jsonl", {"text": "who"}, {"txt": "you"})
-    with pytest.raises(DataError, match="line 2: .* lacks a text"):
+    with pytest.raises(DataError, match=r"line 2: .* lacks a text"):
         items.questions(task)
-    with pytest.raises(DataError, match="is not there\n  next: check the path$"):
+    with pytest.raises(DataError, match=r"is not there\n  next: check the path$"):
         items.find(str(tmp_path / "none.jsonl"))
 
 
