@@ -74,11 +74,11 @@ class Evaluate(Step):
         if isinstance(found, Task):
             return [found.with_shots(self.shots)]
         members = [items.find(one) for one in found.tasks]
-        tasks = [one for one in members if isinstance(one, Task)]
+        tasks = [one for one in members if isinstance(one, Task) and one.kind != "text"]
         if self.shots is not None or len(tasks) < len(members):
             raise ConfigError(
                 f"group {found.name}",
-                rule="takes no shots (each task has its own), and no other group",
+                rule="takes no shots (each task has its own), and holds neither groups nor texts",
                 next="herd tasks " + found.name,
             )
         return tasks

@@ -152,6 +152,9 @@ def test_a_group_is_the_mean_of_its_tasks(
         Evaluate("tiny", "safety", shots=1).run(book)
     with pytest.raises(DataError, match="mmlu"):
         Evaluate("tiny", "flageval").run(book)
+    (tmp_path / "mixed.yaml").write_text("tasks: [safetybench, wikitext2]\n")
+    with pytest.raises(ConfigError, match="neither groups nor texts"):
+        Evaluate("tiny", str(tmp_path / "mixed.yaml")).run(book)
 
 
 def test_a_chat_needs_a_template(model: Artifact, book: Book, rows: Path) -> None:
