@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from herdbook.errors import DataError, SandboxError
-from herdbook.evaluation import code_tasks, sandbox
+from herdbook.evaluation import code_tasks, confine, sandbox
 from herdbook.evaluation.code_tasks import CodeTask, check, human_eval, mbpp
 from herdbook.evaluation.sandbox import Limits, Sandbox, read_all
 
@@ -116,6 +116,28 @@ def test_it_reaches_no_network() -> None:
             "    except OSError as e: print(e.errno)\n"
         )
     assert found.split() == ["101", "101"]  # ENETUNREACH
+
+
+@needs_kernel
+def test_it_makes_no_namespaces_and_traces_nobody() -> None:
+    """Threads and children are allowed all the same."""
+    if os.uname().machine not in confine.DENIED:
+        pytest.skip("an architecture whose calls are not known")
+    found = told(
+        "import ctypes, os, subprocess, threading\n"
+        "c = ctypes.CDLL(None, use_errno=True)\n"
+        "def no(name, *a):\n"
+        "    r = getattr(c, name)(*a)\n"
+        "    return (r, ctypes.get_errno())\n"
+        "print(no('unshare', 0x10000000), no('ptrace', 16, 1, 0, 0), no('mount', b'none', b'/tmp', b'tmpfs', 0, 0),\n"
+        "      no('syscall', 425, 1, 0), no('syscall', 435, 0, 0), no('chroot', b'/tmp'), flush=True)\n"
+        "t = threading.Thread(target=lambda: print('thread', flush=True)); t.start(); t.join()\n"
+        "if os.fork() == 0:\n    print('child', flush=True); os._exit(0)\n"
+        "os.wait()\n"
+    )
+    first, *rest = found.splitlines()
+    assert first == "(-1, 1) (-1, 1) (-1, 1) (-1, 1) (-1, 38) (-1, 1)"
+    assert sorted(rest) == ["child", "thread"]
 
 
 @needs_kernel
