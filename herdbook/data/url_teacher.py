@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from herdbook.errors import ConfigError, FetchError
 _AGAIN = {408, 429, 500, 502, 503, 504}
 #: longest wait between two tries, most bytes of a reply
 _WAIT_S, _MOST = 60.0, 8_000_000
+_HERE = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,10 @@ class UrlTeacher:
         import httpx
 
         headers = self._headers()
+        # of this machine, nothing goes through a proxy that the environment names
+        away = urlsplit(self.url).hostname not in _HERE
         with (
-            httpx.Client(headers=headers, timeout=self.seconds) as client,
+            httpx.Client(headers=headers, timeout=self.seconds, trust_env=away) as client,
             ThreadPoolExecutor(self.at_once) as pool,
         ):
             waiting = [pool.submit(self._answer, client, ask) for ask in asks]
@@ -64,7 +68,7 @@ class UrlTeacher:
         key = os.environ.get(self.key_from, "")
         if not key:
             return {}
-        if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "localhost", "::1"):
+        if parts.scheme == "http" and parts.hostname not in _HERE:
             raise ConfigError(
                 f"the key in {self.key_from}",
                 rule=f"is not sent over plain http to {parts.hostname}",
@@ -88,42 +92,56 @@ class UrlTeacher:
                 self.sleep(min(wait, _WAIT_S))
                 wait = 2.0**attempt
             try:
-                reply = client.post(self.url.rstrip("/") + "/chat/completions", json=body)
+                with client.stream(
+                    "POST", self.url.rstrip("/") + "/chat/completions", json=body
+                ) as reply:
+                    raw = _bounded(reply)
             except httpx.TransportError as error:
                 why = f"{type(error).__name__}: {error}"
                 continue
             if reply.status_code == 200:
-                return self._read(reply)
-            why = f"status {reply.status_code}: {_message(reply)}"
+                return self._read(raw)
+            why = f"status {reply.status_code}: {_message(raw)}"
             if reply.status_code not in _AGAIN:
                 raise self._failed(why, "mend the request, the model's name or the key")
             wait = max(wait, _seconds(reply.headers.get("retry-after", "")))
         raise self._failed(f"{why} (tried {self.tries} times)", "is the server there? try again")
 
-    def _read(self, reply: Any) -> Answer:
+    def _read(self, raw: bytes) -> Answer:
         try:
-            if len(reply.content) > _MOST:
-                raise ValueError(f"{len(reply.content):,} bytes")
-            choice = reply.json()["choices"][0]
+            choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"]
             if text is not None and not isinstance(text, str):
                 raise ValueError("content is no text")
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             why = f"is no chat completion ({type(error).__name__}: {error})"
             raise self._failed(why, "is this an OpenAI-compatible API?") from None
         return Answer(text or "", finished=choice.get("finish_reason") == "stop")
 
     def _failed(self, why: str, next_: str) -> FetchError:
+        key = os.environ.get(self.key_from, "")
+        if key:  # a server may repeat it
+            why = why.replace(key, "[key]")
         host = urlsplit(self.url).netloc
         return FetchError(f"teacher {self.model!r} at {host}:", rule=why[:500], next=next_)
 
 
-def _message(reply: Any) -> str:
+def _bounded(reply: Any) -> bytes:
+    """The body, as far as a reply may reach: what is cut is no JSON."""
+    raw = bytearray()
+    for part in reply.iter_bytes():
+        raw += part
+        if len(raw) > _MOST:
+            break
+    return bytes(raw[:_MOST])
+
+
+def _message(raw: bytes) -> str:
     """What the server says went wrong."""
     try:
-        return str(reply.json()["error"]["message"])[:300]
-    except (ValueError, KeyError, TypeError):
-        return str(reply.text)[:300]
+        return str(json.loads(raw)["error"]["message"])[:300]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return raw[:300].decode("utf-8", "replace")
 
 
 def _seconds(text: str) -> float:

@@ -22,7 +22,8 @@ class Agreement:
     items: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"raw": self.raw.to_json(), "kappa": self.kappa.to_json(), "items": self.items}
+        kappa = None if math.isnan(self.kappa.value) else self.kappa.to_json()
+        return {"raw": self.raw.to_json(), "kappa": kappa, "items": self.items}
 
 
 def kappa(left: Sequence[Hashable], right: Sequence[Hashable]) -> float:

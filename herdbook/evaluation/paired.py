@@ -38,8 +38,8 @@ class Seeds:
     """Several runs over the same items that differ in their seed alone."""
 
     mean: float
-    item_error: float  # standard error from the choice of items; each item's runs averaged first
-    seed_deviation: float  # standard deviation of the runs' means
+    item_error: float | None  # standard error from the choice of items, each one's runs averaged
+    seed_deviation: float | None  # standard deviation of the runs' means; None: one run
     runs: int
 
     def to_json(self) -> dict[str, Any]:
@@ -121,8 +121,8 @@ def over_seeds(runs: Sequence[Sequence[float]]) -> Seeds:
     table = np.asarray(runs, dtype=float)
     assert table.ndim == 2 and table.size, "every run measures the same items"
     means = table.mean(1)
-    spread = float(means.std(ddof=1)) if len(means) > 1 else math.nan
-    error = standard_error(list(table.mean(0)))
+    spread = float(means.std(ddof=1)) if len(means) > 1 else None
+    error = standard_error(list(table.mean(0))) if table.shape[1] > 1 else None
     return Seeds(float(table.mean()), error, spread, len(means))
 
 
@@ -135,16 +135,15 @@ def compare(
     """Everything that a report says of two models on the same items; McNemar for right/wrong alone."""
     rise = _rise(before, after)
     error = standard_error(list(rise), groups)
-    deviation = error * math.sqrt(len(rise))  # with groups: of as many independent items
+    known = not math.isnan(error)  # as it is of one item, or one group
+    deviation = error * math.sqrt(len(rise))  # with groups: as of so many independent items
     found: dict[str, Any] = {
         "items": len(rise),
         "before": float(np.mean(before)),
         "after": float(np.mean(after)),
         "difference": mean_difference(before, after, groups, draws).to_json(),
-        "standard_error": error,
-        "detectable": detectable_difference(deviation, len(rise))
-        if math.isfinite(error)
-        else math.nan,
+        "standard_error": error if known else None,
+        "detectable": detectable_difference(deviation, len(rise)) if known else None,
     }
     if {*before, *after} <= {0, 1}:
         found["mcnemar"] = mcnemar(before, after).to_json()

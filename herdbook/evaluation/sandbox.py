@@ -103,6 +103,9 @@ class Sandbox:
             os.close(status)
         try:
             said = read_all(told, 4096, STARTING_S)
+        except BaseException:
+            self.close()
+            raise
         finally:
             os.close(told)
         if said != b"ok":

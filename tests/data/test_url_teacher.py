@@ -55,6 +55,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # not for this machine
     one = Server()
     yield one
     one.http.shutdown()
@@ -90,7 +91,8 @@ def test_tries_again_as_long_as_the_server_asks(server: Server) -> None:
 @pytest.mark.parametrize(
     ("reply", "tried", "says"),
     [
-        ((401, {"error": {"message": "wrong key"}}, {}), 1, "status 401: wrong key"),
+        ((401, {"error": {"message": "wrong key sesame"}}, {}), 1, r"401: wrong key \[key\]"),
+        ((200, b"[" * 9_000_000, {}), 1, "is no chat completion"),
         ((404, b"<html>", {}), 1, "status 404: <html>"),
         ((500, b"", {}), 3, r"status 500:  \(tried 3 times\)"),
         ((200, b"hello", {}), 1, "is no chat completion"),

@@ -103,7 +103,8 @@ def test_seeds() -> None:
     assert found.mean == pytest.approx(0.75) and found.runs == 3
     assert found.seed_deviation == pytest.approx(np.std([0.75, 0.5, 1.0], ddof=1))
     assert found.item_error == pytest.approx(stats.sem([1, 1 / 3, 2 / 3, 1]))
-    assert math.isnan(paired.over_seeds(runs[:1]).seed_deviation)
+    one = paired.over_seeds([[1]])
+    assert one.seed_deviation is None and one.item_error is None
 
 
 def test_compare_says_all_of_it() -> None:
@@ -115,3 +116,5 @@ def test_compare_says_all_of_it() -> None:
     expected = paired.detectable_difference(float(rise.std(ddof=1)), 8)
     assert found["detectable"] == pytest.approx(expected)
     assert "mcnemar" not in paired.compare([0.5, 1], [1, 1])
+    alone = paired.compare([0], [1])
+    assert alone["standard_error"] is None and alone["detectable"] is None

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from herdbook.errors import DataError, SandboxError
-from herdbook.evaluation import code_tasks, sandbox
+from herdbook.evaluation import code_tasks, confine, sandbox
 from herdbook.evaluation.code_tasks import CodeTask, check, human_eval, mbpp
 from herdbook.evaluation.sandbox import Limits, Sandbox, read_all
 
@@ -119,6 +120,28 @@ def test_it_reaches_no_network() -> None:
 
 
 @needs_kernel
+def test_it_makes_no_namespaces_and_traces_nobody() -> None:
+    """Threads and children are allowed all the same."""
+    if os.uname().machine not in confine.DENIED:
+        pytest.skip("an architecture whose calls are not known")
+    found = told(
+        "import ctypes, os, subprocess, threading\n"
+        "c = ctypes.CDLL(None, use_errno=True)\n"
+        "def no(name, *a):\n"
+        "    r = getattr(c, name)(*a)\n"
+        "    return (r, ctypes.get_errno())\n"
+        "print(no('unshare', 0x10000000), no('ptrace', 16, 1, 0, 0), no('mount', b'none', b'/tmp', b'tmpfs', 0, 0),\n"
+        "      no('syscall', 425, 1, 0), no('syscall', 435, 0, 0), no('chroot', b'/tmp'), flush=True)\n"
+        "t = threading.Thread(target=lambda: print('thread', flush=True)); t.start(); t.join()\n"
+        "if os.fork() == 0:\n    print('child', flush=True); os._exit(0)\n"
+        "os.wait()\n"
+    )
+    first, *rest = found.splitlines()
+    assert first == "(-1, 1) (-1, 1) (-1, 1) (-1, 1) (-1, 38) (-1, 1)"
+    assert sorted(rest) == ["child", "thread"]
+
+
+@needs_kernel
 def test_it_ends_with_all_its_children() -> None:
     mark = f"mark-{os.getpid()}-{time.monotonic_ns()}"
     found = told(
@@ -175,32 +198,31 @@ def test_refuses_where_it_cannot_shut_in(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @needs_kernel
-def test_a_user_without_rights_can_shut_in_too(tmp_path: Path) -> None:
+def test_a_user_without_rights_can_shut_in_too() -> None:
     """As root runs these tests in a container, the other way is taken by a user without rights."""
     python = "/usr/bin/python3"
     if os.geteuid() or not Path(python).exists():
         pytest.skip("needs root, and a Python that everybody can read")
-    modules = ["errors.py", "evaluation/sandbox.py", "evaluation/confine.py"]
-    for name in modules:
-        to = tmp_path / "herdbook" / name
-        to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text((Path(sandbox.__file__).parents[1] / name).read_text())
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.name.startswith("pytest-") or folder == tmp_path:
-            folder.chmod(0o755)
-    program = (
-        "import os\n"
-        "from herdbook.evaluation.sandbox import Limits, Sandbox, read_all\n"
-        "r, w = os.pipe()\n"
-        'source = \'import os; print(os.getuid(), os.listdir("/tmp"), os.path.exists("/etc/passwd"))\'\n'
-        "with Sandbox(source, limits=Limits(), stdout=w):\n"
-        "    os.close(w); print(read_all(r, 1000, 20).decode())\n"
-    )
-    done = subprocess.run(
-        [python, "-c", program],
-        env={"PYTHONPATH": str(tmp_path)},
-        user=65534, group=65534, extra_groups=[], cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as place:  # pytest's folders are its user's alone
+        os.chmod(place, 0o755)
+        modules = ["errors.py", "evaluation/sandbox.py", "evaluation/confine.py"]
+        for name in modules:
+            to = Path(place) / "herdbook" / name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text((Path(sandbox.__file__).parents[1] / name).read_text())
+        program = (
+            "import os\n"
+            "from herdbook.evaluation.sandbox import Limits, Sandbox, read_all\n"
+            "r, w = os.pipe()\n"
+            'source = \'import os; print(os.getuid(), os.listdir("/tmp"), os.path.exists("/etc/passwd"))\'\n'
+            "with Sandbox(source, limits=Limits(), stdout=w):\n"
+            "    os.close(w); print(read_all(r, 1000, 20).decode())\n"
+        )
+        done = subprocess.run(
+            [python, "-c", program],
+            env={"PYTHONPATH": place},
+            user=65534, group=65534, extra_groups=[], cwd=place, capture_output=True, text=True, check=False,
+        )  # fmt: skip
     assert done.stdout.strip() == "65534 [] False", done.stderr
 
 
