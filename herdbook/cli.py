@@ -267,7 +267,7 @@ def eval_command(
         if json:
             _print({report.ref: figures for report, figures in reports})
             return
-        from herdbook.evaluation.told import lines
+        from herdbook.evaluation.tasks.told import lines
 
         for report, figures in reports:
             print("\n".join(lines(figures)) + f"\n  in the book: {report.ref}")
@@ -347,7 +347,7 @@ def tasks(name: str = "", /, *, json: Json = False) -> None:
     name
         a task or group of the list, a .yaml file, or a .jsonl of your own questions
     """
-    from herdbook.evaluation import told
+    from herdbook.evaluation.tasks import told
 
     found = told.task(name) if name else told.tasks()
     if json:

@@ -9,7 +9,7 @@ from herdbook.terminal import Json, book, console, print_json
 
 if TYPE_CHECKING:
     from herdbook.data.teacher import Teacher
-    from herdbook.evaluation.judge import Case, Summary
+    from herdbook.evaluation.judging.judge import Case, Summary
 
 
 def arena(votes: Path, /, *, out: Path | None = None, draws: int = 300, json: Json = False) -> None:
@@ -31,15 +31,15 @@ def arena(votes: Path, /, *, out: Path | None = None, draws: int = 300, json: Js
         bootstrap draws for the intervals, 100 at least
     """
     from herdbook.errors import ConfigError
-    from herdbook.evaluation import votes as log
-    from herdbook.evaluation.arena import leaderboard
+    from herdbook.evaluation.judging import votes as log
+    from herdbook.evaluation.judging.arena import leaderboard
 
     if draws < 100:
         raise ConfigError(f"--draws {draws}", rule="gives no 95 % interval", next="100 or more")
     found = log.read(votes)
     board = leaderboard(found.votes, draws=draws) | {"named_votes": found.named}
     if out:
-        from herdbook.evaluation.arena_page import arena_page
+        from herdbook.evaluation.judging.page import arena_page
         from herdbook.files.atomic import write_text
 
         write_text(out, arena_page(board, votes.name))
@@ -116,8 +116,8 @@ def judge(
         write each judgement with the judge's own words, JSON lines
     """
     from herdbook.errors import DataError
-    from herdbook.evaluation import judge as judging
-    from herdbook.evaluation.judge_files import read_cases, write_judged
+    from herdbook.evaluation.judging import judge as judging
+    from herdbook.evaluation.judging.files import read_cases, write_judged
 
     cases = _answers(file, model) if model else read_cases(file)
     rivals: list[Case] = []
@@ -161,8 +161,8 @@ def _tell(summary: Summary, what: str) -> None:
 
 
 def _answers(file: Path, ref: str) -> list[Case]:
-    from herdbook.evaluation.judge import answer_turns
-    from herdbook.evaluation.judge_files import read_rows
+    from herdbook.evaluation.judging.files import read_rows
+    from herdbook.evaluation.judging.judge import answer_turns
 
     rows = read_rows(file)
     return answer_turns(_teacher(ref, ""), rows)

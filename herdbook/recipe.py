@@ -51,7 +51,7 @@ STEPS = {
     "Quantise": "herdbook.compression.quantise",
     "Report": "herdbook.evaluation.report",
     "Scaling": "herdbook.evaluation.scaling",
-    "Evaluate": "herdbook.evaluation.evaluating",
+    "Evaluate": "herdbook.evaluation.tasks.step",
 }
 DEFAULT_PROFILE = "cpu"
 

@@ -10,9 +10,10 @@ from typing import Any
 from herdbook.book.book import Artifact
 from herdbook.book.step import Bench
 from herdbook.errors import ConfigError
-from herdbook.evaluation import items, paired
-from herdbook.evaluation.evaluating import ITEMS, Evaluate, read, report_name
-from herdbook.evaluation.task import Group, Task
+from herdbook.evaluation import paired
+from herdbook.evaluation.tasks import items
+from herdbook.evaluation.tasks.step import ITEMS, Evaluate, read, report_name
+from herdbook.evaluation.tasks.task import Group, Task
 
 
 def members(tasks: Sequence[str]) -> dict[str, str]:

@@ -31,11 +31,11 @@ from herdbook.data.records import Conversation, Document
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, nearest
 from herdbook.evaluation import compared, identity, paired
-from herdbook.evaluation.evaluating import Evaluate
 from herdbook.evaluation.measure import measure
 from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
 from herdbook.evaluation.report_page import report_page
 from herdbook.evaluation.statistics import perplexity_ratio
+from herdbook.evaluation.tasks.step import Evaluate
 from herdbook.files.atomic import sha256_once, write_json, write_text
 
 #: the name under which held-out conversations stand among the texts

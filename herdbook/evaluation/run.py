@@ -9,8 +9,8 @@ from typing import Any
 
 from herdbook.book.book import Artifact, Book
 from herdbook.errors import UnknownName
-from herdbook.evaluation.evaluating import Evaluate, read, report_name
 from herdbook.evaluation.report import Report
+from herdbook.evaluation.tasks.step import Evaluate, read, report_name
 from herdbook.model.fetch import Fetch
 from herdbook.model.references import resolve
 from herdbook.progress import for_terminal

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from herdbook.errors import DataError
-from herdbook.evaluation import arena, arena_page, votes
-from herdbook.evaluation.arena import bradley_terry, elo, elo_median, leaderboard
-from herdbook.evaluation.votes import Vote
+from herdbook.evaluation.judging import arena, votes
+from herdbook.evaluation.judging import page as arena_page
+from herdbook.evaluation.judging.arena import bradley_terry, elo, elo_median, leaderboard
+from herdbook.evaluation.judging.votes import Vote
 
 
 def duel(a: int, b: int, ties: int = 0) -> list[Vote]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from herdbook.errors import DataError
-from herdbook.evaluation import constraints
-from herdbook.evaluation.constraints import KINDS, Followed, accuracy, follows, read
+from herdbook.evaluation.marks import constraints
+from herdbook.evaluation.marks.constraints import KINDS, Followed, accuracy, follows, read
 
 CASES: list[tuple[dict[str, Any], str, str]] = [  # constraint, a reply that follows, one that does not
     ({"kind": "words", "at_least": 3, "at_most": 4}, "One two, three.", "One two."),

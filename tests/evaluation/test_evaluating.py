@@ -13,9 +13,11 @@ from herdbook import cli
 from herdbook.book.book import Artifact, Book
 from herdbook.book.tree import reports
 from herdbook.errors import ConfigError, DataError, TemplateError, UnknownName
-from herdbook.evaluation import evaluating, run, scoring
-from herdbook.evaluation.evaluating import Evaluate
+from herdbook.evaluation import run
 from herdbook.evaluation.page import page
+from herdbook.evaluation.tasks import scoring
+from herdbook.evaluation.tasks import step as evaluating
+from herdbook.evaluation.tasks.step import Evaluate
 from herdbook.model.fetch import Fetch
 
 from .test_task_items import own, write

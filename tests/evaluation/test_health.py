@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herdbook.data.teacher import Answer, Ask, ScriptedTeacher
-from herdbook.evaluation import health
-from herdbook.evaluation.faithfulness import faithfulness, judged
-from herdbook.evaluation.health import Loop, distinct, loop, repeated, self_consistency
+from herdbook.evaluation.marks import health
+from herdbook.evaluation.marks.faithfulness import faithfulness, judged
+from herdbook.evaluation.marks.health import Loop, distinct, loop, repeated, self_consistency
 
 
 def test_distinct_and_repeated() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from herdbook.errors import DataError
-from herdbook.evaluation.constraints import Followed, follows
-from herdbook.evaluation.ifeval import read
+from herdbook.evaluation.marks.constraints import Followed, follows
+from herdbook.evaluation.marks.ifeval import read
 
 
 def row(name: str, **given: Any) -> dict[str, Any]:

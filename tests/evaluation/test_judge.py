@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from herdbook.data.teacher import Answer, Ask, ScriptedTeacher
-from herdbook.evaluation import judge
-from herdbook.evaluation.agreement import agreement, kappa
-from herdbook.evaluation.judge import Case, compare, score, score_of, summarise
+from herdbook.evaluation.judging import judge
+from herdbook.evaluation.judging.agreement import agreement, kappa
+from herdbook.evaluation.judging.judge import Case, compare, score, score_of, summarise
 
 ONE = Case(("What is 2 + 2?",), ("It is 4.",), category="math")
 OTHER = Case(("What is 2 + 2?",), ("It is 5, surely, as everybody knows.",), category="math")

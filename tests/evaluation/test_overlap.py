@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from herdbook.evaluation import extraction, overlap, words
+from herdbook.evaluation.marks import extraction, overlap, words
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 
 from herdbook.errors import DataError, SandboxError
-from herdbook.evaluation import code_tasks, confine, sandbox
-from herdbook.evaluation.code_tasks import CodeTask, check, human_eval, mbpp
-from herdbook.evaluation.sandbox import Limits, Sandbox, read_all
+from herdbook.evaluation.code import confine, sandbox
+from herdbook.evaluation.code import running as code_tasks
+from herdbook.evaluation.code.running import CodeTask, check, human_eval, mbpp
+from herdbook.evaluation.code.sandbox import Limits, Sandbox, read_all
 
 
 def shut_in() -> bool:
@@ -205,14 +206,14 @@ def test_a_user_without_rights_can_shut_in_too() -> None:
         pytest.skip("needs root, and a Python that everybody can read")
     with tempfile.TemporaryDirectory() as place:  # pytest's folders are its user's alone
         os.chmod(place, 0o755)
-        modules = ["errors.py", "evaluation/sandbox.py", "evaluation/confine.py"]
+        modules = ["errors.py", "evaluation/code/sandbox.py", "evaluation/code/confine.py"]
         for name in modules:
             to = Path(place) / "herdbook" / name
             to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text((Path(sandbox.__file__).parents[1] / name).read_text())
+            to.write_text((Path(sandbox.__file__).parents[2] / name).read_text())
         program = (
             "import os\n"
-            "from herdbook.evaluation.sandbox import Limits, Sandbox, read_all\n"
+            "from herdbook.evaluation.code.sandbox import Limits, Sandbox, read_all\n"
             "r, w = os.pipe()\n"
             'source = \'import os; print(os.getuid(), os.listdir("/tmp"), os.path.exists("/etc/passwd"))\'\n'
             "with Sandbox(source, limits=Limits(), stdout=w):\n"

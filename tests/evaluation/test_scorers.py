@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from herdbook.errors import UnknownName
-from herdbook.evaluation.scorers import contains, exact, last_number, letter, number, scorer
-from herdbook.evaluation.task import Item
+from herdbook.evaluation.marks.scorers import contains, exact, last_number, letter, number, scorer
+from herdbook.evaluation.tasks.task import Item
 
 
 def item(answer: str, choices: str = "ABCD") -> Item:

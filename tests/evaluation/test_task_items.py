@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from herdbook.errors import ConfigError, DataError, HerdbookError, UnknownName
-from herdbook.evaluation import items, told
-from herdbook.evaluation.evaluating import Evaluate
-from herdbook.evaluation.task import Group, Task, fetched, read, shipped
+from herdbook.evaluation.tasks import items, told
+from herdbook.evaluation.tasks.step import Evaluate
+from herdbook.evaluation.tasks.task import Group, Task, fetched, read, shipped
 
 SharedData = Callable[[str], Path]
 

@@ -15,9 +15,9 @@ import torch
 from herdbook.engine.engine import Engine
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
-from herdbook.evaluation import choices, items, results, scoring
 from herdbook.evaluation.statistics import wilson
-from herdbook.evaluation.task import Item, Task
+from herdbook.evaluation.tasks import choices, items, results, scoring
+from herdbook.evaluation.tasks.task import Item, Task
 
 from .toy import toy
 

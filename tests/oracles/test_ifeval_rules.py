@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herdbook.evaluation import ifeval
+from herdbook.evaluation.marks import ifeval
 
 registry = pytest.importorskip(
     "lm_eval.tasks.ifeval.instructions_registry", reason="pip install lm_eval langdetect"

@@ -18,8 +18,8 @@ from herdbook.data import formats
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError
-from herdbook.evaluation import items, scoring
-from herdbook.evaluation.task import Item, Task
+from herdbook.evaluation.tasks import items, scoring
+from herdbook.evaluation.tasks.task import Item, Task
 from herdbook.model.checkpoint import load_decoder, save_hf
 from herdbook.tokens.tokenizer import Tokenizer
 
@@ -210,7 +210,7 @@ class Asked:
 def both(tiny_folder: Path) -> tuple[Any, Any]:
     from lm_eval.models.huggingface import HFLM
 
-    from herdbook.evaluation.harness import HerdbookLM
+    from herdbook.evaluation.tasks.harness import HerdbookLM
 
     length = {"max_length": 48}
     ours = HerdbookLM(str(tiny_folder), dtype="float32", device="cpu", **length)
@@ -269,7 +269,7 @@ def test_their_command_on_our_engine(tiny_folder: Path, tmp_path: Path) -> None:
         "doc_to_choice": ["you", "a model"],
     }
     (tmp_path / "made.yaml").write_text(yaml.safe_dump(plain))
-    command = [sys.executable, "-W", "ignore", "-m", "herdbook.evaluation.harness"]
+    command = [sys.executable, "-W", "ignore", "-m", "herdbook.evaluation.tasks.harness"]
     command += ["--model", "herdbook", "--model_args", f"path={tiny_folder},dtype=float32"]
     command += ["--tasks", "made", "--include_path", str(tmp_path)]
     command += ["--output_path", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from herdbook.evaluation import overlap
+from herdbook.evaluation.marks import overlap
 
 sacrebleu = pytest.importorskip("sacrebleu", reason="pip install sacrebleu")
 rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="pip install rouge-score")

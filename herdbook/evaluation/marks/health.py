@@ -14,9 +14,9 @@ from typing import Any
 
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
-from herdbook.evaluation.overlap import answer_tokens, token_f1
+from herdbook.evaluation.marks.overlap import answer_tokens, token_f1
+from herdbook.evaluation.marks.words import words
 from herdbook.evaluation.statistics import wilson
-from herdbook.evaluation.words import words
 
 #: a loop is that many cycles at least, and so many words; «ha ha ha» is none
 CYCLES, LOOPED_WORDS = 3, 12

@@ -30,9 +30,9 @@ from typing import Any
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import DataError
-from herdbook.evaluation import choices
-from herdbook.evaluation.scorers import scorer
-from herdbook.evaluation.task import Item, Task
+from herdbook.evaluation.marks.scorers import scorer
+from herdbook.evaluation.tasks import choices
+from herdbook.evaluation.tasks.task import Item, Task
 
 #: items asked at once: choices and windows, replies
 SCORED, GENERATED = 256, 64

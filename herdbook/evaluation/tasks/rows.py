@@ -11,7 +11,7 @@ from typing import Any
 
 from herdbook.data import formats
 from herdbook.errors import DataError
-from herdbook.evaluation.task import LETTERS, Task
+from herdbook.evaluation.tasks.task import LETTERS, Task
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 from herdbook.book.hashing import digest
 from herdbook.data import formats
 from herdbook.errors import ConfigError, DataError
-from herdbook.evaluation.rows import Reader, Row
-from herdbook.evaluation.rows import read as read_rows
-from herdbook.evaluation.task import GIVEN, LETTERS, Group, Item, Task, columns, read
+from herdbook.evaluation.tasks.rows import Reader, Row
+from herdbook.evaluation.tasks.rows import read as read_rows
+from herdbook.evaluation.tasks.task import GIVEN, LETTERS, Group, Item, Task, columns, read
 from herdbook.files.atomic import sha256_once
 
 #: what ends in these is a user's rows, or a user's text

@@ -18,7 +18,7 @@ from decimal import Decimal, InvalidOperation
 from typing import TypeAlias
 
 from herdbook.errors import UnknownName, nearest
-from herdbook.evaluation.task import LETTERS, Item
+from herdbook.evaluation.tasks.task import LETTERS, Item
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,24 @@ Scorer: TypeAlias = Callable[[Item, str], Mark]
 
 #: by the name that a task's `metrics` use: module and function
 SCORERS = {
-    "exact": "herdbook.evaluation.scorers:exact",
-    "contains": "herdbook.evaluation.scorers:contains",
-    "number": "herdbook.evaluation.scorers:number",
-    "last_number": "herdbook.evaluation.scorers:last_number",
-    "letter": "herdbook.evaluation.scorers:letter",
+    "exact": "herdbook.evaluation.marks.scorers:exact",
+    "contains": "herdbook.evaluation.marks.scorers:contains",
+    "number": "herdbook.evaluation.marks.scorers:number",
+    "last_number": "herdbook.evaluation.marks.scorers:last_number",
+    "letter": "herdbook.evaluation.marks.scorers:letter",
+    "code": "herdbook.evaluation.marks.scored:code",
+    "constraints": "herdbook.evaluation.marks.scored:followed",
+    "constraints_loose": "herdbook.evaluation.marks.scored:followed_loose",
+    "instructions": "herdbook.evaluation.marks.scored:instructions",
+    "instructions_loose": "herdbook.evaluation.marks.scored:instructions_loose",
+    "exact_match": "herdbook.evaluation.marks.scored:exact_match",
+    "f1": "herdbook.evaluation.marks.scored:f1",
+    "rouge1": "herdbook.evaluation.marks.scored:rouge1",
+    "rouge2": "herdbook.evaluation.marks.scored:rouge2",
+    "rouge_l": "herdbook.evaluation.marks.scored:rouge_l",
+    "bleu": "herdbook.evaluation.marks.scored:sentence_bleu",
+    "bleu_zh": "herdbook.evaluation.marks.scored:sentence_bleu_zh",
+    "extraction_f1": "herdbook.evaluation.marks.scored:fields",
 }
 
 

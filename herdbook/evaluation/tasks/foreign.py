@@ -6,7 +6,7 @@
     doc_to_choice: "{{choices}}"                    doc_to_target: label
 
 What needs more than that (functions, filters, other files, other outputs) is refused by the name of its
-key, and can be asked with `python -m herdbook.evaluation.harness`.
+key, and can be asked with `python -m herdbook.evaluation.tasks.harness`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def translated(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: {key}",
             rule=rule,
             next="write it as a task of Herdbook's (herd tasks mmlu shows one), or give it to "
-            "python -m herdbook.evaluation.harness",
+            "python -m herdbook.evaluation.tasks.harness",
         )
 
     for key in content:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from herdbook.errors import DataError, nearest
-from herdbook.evaluation.constraints import Check, Constraint
-from herdbook.evaluation.words import sentences, words
+from herdbook.evaluation.marks.constraints import Check, Constraint
+from herdbook.evaluation.marks.words import sentences, words
 
 #: language code → the script's name as Unicode's character names begin
 _SCRIPTS = {

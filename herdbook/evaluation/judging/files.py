@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from herdbook.errors import DataError
-from herdbook.evaluation.judge import Case, Duel, Score
+from herdbook.evaluation.judging.judge import Case, Duel, Score
 from herdbook.files.atomic import write_text
 
 

@@ -1,6 +1,6 @@
 """Code tasks: does a model-written function pass its tests? HumanEval's and MBPP's shapes.
 
-The code and its tests run in two sandboxes (`sandbox.py`, `code_worker.py`). A sample passes only
+The code and its tests run in two sandboxes (`sandbox.py`, `worker.py`). A sample passes only
 when the tests ran to their end; whatever else happens is a failure with its reason. What differs from
 running both in one process, as the published scorers do: arguments that a function changes in place
 do not come back, and results must be data. All 164 reference solutions of HumanEval pass.
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from herdbook.errors import DataError
-from herdbook.evaluation.sandbox import STARTING_S, Limits, Sandbox, read_all
+from herdbook.evaluation.code.sandbox import STARTING_S, Limits, Sandbox, read_all
 
-_WORKER = Path(__file__).with_name("code_worker.py").read_text(encoding="utf-8")
+_WORKER = Path(__file__).with_name("worker.py").read_text(encoding="utf-8")
 _FENCE = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 #: where a completion of a function's body ends: the next statement at the margin (Chen 2021)
 _MARGIN = re.compile(r"\n(?=(?:class|def|if|for|while|print|import|from|assert)\b|[#@`])")

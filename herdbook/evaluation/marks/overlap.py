@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from herdbook.evaluation.words import HAN
+from herdbook.evaluation.marks.words import HAN
 
 _HAN = re.compile(HAN)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
-from herdbook.evaluation.judge import MAX_TOKENS, framed, mark_of, sections
-from herdbook.evaluation.words import HAN, sentences, words
+from herdbook.evaluation.judging.judge import MAX_TOKENS, framed, mark_of, sections
+from herdbook.evaluation.marks.words import HAN, sentences, words
 
 _VERDICT = re.compile(r"\[\[\s*(yes|partly|no)\s*\]\]", re.IGNORECASE)
 _VALUES = {"yes": 1.0, "partly": 0.5, "no": 0.0}

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from herdbook import config
-from herdbook.evaluation import items
-from herdbook.evaluation.scorers import SCORERS
-from herdbook.evaluation.task import Group, Task, read, shipped
+from herdbook.evaluation.marks.scorers import SCORERS
+from herdbook.evaluation.tasks import items
+from herdbook.evaluation.tasks.task import Group, Task, read, shipped
 
 
 def tasks() -> dict[str, dict[str, Any]]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from herdbook.errors import DataError, nearest
-from herdbook.evaluation import words
-from herdbook.evaluation.code_tasks import fenced
+from herdbook.evaluation.code.running import fenced
+from herdbook.evaluation.marks import words
 
 _PARAGRAPH = re.compile(r"\n\s*\n")
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d+[.、)])\s*\S", re.MULTILINE)

@@ -20,9 +20,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from herdbook.evaluation import choices
 from herdbook.evaluation.statistics import Z95, Interval, wilson
-from herdbook.evaluation.task import Item, Task
+from herdbook.evaluation.tasks import choices
+from herdbook.evaluation.tasks.task import Item, Task
 
 #: replies that could not be read and are shown
 EXAMPLES, EXAMPLE_CHARACTERS = 5, 400

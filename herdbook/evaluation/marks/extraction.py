@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from herdbook.evaluation.overlap import Overlap
+from herdbook.evaluation.marks.overlap import Overlap
 
 #: unparsed replies kept to be looked at
 EXAMPLES = 5

@@ -1,6 +1,6 @@
 """Herdbook's engine as a model of lm-evaluation-harness, for the tasks that it has and Herdbook has not.
 
-    python -m herdbook.evaluation.harness --model herdbook --model_args path=cria --tasks arc_easy
+    python -m herdbook.evaluation.tasks.harness --model herdbook --model_args path=cria --tasks arc_easy
 
 takes all that `lm_eval` takes (`pip install lm_eval`). path: any reference to a model. What requests
 have in common, such as the examples of a task, is computed once.
@@ -17,8 +17,8 @@ from lm_eval.api.registry import register_model
 from herdbook.engine.loading import load
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import ConfigError, nearest
-from herdbook.evaluation import scoring
-from herdbook.evaluation.task import Item
+from herdbook.evaluation.tasks import scoring
+from herdbook.evaluation.tasks.task import Item
 
 #: a task's generation_kwargs that the engine knows by other names, or need not know
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

@@ -22,10 +22,10 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, TemplateError
-from herdbook.evaluation import items, scoring
-from herdbook.evaluation.results import overall, summarise
-from herdbook.evaluation.scorers import scorer
-from herdbook.evaluation.task import Group, Task
+from herdbook.evaluation.marks.scorers import scorer
+from herdbook.evaluation.tasks import items, scoring
+from herdbook.evaluation.tasks.results import overall, summarise
+from herdbook.evaluation.tasks.task import Group, Task
 from herdbook.files.atomic import write_json, write_text
 from herdbook.tokens import templates
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from herdbook.errors import DataError
+from herdbook.evaluation.judging.votes import Vote
 from herdbook.evaluation.statistics import Interval, wilson
-from herdbook.evaluation.votes import Vote
 
 K, START, SCALE = 4.0, 1000.0, 400.0 / math.log(10)
 #: weight of the tie between all pairs that bounds a rating which the votes leave without bound

@@ -37,10 +37,10 @@ import yaml
 
 from herdbook import config
 from herdbook.errors import ConfigError, DataError, FetchError, UnknownName, nearest
-from herdbook.evaluation import foreign
+from herdbook.evaluation.tasks import foreign
 from herdbook.tokens import sandbox
 
-FOLDER = Path(__file__).parent / "tasks"
+FOLDER = Path(__file__).parent / "shipped"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 #: what templates are given besides a row's columns
 GIVEN = frozenset({"group", "options", "letters"})

@@ -1,0 +1,1 @@
+"""Models judged by models and by people: scores, pairs, votes, ratings."""

@@ -1,0 +1,1 @@
+"""What a reply is worth: marks of exactness, overlap, constraints, health."""
