@@ -192,7 +192,7 @@ class _Work:
             for name, one in shapes.items()
             if name.startswith("blocks.") and len(one) > 1
         )
-        self.passes = (6 if how.method in methods.WEIGHTS else 4) + 2 * how.recompute
+        self.passes = (6 if how.method in methods.WEIGHTS else 4) + 2 * how.recomputes
         self.attention = 6 * c.layers * c.heads * c.head_dim
         self.head = c.vocab * c.hidden * (6 if how.method == "full" else 4)
 

@@ -71,7 +71,8 @@ def need_disk(needed: Disk, place: Path) -> None:
     if needed.total > free:
         raise CapacityError(
             f"this tuning needs about {gigabytes(needed.total)} of disk (result "
-            f"{gigabytes(needed.result)}, states to go on from {gigabytes(needed.states)})",
+            f"{gigabytes(needed.result)}, states to go on from {gigabytes(needed.states)}"
+            + (f", offloaded {gigabytes(needed.offloaded)})" if needed.offloaded else ")"),
             rule=f"and {place} has {gigabytes(free)}",
             next="free some space, or set HERDBOOK_HOME to a folder on a larger disk; "
             "HERDBOOK_FIT=0 begins all the same",
@@ -99,10 +100,12 @@ def nearest_fit(
 
 def milder(how: Tune, longest: int) -> Iterator[dict[str, Any]]:
     """Changes of settings, from those that change nothing but speed to another method."""
-    free: dict[str, Any] = {} if how.recompute else {"recompute": True}
+    free: dict[str, Any] = {} if how.recomputes else {"recompute": True}
     short = {"pack": how.length} if how.pack > how.length else {}
     yield from (one for one in (free, short, free | short) if one)
     if how.method in ("full", "freeze"):
+        off = {} if how.offload else {"offload": ("optimiser",)}
+        yield from (one for one in (off, off | free, off | free | short) if one)
         few = {"optimiser": "adamw8"} if how.optimiser == "adamw" else {}
         narrow = {"precision": "bfloat16"} if how.method == "full" else {}
         yield from (
@@ -111,10 +114,11 @@ def milder(how: Tune, longest: int) -> Iterator[dict[str, Any]]:
         empty = {"method": "lora", "precision": "float32", "parts": (), "last_layers": 0}
         change = {name: value for name, value in empty.items() if getattr(how, name) != value}
         yield from (change, change | free, change | free | short)
-        yield change | free | short | {"base": "nf4"}
-    elif how.method == "lora" and how.base == "dense":
-        for base in ("packaged", "nf4"):
-            yield from ({"base": base}, {"base": base} | free, {"base": base} | free | short)
+        streamed = {"offload": (*how.offload, "base")}
+        yield from (change | short | one for one in (streamed, free | {"base": "nf4"}))
+    elif how.method in ("lora", "ia3", "prefix", "prompt") and how.base == "dense":
+        for way in ({"base": "packaged"}, {"offload": (*how.offload, "base")}, {"base": "nf4"}):
+            yield from (way, way | free, way | free | short)
 
 
 def _some(load: Load, most: int) -> tuple[tuple[int, ...], int]:
@@ -136,4 +140,6 @@ def parts(needed: Memory) -> str:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, tuple):
+        value = ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value or '""')

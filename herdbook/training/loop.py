@@ -39,6 +39,7 @@ from herdbook.training import mixing
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
+from herdbook.training.offload import Offload
 from herdbook.training.parallel import Team
 from herdbook.training.state import State
 
@@ -123,11 +124,14 @@ def train(
     work: Path,
     progress: Progress | None = None,
     team: Team | None = None,
+    *,
+    offload: bool = False,
 ) -> State:
     """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
-    work: folder for the state, the same for all processes of the team. Ctrl-C and SIGTERM finish the
-    pack at hand (several processes: the step), save, and raise on.
+    work: folder for the state, the same for all processes of the team. offload: what the optimiser
+    keeps lies on that folder's disk, and is the same. Ctrl-C and SIGTERM finish the pack at hand
+    (several processes: the step), save, and raise on.
     """
     optimisers.check_schedule(plan.schedule)
     progress, team = progress or Progress(), team or Team()
@@ -142,7 +146,8 @@ def train(
         betas=plan.betas,
         weight_decay=plan.weight_decay,
     )
-    state = states.load(work, moved, optimiser, mark)
+    shelf = Offload(work, moved.weights.values()) if offload else None
+    state = states.load(work, moved, optimiser, mark, shelf)
     moved.show()
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
@@ -180,7 +185,7 @@ def train(
                 loss += part.item()
                 if interrupted and team.alone:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, moved, optimiser, mark, team)
+                        states.save(work, state, moved, optimiser, mark, team, shelf)
                     raise KeyboardInterrupt
                 bar.advance(len(turn.pack.ids), loss=loss / trained)
                 tokens -= len(turn.pack.ids)
@@ -200,9 +205,9 @@ def train(
                     rule="so the weights would be lost",
                     next="lower learning_rate, or look at these rows",
                 )
-            moved.step(optimiser)
+            moved.step(optimiser, shelf)
             if plan.average:
-                optimisers.average(optimiser, plan.average)
+                optimisers.average(optimiser, plan.average, shelf)
             state.step += 1
             state.seconds += time.monotonic() - began
             state.records.append(
@@ -215,7 +220,7 @@ def train(
                 }
             )
             if state.step % plan.save_every == 0 or state.step == total or stop:
-                states.save(work, state, moved, optimiser, mark, team)
+                states.save(work, state, moved, optimiser, mark, team, shelf)
                 saved_at = state.step
             if stop and state.step < total:
                 raise KeyboardInterrupt

@@ -17,7 +17,7 @@ The moments at which most is held:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ from herdbook.model.layout import Packed
 from herdbook.model.lora import replace
 from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
+from herdbook.model.streamed import held_bytes
 from herdbook.training import adamw8, loss, methods
 
 if TYPE_CHECKING:
@@ -81,15 +82,16 @@ class Load:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes on the disk: what is made, and the states that a killed run goes on from (two while one
-    replaces the other)."""
+    """Bytes on the disk: what is made, the states that a killed run goes on from (two while one
+    replaces the other), and what lies there in place of memory."""
 
     result: int
     states: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        return self.result + self.states
+        return self.result + self.states + self.offloaded
 
 
 def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
@@ -97,8 +99,9 @@ def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
     trained = methods.prepare(decoder, how)
     moved = 4 * sum(w.numel() for w in trained.values())
     whole = sum(w.nbytes for w in decoder.parameters())
-    state = moved + _state_bytes(how, trained)
-    return Disk(whole if how.kind == "model" else moved, 2 * state)
+    kept = _state_bytes(how, trained)
+    offloaded = kept if "optimiser" in how.offload else 0
+    return Disk(whole if how.kind == "model" else moved, 2 * (moved + kept), offloaded)
 
 
 def memory_of(
@@ -112,12 +115,12 @@ def memory_of(
     trained = methods.prepare(decoder, how)
     sizes = [w.numel() for w in trained.values()]
     gradients = 4 * sum(sizes)
-    held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+    held = held_bytes(decoder, streamed="base" in how.offload)
     if how.precision == "mixed":  # laid out as float32, computed in a bfloat16 copy
         held += 2 * sum(sizes)
         decoder.to(torch.bfloat16)
     kept, block = (_rough if rough else activations)(decoder, load)
-    if how.recompute:
+    if how.recomputes:
         first = decoder.config.hidden * load.tokens * decoder.dtype.itemsize
         kept = min(kept, first * len(decoder.blocks) + block)
     head = _head_work(decoder, load)
@@ -133,7 +136,7 @@ def memory_of(
         process=process,
         weights=held,
         gradients=held_then,
-        optimiser=_state_bytes(how, trained),
+        optimiser=_state_bytes(how, trained, max if "optimiser" in how.offload else sum),
         activations=most - held_then - work,
         work=work + KERNELS[decoder.dtype] + int(SLACK * (most - held_then)),
     )
@@ -345,9 +348,11 @@ def _step_work(how: Tune, sizes: Sequence[int]) -> int:
     return work[how.optimiser] + (7 * largest // 2 if how.precision == "bfloat16" else 0)
 
 
-def _state_bytes(how: Tune, trained: dict[str, nn.Parameter]) -> int:
-    """What the optimiser keeps of all trained weights between steps."""
-    return sum(_state_of(how, tuple(w.shape)) for w in trained.values())
+def _state_bytes(
+    how: Tune, trained: dict[str, nn.Parameter], of: Callable[[Iterator[int]], int] = sum
+) -> int:
+    """What the optimiser keeps of all trained weights between steps (of max: of the largest)."""
+    return of(_state_of(how, tuple(w.shape)) for w in trained.values())
 
 
 def _state_of(how: Tune, shape: tuple[int, ...]) -> int:

@@ -106,7 +106,6 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     with memory.Peak() as peak:
         source: Any = SimpleNamespace(path=Path(question["path"]), ref=question["path"])
         decoder = settings._load(source, planning.dtype_of(settings))
-        decoder.recompute = settings.recompute
         parameters = methods.prepare(decoder, settings)
         moved = Moved(parameters, settings.precision)
         optimiser = optimisers.make(
