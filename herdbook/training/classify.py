@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from herdbook.book.step import Bench, Input, require
-from herdbook.data.plain import lines
+from herdbook.data.rows import lines
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import save_hf

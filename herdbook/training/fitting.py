@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 def fullest(rows: Sequence[Rendering], how: Tune) -> Load:
     """The pack of the whole run that holds most tokens."""
-    plan, sizes = how._plan(rows), [len(row.ids) for row in rows]
+    plan, sizes = how._plan(rows), loop.sizes_of(rows)
     cuts = list(loop.batches(plan, len(rows)))
-    most = max(cuts, key=lambda cut: min(plan.pack, sum(sizes[n] for n in cut)))
+    most = max(cuts, key=lambda cut: min(plan.pack, int(sizes[cut].sum())))
     packs, _ = pack([rows[n] for n in most], plan.pack)
     biggest = max(packs, key=lambda one: len(one.ids))
-    several = any(sum(sizes[n] for n in cut) > plan.pack for cut in cuts)
+    several = any(sizes[cut].sum() > plan.pack for cut in cuts)
     return Load(tuple(biggest.lengths), sum(biggest.mask), several)
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +42,7 @@ from herdbook.training import state as states
 from herdbook.training.moved import Moved
 from herdbook.training.offload import Offload
 from herdbook.training.parallel import Team
+from herdbook.training.rows import Rows
 from herdbook.training.state import State
 
 
@@ -152,9 +154,9 @@ def train(
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
 
-    sizes = [len(row.ids) for row in rows]
-    passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
-    to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
+    sizes = sizes_of(rows)
+    passed = sum(int(sizes[cut].sum()) for cut in _first(batches(plan, len(rows)), state.step))
+    to_come = sum(int(sizes[cut].sum()) for cut in batches(plan, len(rows), state.step))
     saved_at = began_at = state.step
     interrupted = _Interrupt(progress)
     with (
@@ -237,9 +239,17 @@ def fingerprint(
     seen = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
     for name, parameter in parameters.items():
         seen.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-    for row in rows:
-        seen.update(repr((type(row).__name__, row.ids, row.mask)).encode())
+    if isinstance(rows, Rows):
+        seen.update(rows.fingerprint().encode())
+    else:
+        for row in rows:
+            seen.update(repr((type(row).__name__, row.ids, row.mask)).encode())
     return seen.hexdigest()
+
+
+def sizes_of(rows: Sequence[Rendering]) -> np.ndarray:
+    """Tokens of each row, int64 [rows]; those of tables are not read for it."""
+    return rows.sizes if isinstance(rows, Rows) else np.array([len(row.ids) for row in rows])
 
 
 def _seed(*places: int) -> int:

@@ -315,7 +315,7 @@ class Tune(Step):
         sizes = rows.counts() if self.mix and isinstance(rows, Rows) else ()
         steps = self.steps
         if self.tokens_per_parameter:
-            mean = sum(len(row.ids) for row in rows) / len(rows)
+            mean = float(loop.sizes_of(rows).mean())
             steps = math.ceil(self.tokens_per_parameter * parameters / (self.batch * mean))
         return Plan(
             sizes=sizes,
@@ -340,5 +340,5 @@ class Tune(Step):
         )
 
     def _tokens_seen(self, rows: Rows, plan: Plan) -> int:
-        sizes = rows.column("sizes")
+        sizes = rows.sizes
         return sum(int(sizes[cut].sum()) for cut in loop.batches(plan, len(rows)))
