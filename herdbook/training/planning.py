@@ -16,6 +16,7 @@ The moments at which most is held:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -38,6 +39,7 @@ from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
 from herdbook.model.streamed import held_bytes
 from herdbook.training import adamw8, loss, methods
+from herdbook.training.parallel import Split
 
 if TYPE_CHECKING:
     from herdbook.training.tune import Tune
@@ -105,11 +107,17 @@ def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
 
 
 def memory_of(
-    checkpoint: Checkpoint, how: Tune, load: Load, process: int, rough: bool = False
+    checkpoint: Checkpoint,
+    how: Tune,
+    load: Load,
+    process: int,
+    rough: bool = False,
+    processes: int = 1,
 ) -> Memory:
     """Arithmetic alone; some tenths of a second whatever the model's size.
 
     process: bytes held before the model is loaded. rough: a bound from above by a formula, in no time.
+    processes: that share the run as `how.parallel` says; the memory is one's.
     """
     decoder = lay_out(checkpoint, how)
     trained = methods.prepare(decoder, how)
@@ -132,7 +140,7 @@ def memory_of(
     most = max(in_packs, in_step)
     held_then = gradients if added or in_step > in_packs else 0
     work = head + block if in_packs >= in_step else most - gradients
-    return Memory(
+    alone = Memory(
         process=process,
         weights=held,
         gradients=held_then,
@@ -140,6 +148,35 @@ def memory_of(
         activations=most - held_then - work,
         work=work + KERNELS[decoder.dtype] + int(SLACK * (most - held_then)),
     )
+    return alone if processes == 1 else _share(alone, Split.read(how.parallel), decoder, processes)
+
+
+def _share(alone: Memory, split: Split, decoder: Decoder, processes: int) -> Memory:
+    """What each of several processes holds of what one alone would (see training/parallel.py).
+
+    All load the whole model before they give shares away, and the first one holds it again beside its
+    share at the end. Activations of a pack that two compute together are counted whole.
+    """
+    blocks = sum(w.nbytes for w in decoder.blocks.parameters())
+    inside = blocks / max(1, sum(w.nbytes for w in decoder.parameters()))
+    own = 1 - inside + inside / split.tensor  # of weights, gradients and moments, what is not split
+    work = alone.work
+    if split.sharded and processes > split.ways:
+        own /= processes // split.ways
+        work += 2 * blocks // len(decoder.blocks)  # a block while it computes, and the next
+    moved = own / split.stages
+    share = dataclasses.replace(
+        alone,
+        weights=int(alone.weights * own),  # all stages keep them
+        gradients=int(alone.gradients * moved),
+        optimiser=int(alone.optimiser * moved),
+        activations=alone.activations // split.stages,
+        work=work,
+    )
+    ends = alone.process + alone.weights + (share.weights if own < 1 else 0)
+    if ends <= share.peak:
+        return share
+    return Memory(alone.process, ends - alone.process, 0, 0, 0, 0)
 
 
 def lay_out(checkpoint: Checkpoint, how: Tune) -> Decoder:

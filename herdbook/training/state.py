@@ -111,6 +111,13 @@ def _write(
         atomic.sync_folder(folder)
 
 
+def size(folder: Path) -> int:
+    """Bytes of the states that are in a run's folder."""
+    places = [folder / NAME, *folder.glob(FOLDERS)]
+    files = [file for one in places for file in ([one] if one.is_file() else one.glob("*"))]
+    return sum(file.stat().st_size for file in files)
+
+
 def load(
     folder: Path,
     moved: Moved,

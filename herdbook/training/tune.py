@@ -172,7 +172,7 @@ class Tune(Step):
                 rule="but the disk of one process is no help to several",
                 next="set parallel to fsdp and leave offload out, or run it without torchrun",
             )
-        fitting.need_room(self, source.path, rows, bench.work)
+        fitting.need_room(self, source.path, rows, bench.work, team)
 
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
@@ -312,7 +312,8 @@ class Tune(Step):
 
     def _plan(self, rows: Sequence[Rendering], parameters: int = 0) -> Plan:
         """rows: those of the run, or some like them. parameters: of the model."""
-        sizes = rows.counts() if self.mix and isinstance(rows, Rows) else ()
+        counts = getattr(rows, "counts", None)  # a planned run's rows are no tables, but have it
+        sizes = counts() if self.mix and counts else ()
         steps = self.steps
         if self.tokens_per_parameter:
             mean = float(loop.sizes_of(rows).mean())
