@@ -146,7 +146,7 @@ def _plan(
         every = [pack for packs in steps for pack in packs]
         full = max(every, key=lambda one: len(one.ids))
         short = min(every, key=lambda one: abs(len(one.ids) - len(full.ids) // 3))
-        found = probe(how, path, short, full, load.several)
+        found = probe(how, path, book.home, short, full, load.several)
         work = _Work(decoder, how)
         works = [[work(pack) for pack in one] for one in steps]
         sizes = work(short), work(full)

@@ -46,6 +46,12 @@ def test_a_tuning_with_a_trial(capsys, home: Path, tiny_folder: Path, rows: Path
     (plan,) = json.loads(out)
     assert plan["rows"] == 12 and plan["steps"] == 6 and plan["assumed_rows"] == 0
     assert plan["trial"]["peak"] == plan["memory"]["peak"] > plan["memory"]["weights"] > 0
+    assert plan["disk"]["offloaded"] == 0
+    code, out, err = herd(capsys, "plan", "train", *words, "--offload", "optimiser,base", "--json")
+    assert code == 0, err
+    (away,) = json.loads(out)
+    assert away["disk"]["offloaded"] > 0 and away["seconds"] > 0
+    assert away["memory"]["weights"] < plan["memory"]["weights"]
     assert 0 < plan["seconds"] < 600 and plan["disk"]["states"] > 0
     assert not Book(home).entries(), "a plan leaves nothing behind"
 

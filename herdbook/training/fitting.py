@@ -19,8 +19,9 @@ from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import pack
 from herdbook.training import loop, memory
 from herdbook.training import state as states
+from herdbook.training.activations import Load
 from herdbook.training.parallel import Team
-from herdbook.training.planning import Disk, Load, Memory, disk_of, memory_of
+from herdbook.training.planning import Disk, Memory, disk_of, memory_of
 
 if TYPE_CHECKING:
     from herdbook.training.tune import Tune

@@ -169,7 +169,7 @@ class Tune(Step):
         if self.offload and not team.alone:
             raise ConfigError(
                 f"tune.offload is {','.join(self.offload)} in {team.size} processes",
-                rule="but the disk of one process is no help to several",
+                rule="but what is kept on disk belongs to one process",
                 next="set parallel to fsdp and leave offload out, or run it without torchrun",
             )
         fitting.need_room(self, source.path, rows, bench.work, team)

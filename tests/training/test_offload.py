@@ -25,8 +25,8 @@ from herdbook.model.layout import Packed
 from herdbook.model.modules import build
 from herdbook.model.streamed import held_bytes
 from herdbook.training import fitting, methods, offload, parallel, planning, state
+from herdbook.training.activations import Load
 from herdbook.training.offload import Offload
-from herdbook.training.planning import Load
 
 FIXTURES = Path(__file__).parents[1] / "model" / "families"
 

@@ -23,7 +23,8 @@ from herdbook.model.layout import Packed
 from herdbook.progress import Progress
 from herdbook.training import fitting, memory, methods, planning, state
 from herdbook.training import optimiser as optimisers
-from herdbook.training.planning import Disk, Load
+from herdbook.training.activations import Load, activations
+from herdbook.training.planning import Disk
 
 LOAD = Load((9, 5, 9, 4), trained=12, several=False)
 WAYS: dict[str, dict[str, Any]] = {
@@ -70,7 +71,7 @@ def test_weights_and_activations_are_those_that_torch_holds(way: str, tiny_folde
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = real(ids, Packed(LOAD.lengths))
     really = sum(one.untyped_storage().nbytes() for one in kept.values()) + hidden.nbytes
-    counted, _ = planning.activations(decoder, LOAD)
+    counted, _ = activations(decoder, LOAD)
     assert counted == pytest.approx(really, rel=0.02, abs=ids.nbytes)
 
 
