@@ -6,7 +6,7 @@ BENCH := .venv-bench
 # A CPU build of torch where one is provided; it comes first, lest another package pull a CUDA build.
 TORCH ?= torch==2.13.0
 
-.PHONY: install demo test lint fuzz soak ray triton gpu distributed large bench plan-bench recipes clean
+.PHONY: install demo test lint fuzz soak ray triton gpu distributed large methods bench plan-bench recipes clean
 
 install: $(VENV)/.installed
 
@@ -76,6 +76,10 @@ distributed: $(VENV)/.tested
 # The peak memory and the speed of loading 1 GB in every layout.
 large: $(VENV)/.tested
 	$(BIN)/python -m pytest -s tests/model/large_checkpoints.py
+
+# Every tuning method on SmolLM2 and rows of Alpaca, from the folder HERDBOOK_DATA.
+methods: $(VENV)/.tested
+	$(BIN)/python -m pytest -s tests/training/methods_on_real_rows.py
 
 $(BENCH)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH)

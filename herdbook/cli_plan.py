@@ -76,7 +76,8 @@ def _show(one: Any) -> None:
     if one.seconds is not None:
         print(f"  time    {_time(one.seconds)}, without loading")
     print(f"  disk    {gigabytes(one.disk.total)}: result {gigabytes(one.disk.result)}, "
-          f"states {gigabytes(one.disk.states)}")  # fmt: skip
+          f"states {gigabytes(one.disk.states)}"
+          + (f", offloaded {gigabytes(one.disk.offloaded)}" if one.disk.offloaded else ""))  # fmt: skip
 
 
 def _pretrain(flags: dict[str, Any]) -> dict[str, Any]:

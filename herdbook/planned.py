@@ -8,29 +8,28 @@ and as long as the others.
 from __future__ import annotations
 
 import math
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from herdbook import config
 from herdbook.book.book import Artifact, Book
-from herdbook.book.step import Step
+from herdbook.book.step import Step, named
 from herdbook.data.user import Import
 from herdbook.errors import ConfigError, UnknownName
 from herdbook.model.checkpoint import expected_shapes, open_checkpoint
 from herdbook.model.references import resolve
 from herdbook.progress import Progress
-from herdbook.recipe import Recipe
+from herdbook.recipe import Recipe, check
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.tokenizer import Tokenizer
 from herdbook.training import fitting, memory, methods, planning
 from herdbook.training.classify import Classify
 from herdbook.training.probe import Trial, packs_of, probe
-from herdbook.training.rows import gather
+from herdbook.training.rows import Rows, gather
 from herdbook.training.tune import Tune
 
 
@@ -67,8 +66,7 @@ def plan_recipe(
     """The plans of a recipe's tunings; a CapacityError for the first that does not fit."""
     recipe = Recipe.read(name)
     steps = recipe.resolve(settings)
-    for step in steps.values():
-        step.check()
+    check(steps)
     plans = []
     with tempfile.TemporaryDirectory(prefix="herdbook-plan-") as folder:
         scratch = Book(Path(folder))
@@ -83,9 +81,9 @@ def plan_recipe(
                         next="plan its size with: herd plan pretrain --budget FLOPS",
                     )
                 path = resolve(root, book)
-                data = [known[one] for one in step.data if one in known]
-                missing = [steps[one] for one in step.data if one not in known]
-                plans.append(_plan(called, step, path, data, missing, book, room, trial))
+                data = [known.get(one, steps[one]) for one in step.data]
+                with named(step, called):
+                    plans.append(_plan(called, step, path, data, book, room, trial))
     if not plans:
         raise ConfigError(
             f"recipe {name}", rule="has no step that trains", next="plan one with: herd plan train"
@@ -103,35 +101,35 @@ def plan_tune(
             raise ConfigError(
                 f"--{name} is empty", rule="but a plan needs it", next=f"give --{name}"
             )
-    how.check()
-    with tempfile.TemporaryDirectory(prefix="herdbook-plan-") as folder:
+    with tempfile.TemporaryDirectory(prefix="herdbook-plan-") as folder, named(how, ""):
+        how.check()
         scratch = Book(Path(folder))
         data = [_dataset(one, book, scratch) for one in how.data]
-        return [_plan("train", how, resolve(how.model, book), data, [], book, room, trial)]
+        return [_plan("train", how, resolve(how.model, book), data, book, room, trial)]
 
 
 def _plan(
     called: str,
     how: Tune,
     path: Path,
-    data: Sequence[Artifact],
-    missing: Sequence[Step],
+    data: Sequence[Artifact | Step],
     book: Book,
     room: int | None,
     trial: bool,
 ) -> Planned:
     checkpoint = open_checkpoint(path)
     bench: Any = SimpleNamespace(
-        inputs={"data": tuple(data)},
+        inputs={"data": tuple(one for one in data if isinstance(one, Artifact))},
         artifact=lambda name: SimpleNamespace(path=path),
         book=book,
         progress=Progress(),
     )
-    rows: list[Rendering] = []
-    if data:
-        rows = list(gather(how, bench, Tokenizer.load(path))[0])
-    assumed = sum(int(getattr(step, "rows", 0)) for step in missing)
-    rows += _assumed(rows, assumed, how.length)
+    there = gather(how, bench, Tokenizer.load(path))[0] if bench.inputs["data"] else None
+    rows, assumed = _all_rows(data, there, how.length)
+    how = replace(  # no row is known, nor how many: the others are mixed
+        how, mix=tuple(one for one, n in zip(how.mix, rows.sizes, strict=False) if n)
+    )
+    rows.sizes = [n for n in rows.sizes if n]
     load = fitting.fullest(rows, how)
     held = memory.held_bytes()
     room = held + memory.free_bytes() if room is None else room
@@ -148,7 +146,7 @@ def _plan(
         every = [pack for packs in steps for pack in packs]
         full = max(every, key=lambda one: len(one.ids))
         short = min(every, key=lambda one: abs(len(one.ids) - len(full.ids) // 3))
-        found = probe(how, path, short, full, load.several)
+        found = probe(how, path, book.home, short, full, load.several)
         work = _Work(decoder, how)
         works = [[work(pack) for pack in one] for one in steps]
         sizes = work(short), work(full)
@@ -192,7 +190,7 @@ class _Work:
             for name, one in shapes.items()
             if name.startswith("blocks.") and len(one) > 1
         )
-        self.passes = (6 if how.method in methods.WEIGHTS else 4) + 2 * how.recompute
+        self.passes = (6 if how.method in methods.WEIGHTS else 4) + 2 * how.recomputes
         self.attention = 6 * c.layers * c.heads * c.head_dim
         self.head = c.vocab * c.hidden * (6 if how.method == "full" else 4)
 
@@ -255,7 +253,34 @@ def _dataset(ref: str, book: Book, scratch: Book) -> Artifact:
     return found
 
 
-def _assumed(rows: Sequence[Rendering], count: int, length: int) -> list[Rendering]:
-    """So many rows more, as long as those that are known (else half of the most allowed)."""
-    size = round(statistics.mean(len(row.ids) for row in rows)) if rows else length // 2
-    return [Rendering([0] * size, [False] + [True] * (size - 1)) for _ in range(count)]
+class _Listed(list[Rendering]):
+    """Rows, one dataset's after another's, and how many each has."""
+
+    sizes: Sequence[int] = ()
+
+    def counts(self) -> tuple[int, ...]:
+        return tuple(self.sizes)
+
+
+def _all_rows(
+    data: Sequence[Artifact | Step], there: Rows | None, length: int
+) -> tuple[_Listed, int]:
+    """The rows of all datasets, and how many of them are assumed: those of a step that is still to run,
+    as many as it says and as long as the others (else half of the most allowed)."""
+    mean = round(float(there.sizes.mean())) if there else length // 2
+    like = Rendering([0] * mean, [False] + [True] * (mean - 1))
+    rows, sizes = _Listed(), []
+    at = assumed = 0
+    counts = iter(there.counts() if there else ())
+    for one in data:
+        if isinstance(one, Artifact):
+            assert there is not None
+            sizes.append(next(counts))
+            rows += there[at : at + sizes[-1]]
+            at += sizes[-1]
+        else:
+            sizes.append(int(getattr(one, "rows", 0)))
+            rows += [like] * sizes[-1]
+            assumed += sizes[-1]
+    rows.sizes = sizes
+    return rows, assumed

@@ -26,7 +26,7 @@ from typing import Any
 
 from herdbook import config
 from herdbook.book.book import Artifact, Book
-from herdbook.book.step import Step
+from herdbook.book.step import Step, named
 from herdbook.errors import ConfigError, GateError, UnknownName, nearest
 from herdbook.progress import Progress
 
@@ -239,8 +239,7 @@ def raise_(
     book, progress = book or Book(), progress or Progress()
     described = Recipe.read(recipe)
     steps = described.resolve(settings)
-    for step in steps.values():
-        step.check()
+    check(steps)
     done: dict[str, Artifact] = {}
     _check_models(steps, done)
     made: list[Artifact] = []
@@ -253,7 +252,8 @@ def raise_(
         known = book.by_key(written.resolved(book).key(), called)
         if known is None:
             progress.say(f"{number}/{len(steps)} {name}: {_first_line(step)}")
-            known = written.run(book, name=called, teacher=open_teacher, progress=progress)
+            with named(step, name):
+                known = written.run(book, name=called, teacher=open_teacher, progress=progress)
             made.append(known)
         else:
             progress.say(f"{number}/{len(steps)} {name}: in the book as {known.ref}")
@@ -267,11 +267,19 @@ def raise_(
     return raised
 
 
+def check(steps: Mapping[str, Step]) -> None:
+    """Raise for the first step whose settings cannot be."""
+    for name, step in steps.items():
+        with named(step, name):
+            step.check()
+
+
 def _check_models(steps: Mapping[str, Step], done: Mapping[str, Artifact]) -> None:
     """Ask each step about the model that its own will grow from, where that is here already."""
-    for step in steps.values():
+    for name, step in steps.items():
         if (path := _base(step, steps, done)) is not None:
-            step.check_model(path)
+            with named(step, name):
+                step.check_model(path)
 
 
 def _base(step: Step, steps: Mapping[str, Step], done: Mapping[str, Artifact]) -> Path | None:

@@ -125,7 +125,7 @@ def test_all_settings_are_checked_before_anything_is_made(
     text = Path(words).read_text().replace("other: {do: Seed,", "other: {do: Picky,")
     Path(words).write_text(text)
     monkeypatch.setitem(recipe.STEPS, "Picky", __name__)
-    with pytest.raises(ConfigError, match=r"picky\.word is empty"):
+    with pytest.raises(ConfigError, match=r"other\.word is empty"):
         raise_(words, book=book, **{"other.word": ""})
     assert book.entries() == []
 

@@ -20,6 +20,7 @@ survives a kill; a step that wants to go on where it stopped keeps its state in 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ from typing import Annotated, Any, ClassVar, get_type_hints
 from herdbook import config, versions
 from herdbook.book.book import Artifact, Book
 from herdbook.book.hashing import digest
-from herdbook.errors import BookError, CapacityError, ConfigError
+from herdbook.errors import BookError, CapacityError, ConfigError, HerdbookError
 from herdbook.progress import Progress
 
 INPUT = "reference to an artifact"
@@ -189,6 +190,21 @@ class Step(ABC):
                 metrics=metrics,
                 versions=versions.all(),
             )
+
+
+@contextmanager
+def named(step: Step, name: str) -> Iterator[None]:
+    """Let errors speak of the step's settings as the user writes them: «sft.rank» in a recipe whose
+    step is called sft, where the step itself says «tune.rank»; "": «rank»."""
+    kinds = [one.__name__.lower() for one in type(step).__mro__ if issubclass(one, Step)]
+    settings = "|".join(one.name for one in dataclasses.fields(step))
+    said = re.compile(rf"\b(?:{'|'.join(kinds)})\.(?=(?:{settings})\b)")
+    try:
+        yield
+    except HerdbookError as error:
+        for part in ("what", "rule", "next"):
+            setattr(error, part, said.sub(name and f"{name}.", getattr(error, part)))
+        raise
 
 
 @contextmanager

@@ -27,8 +27,6 @@ blank line, input.
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from herdbook.data.records import Conversation, Message
+from herdbook.data.rows import EXPECTED, rows
 from herdbook.errors import DataError
 
 ROLES = {
@@ -71,10 +70,6 @@ KEYS = {
     "messages": "OpenAI",
     "dialogue": "SMILE",
 }
-EXPECTED = (
-    "where Alpaca (instruction, input, output), ShareGPT (conversations) or OpenAI (messages) "
-    "was expected"
-)
 
 
 @dataclass
@@ -95,9 +90,15 @@ def read(path: Path | str) -> list[Conversation]:
 
 def parse(path: Path | str) -> Parsed:
     """The conversations of a user's file, with the count of what was left out and why."""
-    path = Path(path)
     parsed = Parsed(format="")
-    first_line = 0
+    parsed.conversations.extend(stream(path, parsed))
+    return parsed
+
+
+def stream(path: Path | str, parsed: Parsed) -> Iterator[Conversation]:
+    """The conversations, one at a time; what is not in one is counted in `parsed` meanwhile."""
+    path = Path(path)
+    first_line = kept = 0
     for line, place, row in rows(path):
 
         def broken(found: str, expected: str, place: str = place) -> DataError:
@@ -123,17 +124,17 @@ def parse(path: Path | str) -> Parsed:
             parsed.skipped[str(reason)] += 1
             continue
         parsed.trimmed.update(trims)
-        parsed.conversations.append(Conversation(tuple(messages), {"line": line}))
+        kept += 1
+        yield Conversation(tuple(messages), {"line": line})
     if not parsed.rows:
         raise DataError(f"{path} holds no row", rule=EXPECTED, next="give another file")
-    if not parsed.conversations:
+    if not kept:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in parsed.skipped.most_common())
         raise DataError(
             f"{path}: none of its {parsed.rows} rows can be trained on ({reasons})",
             rule="where a row needs a question and an answer",
             next="give another file; nothing was changed",
         )
-    return parsed
 
 
 class _Unusable(Exception):
@@ -141,134 +142,6 @@ class _Unusable(Exception):
 
 
 Broken = Callable[[str, str], DataError]  # (found, expected) → error that names the row
-
-
-# ---------------------------------------------------------------------------------- bytes to rows
-
-
-def need_file(path: Path) -> None:
-    """Raise where there is no file to read."""
-    if path.is_dir():
-        raise DataError(
-            f"{path}", rule="is a folder; expected one file of rows", next="name the file itself"
-        )
-    if not path.exists():
-        raise DataError(f"{path}", rule="is not there", next="check the path")
-
-
-def rows(path: Path, expected: str = EXPECTED) -> Iterator[tuple[int, str, Any]]:
-    """Line number (from 1), place in words, value: of each row of a JSON array or a JSONL file, plain
-    or gzip. expected: what the file should hold, for the error that says it does not."""
-    return _rows(text(path, expected), path)
-
-
-def text(path: Path, expected: str = EXPECTED) -> str:
-    """The file's characters: unpacked, decoded, without a byte order mark."""
-    need_file(path)
-    data = path.read_bytes()
-    if data[:2] == b"\x1f\x8b":
-        data = _gunzip(data, path)
-    try:
-        found = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-        raise DataError(
-            f"{path}, line {data[: error.start].count(10) + 1}: byte 0x{data[error.start]:02x}",
-            rule="is not UTF-8; text must be UTF-8",
-            next=f"iconv -f {'UTF-16' if wide else 'GB18030'} -t UTF-8 {path.name} > utf8.jsonl, "
-            f"{'then' if wide else 'or whatever the encoding is, then'} give that file",
-        ) from error
-    if not found.strip():
-        raise DataError(f"{path} is empty", rule=expected, next="give another file")
-    return found
-
-
-def _gunzip(data: bytes, path: Path) -> bytes:
-    """All members of a gzip file; says how far it could be read where it breaks off."""
-    out = bytearray()
-    rest = data
-    while rest:
-        member = zlib.decompressobj(wbits=31)
-        try:
-            out += member.decompress(rest)
-            fault = "" if member.eof else "breaks off"
-        except zlib.error as error:
-            fault = f"is broken ({error})"
-        if fault:
-            raise DataError(
-                f"{path}: the gzip stream {fault} in line {out.count(10) + 1}",
-                rule="where a whole file was expected",
-                next="fetch or pack the file again; nothing was changed",
-            )
-        rest = member.unused_data.lstrip(b"\0")
-    return bytes(out)
-
-
-def _rows(text: str, path: Path) -> Iterator[tuple[int, str, Any]]:
-    """Line number, place in words, value: of an array's elements or of each line."""
-    start = len(text) - len(text.lstrip())
-    if text[start] == "[":
-        yield from _array(text, start, path)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, f"line {number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _no_json(path, f"line {number}", line, error) from error
-
-
-def _array(text: str, start: int, path: Path) -> Iterator[tuple[int, str, Any]]:
-    decode = json.JSONDecoder().raw_decode
-    line, counted, index = 1, 0, 0
-    at = _blank(text, start + 1)
-    if text[at : at + 1] == "]":
-        at += 1
-    else:
-        while True:
-            line, counted = line + text.count("\n", counted, at), at
-            place = f"line {line} (row {index})"
-            try:
-                row, at = decode(text, at)
-            except (ValueError, RecursionError) as error:
-                raise _no_json(path, place, text[at : at + 80], error) from error
-            yield line, place, row
-            index += 1
-            at = _blank(text, at)
-            mark, at = text[at : at + 1], _blank(text, at + 1)
-            if mark == "]":
-                break
-            if mark != ",":
-                line += text.count("\n", counted, at)
-                found = f"{mark!r} after row {index - 1}" if mark else "the end of the file"
-                raise DataError(
-                    f"{path}, line {line}: {found}",
-                    rule="where , or ] was expected, as in a JSON array of rows",
-                    next="the file may be cut short: fetch it again; nothing was changed",
-                )
-    if text[at:].strip():
-        raise DataError(
-            f"{path}, line {text.count(chr(10), 0, _blank(text, at)) + 1}: {text[at:].strip()[:40]!r}",
-            rule="follows the array, where the end of the file was expected",
-            next="one array a file; nothing was changed",
-        )
-
-
-def _blank(text: str, at: int) -> int:
-    """Where the white space that begins at `at` ends."""
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
-def _no_json(path: Path, place: str, text: str, error: Exception) -> DataError:
-    why = getattr(error, "msg", "") or type(error).__name__
-    return DataError(
-        f"{path}, {place}: {text.strip()[:60]!r} is no JSON ({why})",
-        rule="where a JSON array of rows, or one JSON object a line, was expected",
-        next="mend or take out that row; nothing was changed",
-    )
 
 
 # ---------------------------------------------------------------------------------- rows to chats

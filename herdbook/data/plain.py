@@ -13,19 +13,18 @@ Files are read line by line, twice (once to count), so their size does not matte
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from herdbook.book.step import Bench, Step, require
-from herdbook.data import formats, records
+from herdbook.data import records
 from herdbook.data.records import Document
+from herdbook.data.rows import lines, need_file
 from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import sha256_once
 
@@ -53,7 +52,7 @@ class Text(Step):
     def check(self) -> None:
         require(self, "data", "size")
         for one in self.data:
-            formats.need_file(Path(one))
+            need_file(Path(one))
         if not 0 <= self.heldout < 1 or self.limit < 0 or self.size < 0:
             raise ConfigError(
                 f"heldout = {self.heldout}, limit = {self.limit}, size = {self.size}",
@@ -102,29 +101,6 @@ class Text(Step):
                 if text.strip() and mark not in seen:
                     seen.add(mark)
                     yield text
-
-
-def lines(path: Path) -> Iterator[str]:
-    """A file's lines with their ends, unpacked and decoded."""
-    with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    number = 0
-    try:
-        with gzip.open(path) if packed else path.open("rb") as file:
-            for number, data in enumerate(file, start=1):
-                yield data.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}, line {number}: byte 0x{error.object[error.start]:02x}",
-            rule="is not UTF-8; text must be UTF-8",
-            next=f"iconv -f GB18030 -t UTF-8 {path.name} > utf8.txt, or whatever the encoding is",
-        ) from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: the gzip stream breaks off after line {number} ({error})",
-            rule="where a whole file was expected",
-            next="fetch or pack the file again; nothing was changed",
-        ) from error
 
 
 def _rows(path: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from herdbook.errors import DataError
-from herdbook.files.atomic import write_text
+from herdbook.files.atomic import replacing
 
 ROLES = ("system", "user", "assistant")
 
@@ -79,8 +79,9 @@ def dump(rows: Iterable[Conversation | Document]) -> str:
 
 
 def write(path: Path, rows: Iterable[Conversation | Document]) -> None:
-    """Write a dataset file, whole or not at all."""
-    write_text(path, dump(rows))
+    """Write a dataset file, a row at a time, whole or not at all."""
+    with replacing(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(line, rows))
 
 
 def stream(path: Path) -> Iterator[Conversation | Document]:

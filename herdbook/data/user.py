@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from herdbook.book.step import Bench, Step, require
 from herdbook.data import formats, records
+from herdbook.data.records import Conversation
+from herdbook.data.rows import need_file
 from herdbook.errors import ConfigError
 from herdbook.files.atomic import sha256_once
 
@@ -33,7 +38,7 @@ class Import(Step):
 
     def check(self) -> None:
         require(self, "data")
-        formats.need_file(Path(self.data))
+        need_file(Path(self.data))
         if not 0 <= self.heldout < 1:
             raise ConfigError(
                 f"heldout = {self.heldout}", rule="is no share from 0 to below 1", next="try 0.02"
@@ -42,18 +47,22 @@ class Import(Step):
             raise ConfigError(f"limit = {self.limit}", rule="is negative", next="0 means all")
 
     def make(self, bench: Bench) -> dict[str, Any]:
-        parsed = formats.parse(self.data)
-        rows = list({row.messages: row for row in parsed.conversations}.values())
-        order = list(range(len(rows)))
+        parsed = formats.Parsed(format="")
+        last: dict[bytes, int] = {}  # a conversation's hash → the last line that it stands in
+        kept = 0
+        for row in formats.stream(self.data, parsed):
+            last[_hash(row)] = row.extra["line"]
+            kept += 1
+        order = list(range(len(last)))
         random.Random(self.seed).shuffle(order)
         order = order[: self.limit or None]
         count = min(round(len(order) * self.heldout), 200, len(order) - 1)
         if self.heldout and not count and len(order) > 1:
             count = 1
-        held, train = sorted(order[:count]), sorted(order[count:])
-        records.write(bench.out / "train.jsonl", (rows[i] for i in train))
+        held, train = set(order[:count]), set(order[count:])
+        records.write(bench.out / "train.jsonl", self._rows(last, train))
         if held:
-            records.write(bench.out / "heldout.jsonl", (rows[i] for i in held))
+            records.write(bench.out / "heldout.jsonl", self._rows(last, held))
         for reason, number in parsed.skipped.most_common():
             bench.progress.say(f"  left out {number:,} rows: {reason}")
         for reason, number in parsed.trimmed.most_common():
@@ -63,12 +72,27 @@ class Import(Step):
             "rows": parsed.rows,
             "conversations": len(train),
             "heldout": len(held),
-            "repeated": len(parsed.conversations) - len(rows),
+            "repeated": kept - len(last),
             "skipped": sum(parsed.skipped.values()),
             "trimmed": sum(parsed.trimmed.values()),
             **{_key("skipped", reason): n for reason, n in sorted(parsed.skipped.items())},
             **{_key("trimmed", reason): n for reason, n in sorted(parsed.trimmed.items())},
         }
+
+    def _rows(self, last: Mapping[bytes, int], wanted: Container[int]) -> Iterator[Conversation]:
+        """Those of the file's different conversations, read once more."""
+        new = dict.fromkeys(last)
+        for row in formats.stream(self.data, formats.Parsed(format="")):
+            if (mark := _hash(row)) not in new:
+                continue
+            del new[mark]
+            if len(last) - len(new) - 1 in wanted:
+                yield Conversation(row.messages, {"line": last[mark]})
+
+
+def _hash(row: Conversation) -> bytes:
+    text = json.dumps([message.to_json() for message in row.messages])
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _key(what: str, reason: str) -> str:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from herdbook.errors import RequestError
 from herdbook.model.attention import Look, alibi_slopes
 from herdbook.model.config import DecoderConfig
+from herdbook.model.fused import as_before
 from herdbook.model.interface import Model
 from herdbook.model.layers import (
     Embedding,
@@ -38,6 +39,7 @@ from herdbook.model.layout import Layout
 from herdbook.model.lora import together
 from herdbook.model.mlp import MLP, Experts
 from herdbook.model.soft import Soft
+from herdbook.model.streamed import Streamed
 
 #: cos and sin of the layers that see all, and of those with a window where they have their own
 Ropes = tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]
@@ -132,6 +134,8 @@ class Decoder(nn.Module, Model):
     head: Linear | None
     #: training keeps what enters each block, and computes the rest again for its gradient
     recompute = False
+    #: where its blocks' matrices come from, if they do not stay in memory
+    streamed: Streamed | None = None
     #: its rotation is another than its source's (see model/stretch.py)
     stretched = False
     #: what PEFT calls its task
@@ -213,7 +217,7 @@ class Decoder(nn.Module, Model):
         )
         for block in self.blocks[first:last]:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, ropes, layout, use_reentrant=False)
+                x = checkpoint(block, x, ropes, layout, use_reentrant=False, context_fn=as_before)
             else:
                 x = block(x, ropes, layout)
         return layout.end(x) if last is None else x

@@ -191,11 +191,13 @@ def apply_lora(
     for name in matrices(decoder, targets, last_layers):
         adapters[name] = put_adapter(decoder, name, rank, alpha, dropout, group, rslora, kind)
         adapters[name].start(seed, name)
+    streamed = getattr(decoder, "streamed", None)  # it lays them so itself
     for name, first in adapters.items():
         room, _, leaf = name.rpartition(".")
         others = (adapters.get(f"{room}.{other}") for other in BESIDE.get(leaf, ()))
         bases = [one.base for one in (first, *others) if one is not None]
-        if len(bases) > 1 and all(hasattr(base, "weight") for base in bases):
+        there = all(hasattr(base, "weight") for base in bases) and not streamed
+        if len(bases) > 1 and there:
             side_by_side(bases)
     return adapters
 

@@ -49,6 +49,8 @@ class Table:
 
     def __init__(self, folder: Path) -> None:
         read = partial(_column, folder)
+        #: of a table from the cache, the hash of what decides its bytes
+        self.key = folder.name
         self.ids, self.mask, self.ends = read("ids"), read("mask"), read("ends")
         self.lines, self.kinds = read("lines"), read("kinds")
 
@@ -92,9 +94,9 @@ def tabulate(
         if place.is_dir():
             os.utime(place)
         else:
+            _forget(cache, KEPT - 1)  # first: what a killed process left may have this one's number
             with new_folder(place) as folder:
                 _make(dataset, tokenizer, model, length, folder)
-            _forget(cache)
         return Table(place)
 
 
@@ -106,11 +108,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
         return digest([file_hashes(Path(folder)), tokenizer.chat_template, stops])
 
 
-def _forget(cache: Path) -> None:
-    """Take out the tables that were not used for longest, and what killed processes left."""
+def _forget(cache: Path, kept: int) -> None:
+    """Take out all but so many tables, those that were not used for longest, and what killed processes
+    left."""
     folders = sorted((f for f in cache.iterdir() if f.is_dir()), key=lambda f: -f.stat().st_mtime)
     for number, folder in enumerate(folders):
-        if number >= KEPT or folder.suffix == ".tmp":
+        if number >= kept or folder.suffix == ".tmp":
             shutil.rmtree(folder)
 
 
@@ -120,7 +123,7 @@ def _make(dataset: Path, tokenizer: Tokenizer, model: Path, length: int, folder:
         lines = sum(1 for _ in file)
     count = max(1, min(os.cpu_count() or 1, lines // LINES))
     cuts = [lines * n // count for n in range(count + 1)]
-    with tempfile.TemporaryDirectory(dir=folder.parent) as parts:
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=folder.parent) as parts:
         others = [
             subprocess.Popen(
                 _command(model, dataset, length, start, end, Path(parts) / str(start)),

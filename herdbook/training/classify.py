@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from herdbook.book.step import Bench, Input, require
-from herdbook.data.plain import lines
+from herdbook.data.rows import lines
 from herdbook.errors import ConfigError, DataError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import save_hf
@@ -127,6 +127,12 @@ class Classify(Tune):
                 rule="but a classifier is a model of its own: adapters are merged into dense weights",
                 next=f"set method to {' or '.join(METHODS)}, and base to dense",
             )
+        if "base" in self.offload:
+            raise ConfigError(
+                "classify.offload is base",
+                rule="but a classifier is a model of its own, whose weights are merged and written",
+                next="leave base out of it",
+            )
         if not 0 <= self.heldout < 1:
             raise ConfigError(
                 f"classify.heldout is {self.heldout}", rule="is no share from 0 to below 1"
@@ -148,7 +154,6 @@ class Classify(Tune):
         count = max(1, round(self.heldout * len(rows))) if self.heldout else 0
         held, train = order[:count], sorted(order[count:])
         decoder = self._load(source, torch.float32)
-        decoder.recompute = self.recompute
         put_score(decoder, labels, self.seed)
         parameters = methods.prepare(decoder, self)
         assert decoder.score is not None
@@ -164,6 +169,7 @@ class Classify(Tune):
             plan,
             bench.work,
             bench.progress,
+            offload="optimiser" in self.offload,
         )
         merge_lora(decoder)
         records = state.records

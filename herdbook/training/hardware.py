@@ -20,7 +20,8 @@ import torch
 from herdbook.errors import CapacityError, ConfigError, UnknownName, nearest
 from herdbook.model.checkpoint import expected_shapes
 from herdbook.model.config import DecoderConfig
-from herdbook.training.planning import Memory, eager_bytes
+from herdbook.training.activations import eager_bytes
+from herdbook.training.planning import Memory
 
 
 @dataclass(frozen=True)

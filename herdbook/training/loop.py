@@ -28,6 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +40,9 @@ from herdbook.training import mixing
 from herdbook.training import optimiser as optimisers
 from herdbook.training import state as states
 from herdbook.training.moved import Moved
+from herdbook.training.offload import Offload
 from herdbook.training.parallel import Team
+from herdbook.training.rows import Rows
 from herdbook.training.state import State
 
 
@@ -123,11 +126,14 @@ def train(
     work: Path,
     progress: Progress | None = None,
     team: Team | None = None,
+    *,
+    offload: bool = False,
 ) -> State:
     """Take all steps that are still to be taken; the state at the end, the parameters as they are then.
 
-    work: folder for the state, the same for all processes of the team. Ctrl-C and SIGTERM finish the
-    pack at hand (several processes: the step), save, and raise on.
+    work: folder for the state, the same for all processes of the team. offload: what the optimiser
+    keeps lies on that folder's disk, and is the same. Ctrl-C and SIGTERM finish the pack at hand
+    (several processes: the step), save, and raise on.
     """
     optimisers.check_schedule(plan.schedule)
     progress, team = progress or Progress(), team or Team()
@@ -142,14 +148,15 @@ def train(
         betas=plan.betas,
         weight_decay=plan.weight_decay,
     )
-    state = states.load(work, moved, optimiser, mark)
+    shelf = Offload(work, moved.weights.values()) if offload else None
+    state = states.load(work, moved, optimiser, mark, shelf)
     moved.show()
     if state.step:
         progress.say(f"going on after step {state.step} of {total}")
 
-    sizes = [len(row.ids) for row in rows]
-    passed = sum(sum(sizes[n] for n in cut) for cut in _first(batches(plan, len(rows)), state.step))
-    to_come = sum(sum(sizes[n] for n in cut) for cut in batches(plan, len(rows), state.step))
+    sizes = sizes_of(rows)
+    passed = sum(int(sizes[cut].sum()) for cut in _first(batches(plan, len(rows)), state.step))
+    to_come = sum(int(sizes[cut].sum()) for cut in batches(plan, len(rows), state.step))
     saved_at = began_at = state.step
     interrupted = _Interrupt(progress)
     with (
@@ -180,7 +187,7 @@ def train(
                 loss += part.item()
                 if interrupted and team.alone:  # this step is only begun: it is taken again
                     if state.step > saved_at:
-                        states.save(work, state, moved, optimiser, mark, team)
+                        states.save(work, state, moved, optimiser, mark, team, shelf)
                     raise KeyboardInterrupt
                 bar.advance(len(turn.pack.ids), loss=loss / trained)
                 tokens -= len(turn.pack.ids)
@@ -200,9 +207,9 @@ def train(
                     rule="so the weights would be lost",
                     next="lower learning_rate, or look at these rows",
                 )
-            moved.step(optimiser)
+            moved.step(optimiser, shelf)
             if plan.average:
-                optimisers.average(optimiser, plan.average)
+                optimisers.average(optimiser, plan.average, shelf)
             state.step += 1
             state.seconds += time.monotonic() - began
             state.records.append(
@@ -215,7 +222,7 @@ def train(
                 }
             )
             if state.step % plan.save_every == 0 or state.step == total or stop:
-                states.save(work, state, moved, optimiser, mark, team)
+                states.save(work, state, moved, optimiser, mark, team, shelf)
                 saved_at = state.step
             if stop and state.step < total:
                 raise KeyboardInterrupt
@@ -232,9 +239,17 @@ def fingerprint(
     seen = hashlib.sha256(json.dumps(asdict(plan), sort_keys=True).encode())
     for name, parameter in parameters.items():
         seen.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-    for row in rows:
-        seen.update(repr((type(row).__name__, row.ids, row.mask)).encode())
+    if isinstance(rows, Rows):
+        seen.update(rows.fingerprint().encode())
+    else:
+        for row in rows:
+            seen.update(repr((type(row).__name__, row.ids, row.mask)).encode())
     return seen.hexdigest()
+
+
+def sizes_of(rows: Sequence[Rendering]) -> np.ndarray:
+    """Tokens of each row, int64 [rows]; those of tables are not read for it."""
+    return rows.sizes if isinstance(rows, Rows) else np.array([len(row.ids) for row in rows])
 
 
 def _seed(*places: int) -> int:

@@ -89,6 +89,19 @@ def check(how: Tune) -> None:
             rule="but only plain LoRA is trained beside weights in few bits",
             next="set method to lora, without dora and whole, or base to dense",
         )
+    if "base" in how.offload:
+        wrong = {
+            "method": how.method not in ("lora", "ia3", "prefix", "prompt"),
+            "base": how.base != "dense",
+            "dora": how.dora,
+        }
+        for name in (name for name, one in wrong.items() if one):
+            raise ConfigError(
+                f"tune.offload is base and tune.{name} is {getattr(how, name)}",
+                rule="but only dense blocks that stay as they are, beside lora, ia3, prefix or prompt, "
+                "are read from disk as they compute",
+                next=f"leave {name} out, or offload",
+            )
     if bool(how.rope) != (how.rope_factor > 1) or how.rope_factor == math.inf:
         raise ConfigError(
             f"tune.rope is {how.rope!r} and tune.rope_factor is {how.rope_factor:g}",

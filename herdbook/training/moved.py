@@ -18,6 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from herdbook.training.offload import Offload, one_by_one
 from herdbook.training.parallel import local
 
 PRECISIONS = ("float32", "mixed", "bfloat16")
@@ -49,14 +50,21 @@ class Moved:
                 p.data = self.weights[name].data.bfloat16()
 
     @torch.no_grad()
-    def step(self, optimiser: torch.optim.Optimizer) -> None:
-        """One step of the optimiser with the gradients of the model, which are then none."""
+    def step(self, optimiser: torch.optim.Optimizer, offload: Offload | None = None) -> None:
+        """One step of the optimiser with the gradients of the model, which are then none.
+
+        offload: where its state lies, if not in memory."""
         if self.precision == "bfloat16":
-            _step_rounded(optimiser)
+            _step_rounded(optimiser, offload)
         else:
             for name, p in self.parameters.items():
                 self.weights[name].grad = local(p.grad)
-            optimiser.step()
+            if offload is None:
+                optimiser.step()
+            else:
+                for p in one_by_one(optimiser):
+                    optimiser.step()
+                    offload.keep(optimiser.state[p])
             self.show()
         for p in (*self.parameters.values(), *self.weights.values()):
             p.grad = None
@@ -74,24 +82,16 @@ def _share(parameter: nn.Parameter) -> nn.Parameter:
     return parameter if here is parameter else nn.Parameter(here.detach())
 
 
-def _step_rounded(optimiser: torch.optim.Optimizer) -> None:
+def _step_rounded(optimiser: torch.optim.Optimizer, offload: Offload | None) -> None:
     """Matrix by matrix: made float32, moved, rounded back. The optimiser's state is float32."""
-    groups = [(group, group["params"]) for group in optimiser.param_groups]
-    try:
-        for group, _ in groups:
-            group["params"] = []
-        for group, parameters in groups:
-            for p in parameters:
-                narrow = p.data
-                p.data = narrow.float()
-                group["params"] = [p]
-                optimiser.step()
-                p.data = narrow.copy_(stochastic(p.data))
-                p.grad = None
-            group["params"] = []
-    finally:
-        for group, parameters in groups:
-            group["params"] = parameters
+    for p in one_by_one(optimiser):
+        narrow = p.data
+        p.data = narrow.float()
+        optimiser.step()
+        p.data = narrow.copy_(stochastic(p.data))
+        p.grad = None
+        if offload is not None:
+            offload.keep(optimiser.state[p])
 
 
 def stochastic(x: Tensor) -> Tensor:

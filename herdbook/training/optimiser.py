@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from herdbook.errors import ConfigError, nearest
 from herdbook.training.adamw8 import AdamW8
 from herdbook.training.lion import Lion
+from herdbook.training.offload import Offload
 from herdbook.training.parallel import local
 
 Groups = list[dict[str, Any]]
@@ -99,7 +100,7 @@ OPTIMISERS: dict[str, Callable[[Groups, float, tuple[float, float]], torch.optim
 
 
 @torch.no_grad()
-def average(optimiser: torch.optim.Optimizer, decay: float) -> None:
+def average(optimiser: torch.optim.Optimizer, decay: float, offload: Offload | None = None) -> None:
     """Let each weight's running average, float32, follow it: a ← decay · a + (1 − decay) · w.
 
     It lies in the weight's state and begins as what the weight is after its first step.
@@ -109,6 +110,8 @@ def average(optimiser: torch.optim.Optimizer, decay: float) -> None:
             state["average"] = weight.detach().float().clone()
         else:
             state["average"].lerp_(weight.detach().float(), 1 - decay)
+        if offload is not None:
+            offload.keep(state)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ is everybody's, and who has none left computes one that does not count.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -264,6 +265,19 @@ class Team:
             total += local(grad).double().square().sum() / copies
         dist.all_reduce(total)
         return total.sqrt().float()
+
+    @property
+    def neighbours(self) -> int:
+        """How many processes are on this one's machine, itself included."""
+        return 1 if self.alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+
+    def least(self, *numbers: int) -> list[int]:
+        """Of each number the least that any process has."""
+        if self.alone:
+            return list(numbers)
+        found = torch.tensor(numbers)
+        dist.all_reduce(found, dist.ReduceOp.MIN)
+        return found.tolist()
 
     def barrier(self) -> None:
         if not self.alone:

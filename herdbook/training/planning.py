@@ -16,14 +16,14 @@ The moments at which most is held:
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from herdbook.model import blockwise, nf4
 from herdbook.model.checkpoint import Checkpoint
@@ -32,11 +32,13 @@ from herdbook.model.checkpoint.weights import GGUFWeights
 from herdbook.model.decoder import Decoder
 from herdbook.model.frozen import frozen_linear
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Embedding, Int8Linear, Linear
-from herdbook.model.layout import Packed
 from herdbook.model.lora import replace
 from herdbook.model.modules import build
 from herdbook.model.precision import compute_dtype
+from herdbook.model.streamed import held_bytes
 from herdbook.training import adamw8, loss, methods
+from herdbook.training.activations import Load, activations, rough_activations
+from herdbook.training.parallel import Split
 
 if TYPE_CHECKING:
     from herdbook.training.tune import Tune
@@ -66,30 +68,17 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Load:
-    """The pack that takes most: how long its documents are, how many of its tokens are trained, and
-    whether a step has several packs, so that gradients wait."""
-
-    lengths: tuple[int, ...]
-    trained: int
-    several: bool
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
-
-
-@dataclass(frozen=True)
 class Disk:
-    """Bytes on the disk: what is made, and the states that a killed run goes on from (two while one
-    replaces the other)."""
+    """Bytes on the disk: what is made, the states that a killed run goes on from (two while one
+    replaces the other), and what lies there in place of memory."""
 
     result: int
     states: int
+    offloaded: int = 0
 
     @property
     def total(self) -> int:
-        return self.result + self.states
+        return self.result + self.states + self.offloaded
 
 
 def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
@@ -97,27 +86,34 @@ def disk_of(checkpoint: Checkpoint, how: Tune) -> Disk:
     trained = methods.prepare(decoder, how)
     moved = 4 * sum(w.numel() for w in trained.values())
     whole = sum(w.nbytes for w in decoder.parameters())
-    state = moved + _state_bytes(how, trained)
-    return Disk(whole if how.kind == "model" else moved, 2 * state)
+    kept = _state_bytes(how, trained)
+    offloaded = kept if "optimiser" in how.offload else 0
+    return Disk(whole if how.kind == "model" else moved, 2 * (moved + kept), offloaded)
 
 
 def memory_of(
-    checkpoint: Checkpoint, how: Tune, load: Load, process: int, rough: bool = False
+    checkpoint: Checkpoint,
+    how: Tune,
+    load: Load,
+    process: int,
+    rough: bool = False,
+    processes: int = 1,
 ) -> Memory:
     """Arithmetic alone; some tenths of a second whatever the model's size.
 
     process: bytes held before the model is loaded. rough: a bound from above by a formula, in no time.
+    processes: that share the run as `how.parallel` says; the memory is one's.
     """
     decoder = lay_out(checkpoint, how)
     trained = methods.prepare(decoder, how)
     sizes = [w.numel() for w in trained.values()]
     gradients = 4 * sum(sizes)
-    held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+    held = held_bytes(decoder, streamed="base" in how.offload)
     if how.precision == "mixed":  # laid out as float32, computed in a bfloat16 copy
         held += 2 * sum(sizes)
         decoder.to(torch.bfloat16)
-    kept, block = (_rough if rough else activations)(decoder, load)
-    if how.recompute:
+    kept, block = (rough_activations if rough else activations)(decoder, load)
+    if how.recomputes:
         first = decoder.config.hidden * load.tokens * decoder.dtype.itemsize
         kept = min(kept, first * len(decoder.blocks) + block)
     head = _head_work(decoder, load)
@@ -129,14 +125,43 @@ def memory_of(
     most = max(in_packs, in_step)
     held_then = gradients if added or in_step > in_packs else 0
     work = head + block if in_packs >= in_step else most - gradients
-    return Memory(
+    alone = Memory(
         process=process,
         weights=held,
         gradients=held_then,
-        optimiser=_state_bytes(how, trained),
+        optimiser=_state_bytes(how, trained, max if "optimiser" in how.offload else sum),
         activations=most - held_then - work,
         work=work + KERNELS[decoder.dtype] + int(SLACK * (most - held_then)),
     )
+    return alone if processes == 1 else _share(alone, Split.read(how.parallel), decoder, processes)
+
+
+def _share(alone: Memory, split: Split, decoder: Decoder, processes: int) -> Memory:
+    """What each of several processes holds of what one alone would (see training/parallel.py).
+
+    All load the whole model before they give shares away, and the first one holds it again beside its
+    share at the end. Activations of a pack that two compute together are counted whole.
+    """
+    blocks = sum(w.nbytes for w in decoder.blocks.parameters())
+    inside = blocks / max(1, sum(w.nbytes for w in decoder.parameters()))
+    own = 1 - inside + inside / split.tensor  # of weights, gradients and moments, what is not split
+    work = alone.work
+    if split.sharded and processes > split.ways:
+        own /= processes // split.ways
+        work += 2 * blocks // len(decoder.blocks)  # a block while it computes, and the next
+    moved = own / split.stages
+    share = dataclasses.replace(
+        alone,
+        weights=int(alone.weights * own),  # all stages keep them
+        gradients=int(alone.gradients * moved),
+        optimiser=int(alone.optimiser * moved),
+        activations=alone.activations // split.stages,
+        work=work,
+    )
+    ends = alone.process + alone.weights + (share.weights if own < 1 else 0)
+    if ends <= share.peak:
+        return share
+    return Memory(alone.process, ends - alone.process, 0, 0, 0, 0)
 
 
 def lay_out(checkpoint: Checkpoint, how: Tune) -> Decoder:
@@ -235,87 +260,6 @@ def _packaged(
     return made
 
 
-# --- activations -----------------------------------------------------------------------------------
-
-
-def activations(decoder: Decoder, load: Load) -> tuple[int, int]:
-    """(bytes that autograd keeps of a pass over the pack, of those a block's share)."""
-    recompute, decoder.recompute = decoder.recompute, False
-    own = {one.untyped_storage()._cdata for one in (*decoder.parameters(), *decoder.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in own:
-            kept[x.untyped_storage()._cdata] = x
-        return x
-
-    c = decoder.config
-    layout = Packed(load.lengths, device="meta")
-    if c.position == "rope2d":
-        layout.positions = layout.positions[:, None].expand(-1, 2)
-    try:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-            _FlashOnCPU(),
-        ):
-            x = torch.empty(load.tokens, c.hidden, dtype=decoder.dtype, device="meta")
-            x.requires_grad_(_first_needs(decoder))
-            soft = decoder.soft
-            x = layout.begin(x, soft, shift=c.prefix is None)
-            hidden = decoder.finish(decoder.through(x, layout))
-    except (NotImplementedError, KeyError, RuntimeError):
-        return _rough(decoder, load)
-    finally:
-        decoder.recompute = recompute
-    total = sum(one.untyped_storage().nbytes() for one in kept.values()) + hidden.nbytes
-    learning = {
-        int(name.split(".")[1])
-        for name, one in decoder.named_parameters()
-        if one.requires_grad and name.startswith("blocks.")
-    }
-    deep = len(decoder.blocks) - min(learning, default=0)
-    return total, total // max(1, deep)
-
-
-def _first_needs(decoder: Decoder) -> bool:
-    """Whether a gradient flows below the first block: then it keeps all of them."""
-    return any(
-        one.requires_grad for name, one in decoder.named_parameters() if name.startswith("embed")
-    )
-
-
-def eager_bytes(config: Any, itemsize: int) -> int:
-    """Bytes that a block keeps of a token when PyTorch runs a LLaMA as written: inputs and outputs of
-    both norms, of attention q, k, v and what it gives, four inner widths of the MLP."""
-    kv = config.kv_heads * config.head_dim
-    q = config.heads * config.head_dim
-    inner = config.ffn * (4 if config.gated else 3)
-    return int(itemsize * (4 * config.hidden + 2 * q + 2 * kv + inner))
-
-
-def _rough(decoder: Decoder, load: Load) -> tuple[int, int]:
-    """From above; also where the meta device cannot follow (a router's choices, an encoder)."""
-    block = eager_bytes(decoder.config, decoder.dtype.itemsize) * load.tokens * 3 // 2
-    return block * len(decoder.blocks), block
-
-
-class _FlashOnCPU(TorchFunctionMode):
-    """Attention on the meta device keeps what the CPU's kernel keeps, not a matrix of all scores."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.empty(mask.shape, dtype=args[0].dtype, device=mask.device)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = flash(
-            *args, 0.0, kwargs.get("is_causal", False), attn_mask=mask, scale=kwargs.get("scale")
-        )
-        return found[0]
-
-
 # --- work and states -------------------------------------------------------------------------------
 
 
@@ -345,9 +289,11 @@ def _step_work(how: Tune, sizes: Sequence[int]) -> int:
     return work[how.optimiser] + (7 * largest // 2 if how.precision == "bfloat16" else 0)
 
 
-def _state_bytes(how: Tune, trained: dict[str, nn.Parameter]) -> int:
-    """What the optimiser keeps of all trained weights between steps."""
-    return sum(_state_of(how, tuple(w.shape)) for w in trained.values())
+def _state_bytes(
+    how: Tune, trained: dict[str, nn.Parameter], of: Callable[[Iterator[int]], int] = sum
+) -> int:
+    """What the optimiser keeps of all trained weights between steps (of max: of the largest)."""
+    return of(_state_of(how, tuple(w.shape)) for w in trained.values())
 
 
 def _state_of(how: Tune, shape: tuple[int, ...]) -> int:

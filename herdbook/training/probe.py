@@ -47,11 +47,13 @@ class Trial:
     step: Spent
 
 
-def probe(how: Tune, path: Path, short: Pack, full: Pack, several: bool) -> Trial:
-    """path: of the model; short, full: packs of the run. several: gradients wait for further packs."""
+def probe(how: Tune, path: Path, work: Path, short: Pack, full: Pack, several: bool) -> Trial:
+    """path: of the model; work: a folder on the run's disk; short, full: packs of the run. several:
+    gradients wait for further packs."""
     question = {
         "settings": config.to_mapping(how),
         "path": str(path),
+        "work": str(work),
         "packs": [[type(one).__name__, asdict(one)] for one in (short, full)],
         "several": several,
     }
@@ -98,6 +100,7 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     from herdbook.training import optimiser as optimisers
     from herdbook.training.moved import Moved
     from herdbook.training.objective import AnchorPack, NextToken
+    from herdbook.training.offload import Offload
     from herdbook.training.tune import Tune
 
     settings = config.from_mapping(Tune, question["settings"], where="the trial")
@@ -106,7 +109,6 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
     with memory.Peak() as peak:
         source: Any = SimpleNamespace(path=Path(question["path"]), ref=question["path"])
         decoder = settings._load(source, planning.dtype_of(settings))
-        decoder.recompute = settings.recompute
         parameters = methods.prepare(decoder, settings)
         moved = Moved(parameters, settings.precision)
         optimiser = optimisers.make(
@@ -116,6 +118,8 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
             betas=settings.betas,
             weight_decay=0.0,
         )
+        away = "optimiser" in settings.offload
+        shelf = Offload(Path(question["work"]), moved.weights.values()) if away else None
         moved.show()
         objective = NextToken(decoder, settings.anchor, settings.balance)
         found["load"] = watch.lap()
@@ -125,9 +129,9 @@ def _answer(question: dict[str, Any]) -> dict[str, Any]:
 
         def step() -> None:
             optimisers.clip(parameters.values(), settings.clip)
-            moved.step(optimiser)
+            moved.step(optimiser, shelf)
             if settings.average:
-                optimisers.average(optimiser, settings.average)
+                optimisers.average(optimiser, settings.average, shelf)
 
         kinds = {"Pack": Pack, "AnchorPack": AnchorPack}
         short, full = (kinds[kind](**one) for kind, one in question["packs"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -50,6 +51,17 @@ class Rows(Sequence[Rendering]):
         which, row = self.chosen[number]
         name, table = self.tables[which]
         return f"{name} line {table.lines[row]}"
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each row, int64 [rows]."""
+        return self.column("sizes")
+
+    def fingerprint(self) -> str:
+        """Hash of what decides every row and their order; none of them is read."""
+        seen = hashlib.sha256("\n".join(table.key for _, table in self.tables).encode())
+        seen.update(np.ascontiguousarray(self.chosen, "<i8").data)
+        return seen.hexdigest()
 
     def counts(self) -> tuple[int, ...]:
         """How many rows each dataset has here."""

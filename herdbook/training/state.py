@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ from torch import Tensor
 
 from herdbook.files import atomic
 from herdbook.training.moved import Moved
+from herdbook.training.offload import Offload
 from herdbook.training.parallel import Team, local
 
 NAME = "state.safetensors"
 FOLDERS = "state-*"
 ABOUT = "about.json"
+#: a weight's name; itself ("weight") and what the optimiser keeps of it
+Saved = tuple[str, dict[str, Tensor]]
 
 
 @dataclass
@@ -50,8 +53,12 @@ def save(
     optimiser: torch.optim.Optimizer,
     fingerprint: str,
     team: Team,
+    offload: Offload | None = None,
 ) -> None:
-    """Every process of the team calls it; what all of them hold, the first writes."""
+    """Every process of the team calls it; what all of them hold, the first writes.
+
+    offload: where the optimiser's state lies, if not in memory; a saved state is whole without it.
+    """
     tensors: dict[str, Tensor] = {}
     for name, weight in moved.weights.items():
         tensors[f"{name}:weight"] = weight.detach()
@@ -75,6 +82,8 @@ def save(
     elif team.leads:
         with atomic.replacing(folder / NAME) as new:
             save_file(tensors, new, metadata=about)
+        if offload is not None:
+            offload.release()
     if team.leads:
         for one in older:
             shutil.rmtree(one) if one.is_dir() else one.unlink(missing_ok=True)
@@ -102,7 +111,20 @@ def _write(
         atomic.sync_folder(folder)
 
 
-def load(folder: Path, moved: Moved, optimiser: torch.optim.Optimizer, fingerprint: str) -> State:
+def size(folder: Path) -> int:
+    """Bytes of the states that are in a run's folder."""
+    places = [folder / NAME, *folder.glob(FOLDERS)]
+    files = [file for one in places for file in ([one] if one.is_file() else one.glob("*"))]
+    return sum(file.stat().st_size for file in files)
+
+
+def load(
+    folder: Path,
+    moved: Moved,
+    optimiser: torch.optim.Optimizer,
+    fingerprint: str,
+    offload: Offload | None = None,
+) -> State:
     """Put a saved state back into weights and optimiser; a new State where there is none.
 
     fingerprint: of the rows and settings. One that differs is of another run (an older version of
@@ -119,35 +141,45 @@ def load(folder: Path, moved: Moved, optimiser: torch.optim.Optimizer, fingerpri
         return State()
     newest = max(ours, key=lambda place: int(found[place]["step"]))
     about, read = found[newest], _read_file if newest.name == NAME else _read
-    saved: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in read(newest, moved).items():
-        name, _, part = key.rpartition(":")
-        saved.setdefault(name, {})[part] = tensor
-    assert saved.keys() == moved.weights.keys()
+    seen = set()
     with torch.no_grad():
-        for name, weight in moved.weights.items():
-            parts = saved[name]
+        for name, parts in read(newest, moved):
+            weight = moved.weights[name]
             weight.copy_(parts.pop("weight"))
-            optimiser.state[weight] = {key: value.to(weight.device) for key, value in parts.items()}
+            state = optimiser.state[weight]
+            state |= {key: value.to(weight.device) for key, value in parts.items()}
+            if offload is not None:
+                offload.keep(state)
+            seen.add(name)
+    assert seen == moved.weights.keys()
     return State(int(about["step"]), float(about["seconds"]), json.loads(about["records"]))
 
 
-def _read_file(path: Path, moved: Moved) -> dict[str, Tensor]:
-    """What is here of each tensor of the one file."""
-    found: dict[str, Tensor] = {}
+def _read_file(path: Path, moved: Moved) -> Iterator[Saved]:
+    """What is here of each weight of the one file."""
     with safe_open(path, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-            like = moved.parameters.get(key.rpartition(":")[0])
-            if like is None:
-                continue
+        for name, keys in _by_weight(file.keys(), moved).items():
+            like = moved.parameters[name]
             # clone: a tensor that lies in the mapped file may be aligned otherwise than a fresh
             # one, and BLAS may then round otherwise
-            found[key] = _cut(file.get_tensor(key), like).clone()
+            yield (
+                name,
+                {part: _cut(file.get_tensor(key), like).clone() for part, key in keys.items()},
+            )
+
+
+def _by_weight(keys: Iterable[str], moved: Moved) -> dict[str, dict[str, str]]:
+    """Weight → part of its state → key, for the weights that are here."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        name, _, part = key.rpartition(":")
+        if name in moved.parameters:
+            found.setdefault(name, {})[part] = key
     return found
 
 
-def _read(place: Path, moved: Moved) -> dict[str, Tensor]:
-    """What is here of each tensor of a folder, whatever shares it was written in."""
+def _read(place: Path, moved: Moved) -> Iterator[Saved]:
+    """What is here of each weight of a folder, whatever shares it was written in."""
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as fill
@@ -168,7 +200,8 @@ def _read(place: Path, moved: Moved) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         fill(shares, storage_reader=reader, no_dist=alone)  # alone it says that it is
-    return {key: local(value) for key, value in shares.items()}
+    for name, keys in _by_weight(shares, moved).items():
+        yield name, {part: local(shares[key]) for part, key in keys.items()}
 
 
 def _shared(tensor: Tensor, like: Any) -> Any:

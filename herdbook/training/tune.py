@@ -14,13 +14,13 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from herdbook.book.book import Artifact
-from herdbook.book.step import Bench, How, Input, Inputs, Step, require
+from herdbook.book.step import HOW, Bench, How, Input, Inputs, Step, require
 from herdbook.errors import ConfigError
 from herdbook.files import atomic
 from herdbook.model.checkpoint import load_decoder, save_hf
@@ -29,6 +29,7 @@ from herdbook.model.gguf_config import gguf_file
 from herdbook.model.layers import Int4Linear, Int8Linear
 from herdbook.model.lora import merge_lora
 from herdbook.model.precision import compute_dtype
+from herdbook.model.streamed import held_bytes
 from herdbook.progress import Progress
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.tokenizer import Tokenizer
@@ -139,6 +140,10 @@ class Tune(Step):
     balance: float = 0.02
     #: optimiser steps between two saved states
     save_every: int = 20
+    #: kept on disk while it trains, and in memory only where it computes, of: optimiser (its state, see
+    #: offload.py), base (the frozen blocks beside an adapter, see model/streamed.py; recomputes). The
+    #: same bytes are made
+    offload: Annotated[tuple[Literal["optimiser", "base"], ...], HOW] = ()
     #: how the processes that torchrun started share a step: ddp (each has the model), fsdp (each a
     #: share of it), tp:2 (two compute a pack together), pp:2 (each holds half of the blocks), fsdp+tp:2;
     #: see training/parallel.py
@@ -160,14 +165,19 @@ class Tune(Step):
         source = bench.artifact("model")
         tokenizer = Tokenizer.load(source.path)
         rows, dropped = gather(self, bench, tokenizer)
-        fitting.need_room(self, source.path, rows, bench.work)
-
         team = parallel.Team(self.parallel)
+        if self.offload and not team.alone:
+            raise ConfigError(
+                f"tune.offload is {','.join(self.offload)} in {team.size} processes",
+                rule="but what is kept on disk belongs to one process",
+                next="set parallel to fsdp and leave offload out, or run it without torchrun",
+            )
+        fitting.need_room(self, source.path, rows, bench.work, team)
+
         with memory.Peak() as peak:
             dtype = torch.float32 if self.kind == "model" else compute_dtype()
             decoder = self._load(source, dtype if self.precision != "bfloat16" else torch.bfloat16)
-            decoder.recompute = self.recompute
-            held = sum(w.nbytes for w in (*decoder.parameters(), *decoder.buffers()))
+            held = held_bytes(decoder, streamed=decoder.streamed is not None)
             plan = self._plan(rows, decoder.parameter_count())
             minima = gguf_file(source.path) is not None
             parameters = methods.prepare(decoder, self, minima=minima)
@@ -182,6 +192,7 @@ class Tune(Step):
                 bench.work,
                 bench.progress,
                 team,
+                offload="optimiser" in self.offload,
             )
             team.gather(decoder)
         if not team.leads:
@@ -263,8 +274,14 @@ class Tune(Step):
                 )
 
     def _load(self, source: Artifact, dtype: torch.dtype) -> Decoder:
-        kept = {"quantised": self.kept == "packaged", "nf4": self.base == "nf4"}
-        decoder = load_decoder(source.path, dtype=dtype, **kept)
+        decoder = load_decoder(
+            source.path,
+            dtype=dtype,
+            quantised=self.kept == "packaged",
+            nf4=self.base == "nf4",
+            streamed="base" in self.offload,
+        )
+        decoder.recompute = self.recomputes
         if decoder.config.position == "learned" and self.length > decoder.config.max_pos:
             raise ConfigError(
                 f"tune.length is {self.length}",
@@ -284,16 +301,22 @@ class Tune(Step):
         return decoder
 
     @property
+    def recomputes(self) -> bool:
+        """Whether blocks are computed again on the way back."""
+        return self.recompute or "base" in self.offload
+
+    @property
     def kept(self) -> str:
         """How the frozen weights are kept."""
         return "packaged" if self.method == "peqa" else self.base
 
     def _plan(self, rows: Sequence[Rendering], parameters: int = 0) -> Plan:
         """rows: those of the run, or some like them. parameters: of the model."""
-        sizes = rows.counts() if self.mix and isinstance(rows, Rows) else ()
+        counts = getattr(rows, "counts", None)  # a planned run's rows are no tables, but have it
+        sizes = counts() if self.mix and counts else ()
         steps = self.steps
         if self.tokens_per_parameter:
-            mean = sum(len(row.ids) for row in rows) / len(rows)
+            mean = float(loop.sizes_of(rows).mean())
             steps = math.ceil(self.tokens_per_parameter * parameters / (self.batch * mean))
         return Plan(
             sizes=sizes,
@@ -318,5 +341,5 @@ class Tune(Step):
         )
 
     def _tokens_seen(self, rows: Rows, plan: Plan) -> int:
-        sizes = rows.column("sizes")
+        sizes = rows.sizes
         return sum(int(sizes[cut].sum()) for cut in loop.batches(plan, len(rows)))

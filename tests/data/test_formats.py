@@ -239,6 +239,35 @@ def test_refused_with_the_line_and_what_was_expected(
     assert ";;" not in message and " ;" not in message and "{}" not in message
 
 
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
+def test_wherever_the_file_is_cut_into_pieces(
+    parse: Any, refusal: Any, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same rows, lines and faults, whether it is read by the byte or whole."""
+    odd = {"instruction": '你好 \\ " \u2028 [1, {', "output": "好😀é" * 9}
+    several = [ALPACA, odd, ALPACA | {"output": "7", "n": [1.5e-3, None, True, {"a": -12}]}]
+    texts = [
+        json.dumps(several, indent=2, ensure_ascii=False),
+        jsonl(*several),
+        f" {json.dumps(several)} ",
+    ]
+    files = [one.encode() for one in texts] + [gzip.compress(texts[0].encode())]
+    files.append(gzip.compress(texts[1].encode()[:50]) + gzip.compress(texts[1].encode()[50:]))
+    whole = [parse(one) for one in files]
+    broken = [
+        texts[0][:-30],
+        texts[0].replace("-12", "-12 x"),
+        "[1, 12345678901",
+        texts[1] + "{",
+        "[" * 9,
+    ]
+    said = [refusal(one) for one in broken]
+    monkeypatch.setattr("herdbook.data.rows.PIECE", piece)
+    assert [parse(one) for one in files] == whole
+    assert [refusal(one) for one in broken] == said
+    assert [len(one.conversations) for one in whole] == [3] * 5
+
+
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not there"):
         formats.read(tmp_path / "none.jsonl")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,40 @@ def test_import_splits_and_counts(book: Book, tmp_path: Path) -> None:
     assert not (few.path / "heldout.jsonl").exists()
     one = Import(data=str(data), limit=1).run(book, name="one")
     assert len(questions(one.path / "train.jsonl")) == 1
+
+
+def test_a_conversation_that_comes_again_is_taken_once(book: Book, tmp_path: Path) -> None:
+    """Where it first stood, with the line of the last."""
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}."} for n in (1, 2, 1, 3, 2)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    made = Import(data=str(path), heldout=0).run(book)
+    assert questions(made.path / "train.jsonl") == ["Say 1.", "Say 2.", "Say 3."]
+    assert [row.extra["line"] for row in records.read(made.path / "train.jsonl")] == [3, 5, 4]
+    assert made.metrics["repeated"] == 2 and made.metrics["conversations"] == 3
+
+
+@pytest.mark.parametrize("layout", ["lines", "array", "gzip"])
+def test_import_holds_a_row_and_not_the_file(book: Book, tmp_path: Path, layout: str) -> None:
+    """40 MB of rows: what is held of them at most is a few pieces and the rows' hashes."""
+    row = {"instruction": "Say {}.", "output": "word " * 2000}
+    text = [json.dumps(row).replace("{}", str(n)) for n in range(4000)]
+    path = tmp_path / "rows.json"
+    whole = "[" + ", ".join(text) + "]" if layout == "array" else "\n".join(text)
+    if layout == "gzip":
+        path.write_bytes(gzip.compress(whole.encode(), 1))
+    else:
+        path.write_text(whole)
+    size = len(whole)
+    del text, whole
+    tracemalloc.start()
+    try:
+        made = Import(data=str(path), heldout=0.01).run(book)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert made.metrics["conversations"] == 3960
+    assert most < size / 4
 
 
 def test_import_notices_a_changed_file(book: Book, tmp_path: Path) -> None:

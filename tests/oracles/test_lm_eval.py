@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from herdbook.data import formats
+from herdbook.data import rows as data
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError
@@ -97,7 +97,7 @@ def of(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Task, 
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [row for _, _, row in formats.rows(path)]
+    return [row for _, _, row in data.rows(path)]
 
 
 def test_the_embedded_model_on_twenty_questions(

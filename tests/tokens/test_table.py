@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,31 @@ def test_the_least_used_tables_go(made: dict[str, Any], monkeypatch: pytest.Monk
     for length in (30, 40, 50):
         table.tabulate(**{**made, "length": length})
     assert len(folders(made)) == 2
+
+
+def test_what_a_killed_process_left_is_in_nobody_s_way(
+    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the next process has the same number, as in a container that starts again."""
+    (place,) = [table.tabulate(**made), *folders(made)][1:]
+    shutil.rmtree(place)
+    for name in (f".{place.name}.{os.getpid()}.tmp", "tmpabc.tmp"):
+        (made["cache"] / name).mkdir()
+        (made["cache"] / name / "ids").write_bytes(b"half")
+    monkeypatch.setattr(table, "LINES", 4)
+    monkeypatch.setattr(table.os, "cpu_count", lambda: 2)
+    right, seen = table.tempfile.TemporaryDirectory, list[str]()
+
+    def noted(**more: Any) -> Any:
+        made_one = right(**more)
+        seen.append(made_one.name)
+        return made_one
+
+    monkeypatch.setattr(table.tempfile, "TemporaryDirectory", noted)
+    table.tabulate(**made)
+    assert folders(made) == [place]
+    parts = [one for one in seen if Path(one).parent == made["cache"]]
+    assert parts and all(one.endswith(".tmp") for one in parts)
 
 
 def test_a_row_that_cannot_be_rendered_is_told_from_another_process_too(

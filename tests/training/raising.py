@@ -1,6 +1,6 @@
 """A tiny model and twenty conversations in a book; as a program, tunes it, waiting after each pack.
 
-python raising.py HOME FOLDER     so that a test can kill it where it likes
+python raising.py HOME FOLDER CHANGES     so that a test can kill it where it likes
 """
 
 from __future__ import annotations
@@ -122,6 +122,17 @@ class Printing(Progress):
         yield Line()
 
 
+def mixture(book: Book) -> dict[str, Any]:
+    """Settings of a mixture of «rows» and of a few others, which it puts into the book."""
+    Rows(rows=tuple(f"what{' what' * n}|no{' no' * n}" for n in range(5))).run(book, name="few")
+    return {"data": ("rows", "few"), "mix": (3.0, 1.0)}
+
+
 if __name__ == "__main__":
     book, _, _ = stock(Path(sys.argv[1]), Path(sys.argv[2]))
-    tune().run(book, progress=Printing())
+    changes = json.loads(sys.argv[3])
+    if changes.pop("mixture", False):
+        changes |= mixture(book)
+    if "offload" in changes:
+        changes["offload"] = tuple(changes["offload"])
+    tune(**changes).run(book, progress=Printing())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +20,11 @@ from herdbook.book.book import Book
 from herdbook.errors import CapacityError
 from herdbook.model.checkpoint import open_checkpoint
 from herdbook.model.layout import Packed
-from herdbook.training import fitting, memory, methods, planning
+from herdbook.progress import Progress
+from herdbook.training import fitting, memory, methods, planning, state
 from herdbook.training import optimiser as optimisers
-from herdbook.training.planning import Disk, Load
+from herdbook.training.activations import Load, activations
+from herdbook.training.planning import Disk
 
 LOAD = Load((9, 5, 9, 4), trained=12, several=False)
 WAYS: dict[str, dict[str, Any]] = {
@@ -66,7 +71,7 @@ def test_weights_and_activations_are_those_that_torch_holds(way: str, tiny_folde
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         hidden = real(ids, Packed(LOAD.lengths))
     really = sum(one.untyped_storage().nbytes() for one in kept.values()) + hidden.nbytes
-    counted, _ = planning.activations(decoder, LOAD)
+    counted, _ = activations(decoder, LOAD)
     assert counted == pytest.approx(really, rel=0.02, abs=ids.nbytes)
 
 
@@ -132,6 +137,72 @@ def test_a_disk_without_room(tmp_path: Path):
     fitting.need_disk(Disk(1, 1), tmp_path)
     with pytest.raises(CapacityError, match="of disk"):
         fitting.need_disk(Disk(10**18, 1), tmp_path)
+
+
+def test_a_state_that_is_there_is_not_counted_again(tmp_path: Path):
+    """Of the two states that lie there for a moment, one may be what an earlier start left."""
+    needed = Disk(result=100, states=2 * 400)
+    with pytest.raises(CapacityError, match="900 MB"):
+        fitting.need_disk(Disk(10**8, 8 * 10**8), tmp_path, free=5 * 10**8 - 1)
+    fitting.need_disk(needed, tmp_path, free=500, there=400)
+    fitting.need_disk(needed, tmp_path, free=500, there=900)  # of another run, or of two
+    with pytest.raises(CapacityError):
+        fitting.need_disk(needed, tmp_path, free=499, there=400)
+
+
+def test_a_run_that_goes_on_needs_less_disk(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    book, _, _ = stock(tmp_path, tiny_folder)
+    how = tune(method="full", steps=4, dropout=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        how.run(book, progress=Stop())
+    (saved,) = book.home.rglob(state.NAME)
+    needed = planning.disk_of(open_checkpoint(tiny_folder), how)
+    assert needed.states // 2 < saved.stat().st_size < needed.states
+    left = SimpleNamespace(free=needed.result + needed.states // 2)
+    monkeypatch.setattr(fitting.shutil, "disk_usage", lambda place: left)
+    assert how.run(book).metrics["steps"] == 4
+
+
+class Stop(Progress):
+    """Presses Ctrl-C in the third step."""
+
+    packs = 0
+
+    @contextmanager
+    def task(self, name: str, *, total: float, unit: str, done: float = 0) -> Iterator[Any]:
+        yield self
+
+    def advance(self, amount: float, **notes: float) -> None:
+        self.packs += 1
+        if self.packs == 3:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "tp:2", "fsdp+tp:2", "pp:2"])
+def test_several_processes_hold_their_shares(how: str, tiny_folder: Path):
+    checkpoint, load = open_checkpoint(tiny_folder), Load((64,) * 4, 60, several=True)
+    step = tune(method="full", dropout=0.0, parallel=how)
+    alone = planning.memory_of(checkpoint, step, load, 0)
+    each = planning.memory_of(checkpoint, step, load, 0, processes=4)
+    shares = {"ddp": 1, "fsdp": 4, "tp:2": 1, "fsdp+tp:2": 2, "pp:2": 2}[how]
+    for part in ("gradients", "optimiser"):
+        mine, whole = getattr(each, part), getattr(alone, part)
+        assert mine <= whole // shares
+        assert mine > whole // shares // 2  # in tp, embedding and norms are whole
+    sharded = "fsdp" in how or "tp" in how
+    assert (each.weights < alone.weights) == sharded
+    assert each.activations == alone.activations // (2 if how == "pp:2" else 1)
+    assert planning.memory_of(checkpoint, step, load, 0, processes=1) == alone
+
+
+def test_all_load_the_whole_model_first(tiny_folder: Path):
+    checkpoint, load = open_checkpoint(tiny_folder), Load((9,), 3, several=False)
+    step = tune(method="full", optimiser="lion", dropout=0.0, parallel="fsdp")
+    each = planning.memory_of(checkpoint, step, load, 10**9, processes=64)
+    whole = planning.memory_of(checkpoint, step, load, 10**9)
+    assert each.peak >= 10**9 + whole.weights
 
 
 def test_disk_is_what_lies_there(shelf: Book, tiny_folder: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import raising
-from raising import stock, tune
+from raising import mixture, stock, tune
 from safetensors import SafetensorError
 
 from herdbook.book.book import Artifact, Book
@@ -34,10 +35,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path):
     return tune().run(book)
 
 
-def kill_after(packs: int, home: Path, folder: Path) -> None:
+def kill_after(packs: int, home: Path, folder: Path, changes: dict[str, Any]) -> None:
     """Tune in a process of its own, and kill it while it goes on after so many packs."""
     process = subprocess.Popen(
-        [sys.executable, raising.__file__, str(home), str(folder)],
+        [sys.executable, raising.__file__, str(home), str(folder), json.dumps(changes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -53,15 +54,29 @@ def kill_after(packs: int, home: Path, folder: Path) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-def test_killed_at_several_moments(uninterrupted, tmp_path: Path, tiny_folder: Path):
+@pytest.mark.parametrize("offload", [(), ("optimiser",)])
+def test_killed_at_several_moments(
+    uninterrupted, offload: tuple[Any, ...], tmp_path: Path, tiny_folder: Path
+):
     for packs in (1, 3, 4):  # before anything is saved; between two saves; later
-        kill_after(packs, tmp_path, tiny_folder)
+        kill_after(packs, tmp_path, tiny_folder, {"offload": offload})
     book, _, _ = stock(tmp_path, tiny_folder)
     (saved,) = book.home.rglob(state.NAME)  # something was there to go on from
     assert saved.is_file()
-    resumed = tune().run(book)
+    resumed = tune(offload=offload).run(book)
     assert files(resumed.path) == files(uninterrupted.path)
     assert resumed.id == uninterrupted.id
+
+
+def test_a_mixture_that_is_killed_goes_on_to_the_same_bytes(tmp_path: Path, tiny_folder: Path):
+    book, _, _ = stock(tmp_path / "whole", tiny_folder)
+    whole = tune(**mixture(book)).run(book)
+    for packs in (3, 5):
+        kill_after(packs, tmp_path / "cut", tiny_folder, {"mixture": True})
+    book, _, _ = stock(tmp_path / "cut", tiny_folder)
+    resumed = tune(**mixture(book)).run(book)
+    assert files(resumed.path) == files(whole.path) and resumed.id == whole.id
+    assert whole.metrics["rows"] == 25
 
 
 class Interrupting(Progress):

@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from raising import tune
 from several import all_tuned, going_on, launch, losses, stopped, tuned
 
 from herdbook.book.book import Artifact
-from herdbook.errors import ConfigError
-from herdbook.training import state
+from herdbook.errors import CapacityError, ConfigError
+from herdbook.training import fitting, memory, state
 from herdbook.training.parallel import Split, Team
+from herdbook.training.planning import Memory
 
 SMALL = {"length": 32, "pack": 32, "steps": 3}  # four packs a step
 LORA = SMALL | {"dropout": 0.0}
@@ -108,6 +110,37 @@ def test_a_process_that_dies_costs_the_steps_since_the_last_state(
     artifact, said = launch(2, going_on, place, tiny_folder, changes, restarts=1)
     assert "going on after step 2 of 6" in said
     assert losses(artifact) == pytest.approx(losses(whole), abs=1e-5)
+
+
+def refused(home: Path, folder: Path) -> str:
+    with pytest.raises(CapacityError) as caught:
+        tuned(home, folder, FULL)
+    return str(caught.value)
+
+
+def test_what_fits_not_one_of_them_is_refused_by_all(
+    home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They share what their machine has, and none waits for one that has left."""
+    gigabyte = 10**9
+
+    def free() -> int:
+        return 1000 if dist.get_rank() == 1 else 64 * gigabyte
+
+    monkeypatch.setattr(memory, "free_bytes", free)
+    said = launch(2, refused, home / "poor", tiny_folder)
+    assert "in each of 2 processes" in said and "for each" in said
+    monkeypatch.setattr(memory, "free_bytes", lambda: 8 * gigabyte)
+    monkeypatch.setattr(memory, "held_bytes", lambda: 0)
+    monkeypatch.setattr(
+        fitting, "memory_of", lambda *a, **more: Memory(0, 3 * gigabyte, 0, 0, 0, 0)
+    )
+    assert launch(2, tuned, home / "half", tiny_folder, FULL).metrics["processes"] == 2
+    monkeypatch.setattr(
+        fitting, "memory_of", lambda *a, **more: Memory(0, 5 * gigabyte, 0, 0, 0, 0)
+    )
+    monkeypatch.setattr(fitting, "nearest_fit", lambda *a: None)
+    assert "and there are 4.0 GB for each" in launch(2, refused, home / "whole", tiny_folder)
 
 
 def test_plans():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from herdbook.book.hashing import digest
-from herdbook.data import formats
+from herdbook.data import rows as data
 from herdbook.errors import ConfigError, DataError
 from herdbook.evaluation.tasks.rows import Reader, Row
 from herdbook.evaluation.tasks.rows import read as read_rows
@@ -69,9 +69,9 @@ def questions(task: Task, limit: int = 0) -> Questions:
 def _documents(task: Task, path: Path) -> list[Item]:
     """The whole of a text file, or `text` of each row."""
     if not path.name.endswith(ROWS):
-        return [_document("1", formats.text(path, "where a text was expected"))]
+        return [_document("1", data.text(path, "where a text was expected"))]
     found = []
-    rows = formats.rows(path, "where rows with text were expected")
+    rows = data.rows(path, "where rows with text were expected")
     for number, (_, place, row) in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not isinstance(row.get("text"), str) or not row["text"]:
             raise Reader(task, path, place).wrong(f"{row!r:.60}", "lacks a text")
@@ -202,7 +202,7 @@ def users(path: Path) -> Task:
     for case, white space and punctuation at the ends; `contains` looks for the answer in the reply.
     """
     expected = "where rows of question and answer (and choices, or A, B, …) were expected"
-    _, place, first = next(formats.rows(path, expected), (0, "", None))
+    _, place, first = next(data.rows(path, expected), (0, "", None))
     if not isinstance(first, Mapping) or "question" not in first or "answer" not in first:
         found = f"{path}, {place}: {first!r:.60}" if place else f"{path} holds no row"
         raise DataError(found, rule=expected, next='write {"question": "…", "answer": "…"} a line')

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from herdbook.data import formats
+from herdbook.data import rows as data
 from herdbook.errors import DataError
 from herdbook.evaluation.tasks.task import LETTERS, Task
 
@@ -31,7 +31,7 @@ def read(task: Task, path: Path, more: frozenset[str] = frozenset()) -> list[Row
     needed = task.needs() | more
     expected = f"where rows with {', '.join(sorted(needed))} were expected"
     found = []
-    for number, (_, place, row) in enumerate(formats.rows(path, expected), start=1):
+    for number, (_, place, row) in enumerate(data.rows(path, expected), start=1):
         found.append(Reader(task, path, place).row(row, number, needed))
     if not found:
         raise DataError(f"{path} holds no row", rule=expected, next="give another file")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from herdbook.errors import FamilyError
 from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
 from herdbook.model.checkpoint.steps import Step, at_once
@@ -17,6 +18,7 @@ from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, Linear
 from herdbook.model.modules import build
 from herdbook.model.nf4 import NF4Linear
 from herdbook.model.precision import compute_dtype
+from herdbook.model.streamed import Streamed
 
 
 def load_decoder(
@@ -24,12 +26,14 @@ def load_decoder(
     dtype: torch.dtype | None = None,
     quantised: bool = False,
     nf4: bool = False,
+    streamed: bool = False,
 ) -> Decoder:
     """The decoder at `path`, frozen (no gradients), in `dtype` (default: what the machine computes).
 
     quantised: matrices that a GGUF keeps as Q4_0, Q4_1 or Q8_0, or a folder as compressed-tensors,
     stay so; the rest is in `dtype`. nf4: instead, the blocks' matrices are rounded to NF4 one by one
-    as they are read.
+    as they are read. streamed: the blocks' matrices are read whenever a block computes (see streamed.py),
+    in `dtype` whatever the source's is.
     """
     checkpoint = open_checkpoint(path)
     dtype = dtype or compute_dtype()
@@ -37,6 +41,14 @@ def load_decoder(
         decoder = build(checkpoint.config, headless=checkpoint.headless)
     decoder.family = checkpoint.family.name
     decoder.source_config = dict(checkpoint.source_config)
+    if streamed:
+        if type(decoder) is not Decoder:
+            raise FamilyError(
+                f"{path} is of the family {decoder.family}",
+                rule="whose blocks are more than a decoder's, and are not streamed",
+                next="leave offload out",
+            )
+        decoder.streamed = Streamed(decoder, checkpoint, dtype)
     # first all places: what is held besides them then leaves no holes
     fills: list[Iterable[Step]] = []
     for name, shape in checkpoint.shapes.items():
@@ -52,6 +64,8 @@ def load_decoder(
         elif may and (made := _quantised(checkpoint, name, dtype)):
             _replace(decoder, module_name, made[0])
             fills.append(made[1])
+        elif decoder.streamed and (later := decoder.streamed.put(name, shape)) is not None:
+            setattr(module, leaf, later)
         elif leaf in dict(module.named_parameters(recurse=False)):
             place = torch.empty(shape, dtype=dtype)
             setattr(module, leaf, nn.Parameter(place, requires_grad=False))
