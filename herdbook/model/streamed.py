@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from herdbook.model.checkpoint.steps import at_once
+from herdbook.model.at_once import at_once
 
 if TYPE_CHECKING:
     from herdbook.model.checkpoint.base import Checkpoint

@@ -12,8 +12,8 @@ import torch
 
 from herdbook.errors import FileError
 from herdbook.files import gguf
+from herdbook.model.at_once import THREADS, at_once
 from herdbook.model.checkpoint import weights
-from herdbook.model.checkpoint.steps import THREADS, at_once
 from herdbook.model.checkpoint.weights import GGUFWeights
 
 ROWS, COLUMNS = 96, 256

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from herdbook.errors import FileError
-from herdbook.model.checkpoint.steps import Step
+from herdbook.model.at_once import Step
 from herdbook.model.checkpoint.weights import WHOLE, Blocks, Weights
 from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, SourceTensor

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from herdbook.errors import FileError
-from herdbook.model.checkpoint.steps import Step, at_once
+from herdbook.model.at_once import Step, at_once
 from herdbook.model.checkpoint.weights import STRIP_BYTES, Blocks, PlainWeights, Weights
 from herdbook.model.layers import BLOCK, Int4Linear, Int8Linear
 

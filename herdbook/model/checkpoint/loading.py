@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from herdbook.errors import FamilyError
+from herdbook.model.at_once import Step, at_once
 from herdbook.model.checkpoint.base import Checkpoint
 from herdbook.model.checkpoint.opening import open_checkpoint
-from herdbook.model.checkpoint.steps import Step, at_once
 from herdbook.model.decoder import Decoder
 from herdbook.model.layers import Int4Linear, Int8Embedding, Int8Linear, Linear
 from herdbook.model.modules import build

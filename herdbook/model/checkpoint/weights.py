@@ -23,7 +23,7 @@ from torch import Tensor
 from herdbook.errors import FileError
 from herdbook.files import gguf
 from herdbook.files.safetensors import Entry
-from herdbook.model.checkpoint.steps import Step
+from herdbook.model.at_once import Step
 
 #: of a tensor's bytes that are held besides the result, in the file's type or as dequantised
 STRIP_BYTES = 1 << 20
