@@ -85,7 +85,7 @@ $(BENCH)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/pip install -q --disable-pip-version-check -U pip
 	$(BENCH)/bin/pip install -q --disable-pip-version-check "$(TORCH)"
-	$(BENCH)/bin/pip install -q --disable-pip-version-check -e . -r benchmarks/requirements.txt
+	$(BENCH)/bin/pip install -q --disable-pip-version-check -e . --config-settings editable_mode=compat -r benchmarks/requirements.txt
 	touch $@
 
 # Ours and the peers in one run, in an environment of their own; writes benchmarks/RESULTS.md.

@@ -484,7 +484,7 @@ def start(bench: Bench, only: str) -> None:
     """From nothing to the first token, as a person at a terminal waits."""
     count = str(THREADS)
     commands = {
-        "Herdbook": [sys.executable, "-m", "herdbook.cli", "chat", "smollm2", "-p", QUESTION],
+        "Herdbook": [str(Path(sys.executable).parent / "herd"), "chat", "smollm2", "-p", QUESTION],
         "llama.cpp Q4_0": [sys.executable, "-c", FIRST_TOKEN, str(bench.q4_0), QUESTION, count],
         "llama.cpp Q4_1": [sys.executable, "-c", FIRST_TOKEN, str(bench.q4_1), QUESTION, count],
     }
