@@ -13,6 +13,7 @@ room it costs little, and where there is none it costs the disk's speed: both wa
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import tempfile
 import weakref
@@ -49,9 +50,11 @@ class Offload:
 
     def keep(self, state: dict[str, Tensor]) -> None:
         """The tensors of a weight's state lie in the file from now on, and none of it in memory."""
-        for key, value in state.items():
-            if value.ndim and not self._has(value):
-                state[key] = self._put(value)
+        new = [key for key, value in state.items() if value.ndim and not self._has(value)]
+        for key in new:
+            state[key] = self._put(state[key])
+        if new and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc keeps freed memory
+            libc.malloc_trim(0)
         self.release()
 
     def release(self) -> None:

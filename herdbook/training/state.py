@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from herdbook.files import atomic
+from herdbook.files import atomic, safetensors
+from herdbook.model.checkpoint.weights import NAMES, as_bytes
 from herdbook.training.moved import Moved
 from herdbook.training.offload import Offload
 from herdbook.training.parallel import Team, local
@@ -80,14 +80,27 @@ def save(
         _write(folder, place, shares, about, team)
         older = [*(one for one in older if one != place), folder / NAME]
     elif team.leads:
-        with atomic.replacing(folder / NAME) as new:
-            save_file(tensors, new, metadata=about)
-        if offload is not None:
-            offload.release()
+        _write_file(folder / NAME, tensors, about, offload)
     if team.leads:
         for one in older:
             shutil.rmtree(one) if one.is_dir() else one.unlink(missing_ok=True)
     team.barrier()
+
+
+def _write_file(
+    path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str], offload: Offload | None
+) -> None:
+    """The one file, whole or not at all; of what lies on disk, one tensor is in memory at a time."""
+
+    def values(name: str) -> memoryview:
+        if offload is not None:
+            offload.release()
+        return as_bytes(tensors[name].cpu().contiguous())
+
+    plan = {name: (NAMES[one.dtype], tuple(one.shape)) for name, one in tensors.items()}
+    safetensors.write(path, plan, values, about)
+    if offload is not None:
+        offload.release()
 
 
 def _write(
