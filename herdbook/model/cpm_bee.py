@@ -26,11 +26,12 @@ from herdbook.model import tree
 from herdbook.model.attention import Look
 from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried, State
-from herdbook.model.config import NUMBER, BeeConfig, DecoderConfig
+from herdbook.model.config import DecoderConfig
 from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
+from herdbook.model.own_configs import NUMBER, BeeConfig
 from herdbook.model.tree import Tree
 
 SHRINK = 1.05

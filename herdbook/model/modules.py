@@ -3,9 +3,10 @@ by more than axes can say."""
 
 from __future__ import annotations
 
-from herdbook.model.config import BeeConfig, DecoderConfig, RWKVConfig, T5Config
+from herdbook.model.config import DecoderConfig
 from herdbook.model.cpm_bee import CPMBee
 from herdbook.model.decoder import Decoder
+from herdbook.model.own_configs import BeeConfig, RWKVConfig, T5Config
 from herdbook.model.rwkv import RWKV
 from herdbook.model.t5 import T5
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from herdbook.model.carried import State, by_length
-from herdbook.model.config import RWKVConfig
 from herdbook.model.decoder import Decoder, Ropes
 from herdbook.model.layers import LayerNorm, Linear, Vector, make_norm
 from herdbook.model.layout import Layout, Packed
+from herdbook.model.own_configs import RWKVConfig
 
 #: tokens whose weights on one another are computed at once; the rest of the past is in the state
 CHUNK = 8

@@ -26,11 +26,11 @@ from herdbook.errors import RequestError
 from herdbook.model.attention import Look
 from herdbook.model.biased import Answering, BiasedAttention, Division, Document, bucket
 from herdbook.model.carried import Carried
-from herdbook.model.config import T5Config
 from herdbook.model.decoder import Ropes
 from herdbook.model.layers import Vector, make_norm
 from herdbook.model.layout import Layout, Packed
 from herdbook.model.mlp import MLP
+from herdbook.model.own_configs import T5Config
 from herdbook.model.switch import Switch
 
 #: scores are q·k as they are; the weights were trained to be small enough

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from herdbook.errors import RequestError
-from herdbook.model.config import Marks
+from herdbook.model.own_configs import Marks
 
 #: steps up and down the tree are told apart below this
 STEPS = 8

@@ -22,11 +22,11 @@ from herdbook.engine.request import Request, Sampling
 from herdbook.errors import FamilyError, FileError, RequestError
 from herdbook.model.carried import Carried
 from herdbook.model.checkpoint import load_decoder, open_checkpoint, save_hf
-from herdbook.model.config import Marks
 from herdbook.model.cpm_bee import CPMBee
 from herdbook.model.families import families
 from herdbook.model.layout import Packed
 from herdbook.model.modules import build
+from herdbook.model.own_configs import Marks
 from herdbook.model.tree import flatten, parse
 
 VOCAB, HIDDEN, HEADS, DIM, FFN, LAYERS = 90, 32, 4, 10, 48, 3

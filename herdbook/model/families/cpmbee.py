@@ -11,9 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from herdbook.model.config import NUMBER, BeeConfig, DecoderConfig, Marks
+from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
+from herdbook.model.own_configs import NUMBER, BeeConfig, Marks
 
 #: ids in the vocabulary that all of them share
 FIRST, LAST, ROOT, ANSWER, INPUT = 6, 7, 8, 9, 65678

@@ -13,9 +13,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from herdbook.model.config import DecoderConfig, RWKVConfig
+from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
+from herdbook.model.own_configs import RWKVConfig
 
 NAMES: Names = {
     "embed": ("rwkv.embeddings", ""),

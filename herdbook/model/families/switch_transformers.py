@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from herdbook.model.config import DecoderConfig, T5Config
+from herdbook.model.config import DecoderConfig
 from herdbook.model.families import t5
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
+from herdbook.model.own_configs import T5Config
 
 MLPS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from herdbook.model.config import DecoderConfig, T5Config
+from herdbook.model.config import DecoderConfig
 from herdbook.model.family import Family, Names
 from herdbook.model.keys import Keys
+from herdbook.model.own_configs import T5Config
 
 #: feed_forward_proj → whether it is gated, and our activation
 MLPS = {
