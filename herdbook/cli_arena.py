@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from herdbook.terminal import Json, book, console, print_json
+from herdbook.terminal import Json, book, console, need_own_page, print_json
 
 if TYPE_CHECKING:
     from herdbook.data.teacher import Teacher
@@ -39,6 +39,7 @@ def arena(votes: Path, /, *, out: Path | None = None, draws: int = 300, json: Js
     found = log.read(votes)
     board = leaderboard(found.votes, draws=draws) | {"named_votes": found.named}
     if out:
+        need_own_page(out)
         from herdbook.evaluation.judging.page import arena_page
         from herdbook.files.atomic import write_text
 

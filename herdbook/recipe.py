@@ -261,10 +261,33 @@ def raise_(
         done[name] = known
         if not getattr(step, "model", ""):
             _check_models(steps, done)
+        if not any(getattr(one, "after", "") == name for one in steps.values()):
+            called = f"{described.name}-{name}-report"
+            made += _compared(written, known, called, book, progress)
     reports = tuple(one for one in done.values() if one.kind == "report")
     raised = Raised(done[described.result], tuple(made), tuple(kept), reports)
     _check_gates(raised)
     return raised
+
+
+def _compared(
+    step: Step, made: Artifact, called: str, book: Book, progress: Progress
+) -> list[Artifact]:
+    """The report, unless it is there, of what a step made of a model beside that model: perplexity and
+    size. A recipe's own Report of it says more."""
+    before = next((ref for one in step.changes if (ref := getattr(step, one, ""))), "")
+    if not before:
+        return []
+    settings = {"speed": False, "min_identity": 0.0, "max_perplexity_increase": 0.0}
+    report = step_class("Report")(before=before, after=made.id, **settings)  # type: ignore[call-arg]
+    if book.by_key(report.resolved(book).key(), called) is not None:
+        return []
+    from herdbook.evaluation.answer import line
+    from herdbook.evaluation.run import read_report
+
+    found = report.run(book, name=called, progress=progress)
+    progress.say(f"  {line(read_report(found))}")
+    return [found]
 
 
 def check(steps: Mapping[str, Step]) -> None:

@@ -71,6 +71,9 @@ class Step(ABC):
 
     kind: ClassVar[str]  # of the artifact it makes
     revision: ClassVar[int] = 1  # raised when equal settings would now make other bytes
+    #: the inputs that name the model of which this step makes another, the first that is given; a recipe
+    #: compares the two
+    changes: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def make(self, bench: Bench) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Merge(Step):
     """Fold an adapter into the model it was trained on, and check that both say the same."""
 
     kind: ClassVar[str] = "model"
+    changes: ClassVar[tuple[str, ...]] = ("adapter", "model")
 
     #: the base, and the adapter that was trained on it
     model: Input = ""

@@ -61,6 +61,7 @@ class Quantise(Step):
     """Write a model with 4 or 8 bits a weight."""
 
     kind: ClassVar[str] = "model"
+    changes: ClassVar[tuple[str, ...]] = ("model",)
 
     model: Input = ""
     #: a GGUF file: Q4_1 (5 bits a weight, embedding and head 8.5), Q8_0 (8.5), Q4_0 (4.5, rounded

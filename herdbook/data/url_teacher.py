@@ -59,10 +59,10 @@ class UrlTeacher:
 
     def _headers(self) -> dict[str, str]:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
+        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise ConfigError(
                 f"teacher URL {parts.scheme}://{parts.hostname or ''}",
-                rule="must be http(s)://host[:port]/v1, without a password",
+                rule="must be http(s)://host[:port]/v1, without a name or password",
                 next=f"put a key into the environment as {self.key_from}",
             )
         key = os.environ.get(self.key_from, "")
@@ -122,8 +122,8 @@ class UrlTeacher:
         key = os.environ.get(self.key_from, "")
         if key:  # a server may repeat it
             why = why.replace(key, "[key]")
-        host = urlsplit(self.url).netloc
-        return FetchError(f"teacher {self.model!r} at {host}:", rule=why[:500], next=next_)
+        host = urlsplit(self.url).netloc.rpartition("@")[2]
+        return FetchError(f"teacher {self.model!r} at {host}:", rule=why[:400], next=next_)
 
 
 def _bounded(reply: Any) -> bytes:
@@ -139,9 +139,9 @@ def _bounded(reply: Any) -> bytes:
 def _message(raw: bytes) -> str:
     """What the server says went wrong."""
     try:
-        return str(json.loads(raw)["error"]["message"])[:300]
+        return str(json.loads(raw)["error"]["message"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return raw[:300].decode("utf-8", "replace")
+        return raw.decode("utf-8", "replace")
 
 
 def _seconds(text: str) -> float:

@@ -66,6 +66,8 @@ def lines(report: Mapping[str, Any]) -> list[str]:
             f"{100 * one['after']['value']:.1f} %, {one['items']:,} questions{beside}"
         )
     for key, label in COSTS:
+        if key not in report["after"]:  # speed was not measured
+            continue
         old, new = (report[side][key] for side in ("before", "after"))
         shown = human_bytes if key.endswith("bytes") else _number
         told.append(f"  {label}: {shown(old)} → {shown(new)}")
@@ -74,14 +76,23 @@ def lines(report: Mapping[str, Any]) -> list[str]:
     return told
 
 
+def line(report: Mapping[str, Any]) -> str:
+    """The same in one: cria-merge@1 against cria-tune@1: perplexity (en) +0.0 % (−0.1 … +0.1), …"""
+    told = [_shown(one) for gains in answer(report).values() for one in gains]
+    size = human_bytes(report["after"]["size_bytes"])
+    against = f"{report['after']['ref']} against {report['before']['ref']}"
+    return f"{against}: {', '.join(told)}; {size}"
+
+
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
 def _shown(gain: Mapping[str, Any]) -> str:
     unit = " points" if "detectable" in gain else " %"
-    text = f"{gain['what']} {100 * gain['value']:+.1f}{unit}"
-    text += f" ({100 * gain['low']:+.1f} … {100 * gain['high']:+.1f}"
+    text = (
+        f" {100 * gain['value']:+.1f}{unit} ({100 * gain['low']:+.1f} … {100 * gain['high']:+.1f}"
+    )
     if "detectable" in gain and gain["low"] <= 0 <= gain["high"]:
         text += f"; {100 * gain['detectable']:.1f} would have been seen four times of five"
-    return (text + ")").replace("-", "−")
+    return f"{gain['what']}{text.replace('-', '−')})"

@@ -23,6 +23,11 @@ def members(tasks: Sequence[str]) -> dict[str, str]:
     for one in tasks:
         found = items.find(one)
         refs += found.tasks if isinstance(found, Group) else [one]
+    for ref in refs:
+        if isinstance(items.find(ref), Group):
+            raise ConfigError(
+                f"task {ref}", rule="is a group within a group", next="name its own tasks"
+            )
     named: dict[str, str] = {}
     for ref in refs:
         task = items.find(ref)
@@ -66,7 +71,8 @@ def paired_reports(before: Artifact, after: Artifact) -> dict[str, Any]:
     assert list(marks[0]) == list(marks[1]), "one task of one version on one file"
     found = paired.compare([*marks[0].values()], [*marks[1].values()])
     for side, head in zip(("before", "after"), heads, strict=True):
-        found[side] = {key: head[key] for key in ("value", "low", "high")}
+        # each question counts the same, as in the difference, whatever the task's own average
+        found[side] = {key: head["metrics"][metric][key] for key in ("value", "low", "high")}
     return found | {
         "metric": metric,
         "unparsed": [head["unparsed"]["share"] for head in heads],

@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from herdbook.data.records import Conversation
+from herdbook.data.records import Conversation, Message
 from herdbook.engine.loaded import LoadedModel
 from herdbook.errors import DataError
 from herdbook.tokens.chat import render
@@ -32,6 +33,8 @@ from herdbook.tokens.tokenizer import Tokenizer
 FOLDER = Path(__file__).parent / "text"
 #: passages are at least so long; Chinese characters have three bytes, and say more
 PASSAGE_BYTES = 160
+#: characters of a held-out conversation that are scored
+REPLY_CHARACTERS = 1500
 #: rows of logits that are turned into probabilities at once
 ROWS = 128
 
@@ -76,20 +79,41 @@ def perplexity(model: LoadedModel, text: str, window: int = 512) -> dict[str, An
     return _summary(scores)
 
 
-def replies(model: LoadedModel, rows: Sequence[Conversation], limit: int = 512) -> dict[str, Any]:
+def replies(
+    model: LoadedModel, rows: Sequence[Conversation], characters: int = REPLY_CHARACTERS
+) -> dict[str, Any]:
     """Perplexity of the assistant's turns in held-out conversations, each a passage.
 
-    The conversations go through the same rendering as in training; `limit` tokens of each count.
+    The conversations go through the same rendering as in training; `characters` of each count, the
+    same text whatever a model's tokens are.
     """
     scores = []
     for row in rows:
-        rendering = render(model.tokenizer, row.messages)
-        some = rendering.ids[:limit], rendering.mask[:limit]
+        rendering = render(model.tokenizer, _shortened(row.messages, characters))
+        most = model.config.max_pos
+        some = rendering.ids[:most], rendering.mask[:most]
         parts = [
             nlls(model, ids)[torch.tensor(mask)[1:]] for ids, mask in model.decoder.examples(*some)
         ]
         scores.append((sum(float(nll.sum()) for nll in parts), sum(map(len, parts))))
     return _summary(scores)
+
+
+def _shortened(messages: Sequence[Message], characters: int) -> list[Message]:
+    """So many characters of a conversation's contents, its last turn the assistant's."""
+    kept: list[Message] = []
+    for one in messages:
+        if characters <= 0:
+            break
+        kept.append(replace(one, content=one.content[:characters]))
+        characters -= len(one.content)
+    if any(one.role == "assistant" for one in kept):
+        while kept[-1].role != "assistant":
+            kept.pop()
+        return kept
+    return list(
+        messages
+    )  # a first question longer than that: all of it, so that something is scored
 
 
 def nlls(model: LoadedModel, ids: Sequence[int]) -> torch.Tensor:

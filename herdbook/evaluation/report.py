@@ -31,7 +31,7 @@ from herdbook.data.records import Conversation, Document
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, nearest
 from herdbook.evaluation import compared, identity, paired
-from herdbook.evaluation.measure import measure
+from herdbook.evaluation.measure import measure, size_bytes
 from herdbook.evaluation.perplexity import default_texts, perplexity, read_text, replies
 from herdbook.evaluation.report_page import report_page
 from herdbook.evaluation.statistics import perplexity_ratio
@@ -83,6 +83,7 @@ class Report(Step):
     tasks: tuple[str, ...] = ()  # that both sides are asked (herd tasks)
     limit: int = 0  # so many questions of each; 0: all
     max_perplexity_increase: float = 0.03  # gate: on each text; 0: none
+    speed: bool = True  # speed and memory as well, each measured in a process of its own
     min_identity: float = 0.9  # gate: right answers, in each language; 0: none
     #: gate: of a task, how much less may be right, {mmlu: 0.01}
     max_drop: Any = field(default_factory=dict)
@@ -122,7 +123,7 @@ class Report(Step):
             if not kept.is_file():
                 bench.progress.say(f"  measuring {artifact.ref} ({name})")
                 found = {"ref": artifact.ref, "id": artifact.id, "step": artifact.step}
-                write_json(kept, found | side(artifact.path, texts, heldout))
+                write_json(kept, found | side(artifact.path, texts, heldout, self.speed))
             sides[name] = json.loads(kept.read_text(encoding="utf-8"))
         report = compare(sides["before"], sides["after"])
         report["tasks"] = compared.on_tasks(
@@ -173,9 +174,11 @@ class Report(Step):
         return found
 
 
-def side(path: Path, texts: Mapping[str, str], heldout: Heldout) -> dict[str, Any]:
+def side(
+    path: Path, texts: Mapping[str, str], heldout: Heldout, speed: bool = True
+) -> dict[str, Any]:
     """All that is measured of one model."""
-    found = measure(path)
+    found: dict[str, Any] = measure(path) if speed else {"size_bytes": size_bytes(path)}
     model = load(str(path))
     found["texts"] = {name: perplexity(model, text) for name, text in texts.items()}
     if heldout.replies:
@@ -241,6 +244,10 @@ def metrics(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+#: of a side, what the tree and the list show; all but the size only where speed was measured
+FIGURES = ("size_bytes", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_bytes")
+
+
 def flat(one: Mapping[str, Any]) -> dict[str, Any]:
     """A side in flat figures, named so that `human_metric` dresses them."""
     shares = one["identity"]["shares"]
@@ -250,8 +257,5 @@ def flat(one: Mapping[str, Any]) -> dict[str, Any]:
             for name, share in shares.items()
         },
         **{f"perplexity_{name}": text["perplexity"] for name, text in one["texts"].items()},
-        "size_bytes": one["size_bytes"],
-        "prefill_tokens_per_s": one["prefill_tokens_per_s"],
-        "decode_tokens_per_s": one["decode_tokens_per_s"],
-        "peak_bytes": one["peak_bytes"],
+        **{name: one[name] for name in FIGURES if name in one},
     }

@@ -150,6 +150,8 @@ def _comparison(report: Mapping[str, Any]) -> str:
         ("peak_bytes", both("memory at most", "内存峰值")),
         ("load_s", both("time to load", "加载时间")),
     ):
+        if key not in before:  # speed was not measured
+            continue
         old, new = quantity(key, before[key]), quantity(key, after[key])
         rows.append((label, old, new, charts.bars(before[key], after[key], (old, new))))
     head = (

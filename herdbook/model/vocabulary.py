@@ -47,6 +47,7 @@ class Refit(Step):
     """Fit a model to another tokenizer: rows of embedding and head are kept, made or left out."""
 
     kind: ClassVar[str] = "model"
+    changes: ClassVar[tuple[str, ...]] = ("model",)
 
     model: Input = ""
     tokenizer: Input = ""

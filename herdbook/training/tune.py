@@ -53,6 +53,7 @@ class Tune(Step):
     """Train a model on conversations: an adapter beside it, some of its weights, or all."""
 
     kind: ClassVar[str] = "adapter"  # methods "full" and "freeze": "model"
+    changes: ClassVar[tuple[str, ...]] = ("model",)
 
     #: the model to tune, and the datasets
     model: Input = ""

@@ -50,6 +50,9 @@ DENIED = {
 #: io_uring_setup, open_tree, move_mount, fsopen, fsconfig, fsmount, mount_setattr: alike everywhere
 DENIED_ALIKE = (425, 428, 429, 430, 431, 432, 442)
 CLONE3 = 435
+#: the number of socket, and the families that are bound to a network namespace: unix, inet, inet6 (vsock
+#: and others may reach a host)
+SOCKET, FAMILIES = {"x86_64": 41, "aarch64": 198}, (1, 2, 10)
 PR_SET_SECCOMP, SECCOMP_FILTER = 22, 2
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -168,6 +171,9 @@ def deny_calls() -> None:
     lines += [(over, 0, 1, 1 << 30), (end, 0, 0, refuse)]  # the x32 calls of x86-64
     for number in (*numbers, *DENIED_ALIKE):
         lines += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    lines += [(equal, 0, 3 + len(FAMILIES), SOCKET[os.uname().machine]), (load, 0, 0, 16)]
+    lines += [(equal, len(FAMILIES) - at, 0, one) for at, one in enumerate(FAMILIES)]
+    lines += [(end, 0, 0, refuse), (end, 0, 0, allow)]
     # clone3 keeps its flags in memory, where a filter cannot look: without it clone is taken
     lines += [(equal, 0, 1, CLONE3), (end, 0, 0, missing), (equal, 1, 0, clone), (end, 0, 0, allow)]
     spaces = NEWNS | NEWUTS | NEWIPC | NEWUSER | NEWPID | NEWNET | NEWCGROUP
