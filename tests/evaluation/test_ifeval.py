@@ -32,11 +32,17 @@ def row(name: str, **given: Any) -> dict[str, Any]:
             "I think that the weather is fine in this town.",
         ),
         ("en", "It is the one.", "123 !"),
+        ("ja", "東京がとても好きです。", "我非常喜欢东京。"),
     ],
 )
 def test_languages(language: str, good: str, bad: str) -> None:
     (one,) = read(row("language:response_language", language=language))
     assert one.check(good) and not one.check(bad)
+
+
+def test_a_language_that_is_not_known() -> None:
+    with pytest.raises(DataError, match="language 'xx'"):
+        read(row("language:response_language", language="xx"))
 
 
 def test_what_is_cut_by_words() -> None:

@@ -242,6 +242,8 @@ def test_a_user_without_rights_can_shut_in_too() -> None:
         ("    return a + b", ""),
         ("return a + b", ""),
         ("    return a + b\n\nprint(add(1, 2))\n", ""),
+        ("    return a + b\n```\nIt adds.", ""),
+        ("    return a + b\n```\n", ""),
         ("```python\nimport math\ndef add(a, b):\n    return math.fsum([a, b])\n```", ""),
         ("Sure!\n```\ndef add(a, b):\n    return a - -b\n```\nIt adds.", ""),
         ("    return a - b", "AssertionError"),
@@ -338,6 +340,16 @@ def test_mbpp() -> None:
     assert not wrong.passed and wrong.why.startswith("AssertionError")
     missing = check(mbpp(row, reply + "```"), Limits(10.0))
     assert missing.why.startswith("KeyError: ") and "ints" in missing.why
+    # a test's name that is a builtin's too, and setup that makes one of the candidate's objects
+    row = {"code": "def sum(a, b):\n    pass", "test_list": ["assert sum(10, 15) == 6"]}
+    assert check(mbpp(row, "def sum(a, b): return 6"), Limits(10.0)).passed
+    assert not check(mbpp(row, "def sum(a, b): return 7"), Limits(10.0)).passed
+    row = {
+        "code": "class Node: pass\ndef value(n): pass", "test_setup_code": "root = Node(1)",
+        "test_list": ["assert value(root) == 1"],
+    }  # fmt: skip
+    source = "class Node:\n    def __init__(self, v): self.v = v\ndef value(n): return n.v\n"
+    assert check(mbpp(row, source), Limits(10.0)).passed
     with pytest.raises(DataError, match="needs test_list"):
         mbpp({"code": ""}, "")
     with pytest.raises(DataError, match="lacks test, entry_point"):

@@ -111,6 +111,14 @@ def test_letters(reply: str, said: str | None) -> None:
         assert bool(mark.why) == (said is None)
 
 
+def test_marks_that_mean_something_stay() -> None:
+    assert exact(item("C"), "C#").value == 0 and exact(item("C#"), "c#.").value == 1
+    assert exact(item("50"), "50%").value == 0
+    assert last_number(item("12"), "The area is 12 m².").value == 1
+    assert letter(item("A"), "本题不应选A。").value is None
+    assert letter(item("A"), "本题应选A。").value == 1
+
+
 def test_the_registry() -> None:
     assert scorer("exact") is exact
     with pytest.raises(UnknownName, match="did you mean 'exact'"):

@@ -8,6 +8,7 @@ do not come back, and results must be data. All 164 reference solutions of Human
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
@@ -34,12 +35,14 @@ DEFAULT = Limits()
 @dataclass(frozen=True)
 class CodeTask:
     """`preamble` is the task's own code that the tests may use; with an `entry_point` the tests
-    define `check(candidate)`, without one they call functions by name."""
+    define `check(candidate)`, without one they call functions by name: those of `functions`, and what
+    is neither the preamble's nor a builtin."""
 
     source: str
     tests: str
     entry_point: str = ""
     preamble: str = ""
+    functions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,38 @@ def human_eval(row: Mapping[str, Any], reply: str) -> CodeTask:
     """A row of HumanEval (prompt, test, entry_point) with a reply: a completion of the prompt, or a
     message that holds the whole function."""
     prompt, test, entry = _fields(row, "prompt", "test", "entry_point")
+    head = reply.partition("```")[0]
+    if head.strip() and head[:1].isspace():  # a body; the fence behind it closes none
+        reply = head
     code = fenced(reply)
     if code is None and not re.search(
         rf"^(?:async )?def {re.escape(entry)}\b", reply, re.MULTILINE
     ):
         return CodeTask(prompt + completion(reply), test, entry, prompt)
     # the prompt's imports and helpers stay; its unfinished function is defined anew
-    return CodeTask(f"{_closed(prompt)}\n{code or reply}", test, entry, prompt)
+    return CodeTask(f"{_closed(prompt)}\n{reply if code is None else code}", test, entry, prompt)
 
 
 def mbpp(row: Mapping[str, Any], reply: str) -> CodeTask:
-    """A row of MBPP (test_list, perhaps test_setup_code) with a reply that holds the functions."""
+    """A row of MBPP (test_list, perhaps test_setup_code) with a reply that holds the functions. Setup
+    code that changes the candidate's own objects cannot be run: they stay on their side."""
     tests = row.get("test_list")
     if not isinstance(tests, list) or not all(isinstance(one, str) for one in tests):
         raise DataError("a row of MBPP", rule="needs test_list, a list of asserts", next="mend it")
     code = fenced(reply)
     setup = str(row.get("test_setup_code") or "")
-    return CodeTask(reply if code is None else code, "\n".join(tests), preamble=setup)
+    source = reply if code is None else code
+    return CodeTask(source, "\n".join(tests), "", setup, _defined(row.get("code")))
+
+
+def _defined(code: Any) -> tuple[str, ...]:
+    """The functions and classes of a row's reference solution: what its tests call."""
+    try:
+        body = ast.parse(code).body if isinstance(code, str) else []
+    except SyntaxError:
+        return ()
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return tuple(one.name for one in body if isinstance(one, kinds))
 
 
 def fenced(reply: str) -> str | None:

@@ -1,5 +1,5 @@
 """The two programs that check model-written code, each in a sandbox of its own; started by
-`code_tasks.py` as text, so it leans on the standard library alone.
+`running.py` as text, so it leans on the standard library alone.
 
 `candidate` runs the model's code and answers calls of its functions. `checker` runs the task's tests,
 in which those functions are stand-ins that call the other side. So code under test shares no process
@@ -203,6 +203,7 @@ def _check(task: dict[str, Any], link: Link) -> None:
     link.send(task["source"])
     answer()
     space: dict[str, Any] = {"__name__": "tests"}
+    space |= {name: stand_in(name) for name in task["functions"]}
     if task["preamble"]:
         try:
             preamble = compile(task["preamble"], "<preamble>", "exec")

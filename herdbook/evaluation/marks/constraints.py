@@ -231,7 +231,7 @@ def follows(constraints: Sequence[Constraint], reply: str) -> Followed:
 
 
 def _versions(reply: str) -> list[str]:
-    lines = reply.strip().split("\n")
+    lines = reply.split("\n")
     parts = [lines, lines[1:], lines[:-1], lines[1:-1]]
     texts = [reply, *("\n".join(part).strip() for part in parts)]
     return [text for one in texts for text in (one, one.replace("*", "")) if text.strip()]

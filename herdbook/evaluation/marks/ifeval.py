@@ -20,12 +20,31 @@ from herdbook.evaluation.marks.constraints import Check, Constraint
 from herdbook.evaluation.marks.words import sentences, words
 
 #: language code → the script's name as Unicode's character names begin
-_SCRIPTS = {
+_SCRIPTS: dict[str, str | tuple[str, ...]] = {
+    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
     "ar": "ARABIC", "fa": "ARABIC", "ur": "ARABIC", "hi": "DEVANAGARI", "mr": "DEVANAGARI",
     "ne": "DEVANAGARI", "ru": "CYRILLIC", "bg": "CYRILLIC", "uk": "CYRILLIC", "bn": "BENGALI",
     "ta": "TAMIL", "te": "TELUGU", "kn": "KANNADA", "gu": "GUJARATI", "pa": "GURMUKHI", "th": "THAI",
     "ko": "HANGUL", "zh": "CJK", "el": "GREEK", "he": "HEBREW", "ml": "MALAYALAM",
 }  # fmt: skip
+_LATIN = (
+    "en",
+    "es",
+    "pt",
+    "it",
+    "fr",
+    "de",
+    "nl",
+    "vi",
+    "sw",
+    "fi",
+    "pl",
+    "tr",
+    "sv",
+    "id",
+    "cs",
+    "ro",
+)
 _ENGLISH = frozenset(
     ("the", "of", "and", "to", "a", "in", "is", "it", "you", "that", "for", "with", "this", "i")
 )
@@ -89,6 +108,8 @@ def _letters(letter: str, let_frequency: int, let_relation: str) -> Check:
 
 
 def _language(language: str) -> Check:
+    if language not in _SCRIPTS and language not in _LATIN:
+        raise ValueError(f"the language {language!r} is not one whose script is known")
     return lambda reply: _speaks(reply, language)
 
 
@@ -96,6 +117,8 @@ def _speaks(reply: str, language: str) -> bool:
     """Most of its letters are of the language's script; Latin ones are English by their words."""
     letters = [one for one in reply if one.isalpha()]
     wanted = _SCRIPTS.get(language, "LATIN")
+    if language == "ja" and not any(unicodedata.name(c, "").startswith("HIRA") for c in letters):
+        return False  # Chinese characters alone are Chinese
     own = sum(unicodedata.name(one, "").startswith(wanted) for one in letters)
     if not letters or own <= len(letters) / 2:
         return False

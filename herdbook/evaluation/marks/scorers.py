@@ -87,7 +87,7 @@ def plain(text: str) -> str:
     >>> plain(" Paris，  FRANCE。\\n")
     'paris, france'
     """
-    words = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    words = " ".join(_wide(text).casefold().split())
     start, end = 0, len(words)
     while start < end and _punctuation(words[start]):
         start += 1
@@ -97,7 +97,18 @@ def plain(text: str) -> str:
 
 
 def _punctuation(one: str) -> bool:
-    return one == " " or unicodedata.category(one) in ("Po", "Ps", "Pe", "Pi", "Pf")
+    """Not what changes an answer: C#, 50 %, @home."""
+    return one == " " or one in _MARKS or unicodedata.category(one) in ("Ps", "Pe", "Pi", "Pf")
+
+
+def _wide(text: str) -> str:
+    """Full-width forms as ordinary ones; a superscript stays one, so that m² holds no 2."""
+    return "".join(
+        unicodedata.normalize("NFKC", c) if "\u3000" <= c <= "\uffef" else c for c in text
+    )
+
+
+_MARKS = frozenset(".,;:!?'\"`*_…、。·•")
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -108,13 +119,13 @@ _MARKED = re.compile(rf"####\s*({_NUMBER.pattern})")
 
 def number(item: Item, reply: str) -> Mark:
     """GSM8K's rule: the number after ####, commas removed; without it the reply is unparsed."""
-    found = _MARKED.search(unicodedata.normalize("NFKC", reply))
+    found = _MARKED.search(_wide(reply))
     return _same_number(item, found[1] if found else "", "no number after ####")
 
 
 def last_number(item: Item, reply: str) -> Mark:
     """The number after ####, or the last of the reply: for models that were not shown the form."""
-    reply = unicodedata.normalize("NFKC", reply)
+    reply = _wide(reply)
     if marked := _MARKED.search(reply):
         return _same_number(item, marked[1], "")
     found = _NUMBER.findall(reply)
@@ -147,7 +158,7 @@ _SAID = re.compile(
     + _LETTER
     + r"|(?:答案|选项|选择)\s*(?:应该是|应当是|应是|应为|就是|是|为|:|选)+\s*:?\s*(?:选项)?\s*"
     + _LETTER.replace("letter", "zh")
-    + r"|(?:故|因此|所以|应|综上),?\s*(?:应|正确)?选\s*(?:择|项)?\s*:?\s*"
+    + r"|(?<!不)(?:故|因此|所以|应|综上),?\s*(?:应|正确)?选\s*(?:择|项)?\s*:?\s*"
     + _LETTER.replace("letter", "so")
     + r"|"
     r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*(?P<boxed>[A-Z])\s*\}",
@@ -168,7 +179,7 @@ def letter(item: Item, reply: str) -> Mark:
     at the beginning. Two different ones, two at once («A or B»), or a letter that is no option's:
     unparsed.
     """
-    text = unicodedata.normalize("NFKC", reply)
+    text = _wide(reply)
     letters = LETTERS[: len(item.choices)]
     found: set[str] = set()
     for one in _SAID.finditer(text):

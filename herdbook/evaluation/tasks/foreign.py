@@ -64,6 +64,14 @@ def translated(content: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for key in ("doc_to_text", "doc_to_choice", "doc_to_target"):
         if key not in content:
             raise refused(key, "is not there, but needed")
+    for key in ("dataset_kwargs", "fewshot_config"):
+        if not isinstance(content.get(key) or {}, Mapping):
+            raise refused(key, f"is {content[key]!r:.60}, but must be a mapping")
+    metrics = content.get("metric_list") or []
+    if not isinstance(metrics, list) or not all(
+        isinstance(one, Mapping) and "metric" in one for one in metrics
+    ):
+        raise refused("metric_list", "must be a list of {metric: …}")
     files = (content.get("dataset_kwargs") or {}).get("data_files")
     if isinstance(files, str):
         files = {"train": files}

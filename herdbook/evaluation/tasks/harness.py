@@ -143,9 +143,13 @@ class HerdbookLM(LM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation as its template writes it."""
+        """The conversation as its template writes it; without a generation prompt lm_eval goes on with
+        the last message, so what the template writes behind its content is left out."""
         ids = self.model.render(chat_history, reply=add_generation_prompt).ids
         text = self.model.tokenizer.decode(ids, specials=True)
+        if not add_generation_prompt:
+            content = chat_history[-1]["content"].rstrip()
+            text = text[: text.rindex(content) + len(content)]
         self._chats.add(text)
         return text
 
