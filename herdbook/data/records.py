@@ -74,10 +74,6 @@ def line(row: Conversation | Document) -> str:
     return json.dumps(row.to_json(), ensure_ascii=False) + "\n"
 
 
-def dump(rows: Iterable[Conversation | Document]) -> str:
-    return "".join(map(line, rows))
-
-
 def write(path: Path, rows: Iterable[Conversation | Document]) -> None:
     """Write a dataset file, a row at a time, whole or not at all."""
     with replacing(path) as new, new.open("w", encoding="utf-8", newline="\n") as file:

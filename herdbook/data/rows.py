@@ -36,6 +36,12 @@ def need_file(path: Path) -> None:
         )
     if not path.exists():
         raise DataError(f"{path}", rule="is not there", next="check the path")
+    if not path.is_file():
+        raise DataError(
+            f"{path}",
+            rule="is no ordinary file (a pipe?), and it is read more than once",
+            next="write it to a file first",
+        )
 
 
 def rows(path: Path, expected: str = EXPECTED) -> Iterator[tuple[int, str, Any]]:
@@ -149,7 +155,7 @@ def _value(window: _Window, path: Path, place: str) -> Any:
             if cut and window.more():
                 continue
             raise _no_json(path, place, window.next(80), error) from error
-        if end == len(window.text) and window.more():  # a number may go on
+        if end >= len(window.text) - 2 and window.more():  # a number may go on: 1, 1., 1e
             continue
         window.at = end
         return value
@@ -238,7 +244,9 @@ def _unpacked(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
         if out:
             yield out
         if member.eof:
-            rest = member.unused_data.lstrip(b"\0") or next(pieces, b"").lstrip(b"\0")
+            rest = member.unused_data.lstrip(b"\0")
+            while not rest and (piece := next(pieces, b"")):  # padding, however long
+                rest = piece.lstrip(b"\0")
             if rest:
                 member = zlib.decompressobj(wbits=31)
         else:
@@ -247,7 +255,7 @@ def _unpacked(pieces: Iterator[bytes], path: Path) -> Iterator[bytes]:
                 fault = fault or "breaks off"
     if fault:
         raise DataError(
-            f"{path}: the gzip stream {fault} in line {line}",
+            f"{path}: the gzip stream {fault} in line {line} or behind it",
             rule="where a whole file was expected",
             next="fetch or pack the file again; nothing was changed",
         )

@@ -15,7 +15,7 @@ from herdbook.book.step import Bench, Step, require
 from herdbook.data import formats, records
 from herdbook.data.records import Conversation
 from herdbook.data.rows import need_file
-from herdbook.errors import ConfigError
+from herdbook.errors import ConfigError, DataError
 from herdbook.files.atomic import sha256_once
 
 
@@ -84,10 +84,18 @@ class Import(Step):
         new = dict.fromkeys(last)
         for row in formats.stream(self.data, formats.Parsed(format="")):
             if (mark := _hash(row)) not in new:
+                if mark not in last:
+                    raise _changed(self.data)
                 continue
             del new[mark]
             if len(last) - len(new) - 1 in wanted:
                 yield Conversation(row.messages, {"line": last[mark]})
+        if new:
+            raise _changed(self.data)
+
+
+def _changed(path: str) -> DataError:
+    return DataError(f"{path}", rule="was changed while it was read", next="give the command again")
 
 
 def _hash(row: Conversation) -> bytes:

@@ -324,11 +324,8 @@ def dequantise(raw: np.ndarray, type: str, out: np.ndarray | None = None) -> np.
     out: where they are to be, float32 in their order.
     """
     if type in ("F32", "F16"):
-        found = raw.view(np.float32 if type == "F32" else np.float16)
-        if out is None:
-            return found
-        out[...] = found
-        return out
+        assert out is None, "they are read where they are to be"
+        return raw.view(np.float32 if type == "F32" else np.float16)
     if out is None:
         values, size = _SIZES[type]
         out = np.empty((*raw.shape[:-1], raw.shape[-1] // size * values), np.float32)

@@ -60,8 +60,9 @@ class Fold:
     def row_of(self, part: int, rows: Sequence[int], config: DecoderConfig) -> np.ndarray:
         """int64: the source's row of each of the part's, where nothing is transposed or added."""
         start = sum(rows[:part])
-        at = np.arange(sum(rows)) if self.order is None else self.order(config)
-        return at[start : start + rows[part]]
+        end = start + rows[part]
+        # of its own: a view would keep the rows of the whole stack
+        return np.arange(start, end) if self.order is None else self.order(config)[start:end].copy()
 
     def join(self, parts: Sequence[Tensor], config: DecoderConfig) -> Tensor:
         """The source's tensor again."""

@@ -14,11 +14,13 @@ A block must be recomputed on the way back (`Decoder.recompute`): what autograd 
 from __future__ import annotations
 
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from herdbook.errors import FileError
 from herdbook.model.at_once import at_once
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Streamed:
         #: of each block, by their names in the checkpoint
         self.matrices: list[dict[str, nn.Parameter]] = [{} for _ in decoder.blocks]
         self.here = -1
+        self.mark = _mark(checkpoint.path)
         for number, block in enumerate(decoder.blocks):
             block.register_forward_pre_hook(lambda *_, number=number: self.fetch(number))
 
@@ -54,6 +57,12 @@ class Streamed:
         assert self.decoder.recompute or not torch.is_grad_enabled(), "would keep what is gone"
         if number == self.here:
             return
+        if _mark(self.checkpoint.path) != self.mark:
+            raise FileError(
+                f"{self.checkpoint.path}",
+                rule="was changed while a model was trained beside it",
+                next="give the command again: it goes on from its last state if the weights are the same",
+            )
         for weight in self.matrices[self.here].values() if self.here >= 0 else ():
             weight.data = self._nothing(weight.shape)
         self.here = -1
@@ -71,6 +80,13 @@ class Streamed:
     def _nothing(self, shape: Any) -> Tensor:
         """Of this shape, and of no size."""
         return torch.empty(1, dtype=self.dtype).expand(shape)
+
+
+def _mark(path: Path) -> list[tuple[str, int, int, int]]:
+    """Tells other files than those that were opened."""
+    files = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    about = [(one.name, one.stat()) for one in files if one.is_file()]
+    return [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in about]
 
 
 def held_bytes(decoder: Decoder, *, streamed: bool) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from herdbook.errors import CapacityError, ConfigError
 from herdbook.model.checkpoint import Checkpoint, open_checkpoint
+from herdbook.model.config import DecoderConfig
 from herdbook.tokens.chat import Rendering
 from herdbook.tokens.packing import pack
 from herdbook.training import loop, memory
@@ -45,9 +46,11 @@ def need_room(
 
     path: of the model; work: the folder of the run, on the disk that the result will lie on.
     """
+    team = team or Team()
+    if team.leads:
+        states.clear(work)
     if os.environ.get("HERDBOOK_FIT") == "0":
         return
-    team = team or Team()
     checkpoint, load = open_checkpoint(path), fullest(rows, how)
     # the processes of a machine have its free memory together; none has loaded anything before all
     # have asked
@@ -103,6 +106,11 @@ def nearest_fit(
 ) -> tuple[dict[str, Any], Memory] | None:
     """The mildest change of settings that fits: what changes, and its memory."""
     for changed in milder(how, max(load.lengths)):
+        offload = changed.get("offload", ())
+        if offload and processes > 1:  # refused by Tune
+            continue
+        if "base" in offload and type(checkpoint.config) is not DecoderConfig:  # by load_decoder
+            continue
         easier = replace(how, **changed)
         try:
             easier.check()

@@ -32,6 +32,8 @@ from herdbook.training.parallel import Team, local
 
 NAME = "state.safetensors"
 FOLDERS = "state-*"
+#: what a save that was killed leaves: of a file, of a folder
+LEFT = ".state*.tmp"
 ABOUT = "about.json"
 #: a weight's name; itself ("weight") and what the optimiser keeps of it
 Saved = tuple[str, dict[str, Tensor]]
@@ -122,6 +124,12 @@ def _write(
         shutil.rmtree(place, ignore_errors=True)  # another run's, which is not continued
         os.rename(new, place)
         atomic.sync_folder(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a save that was killed left behind: nothing else would."""
+    for one in folder.glob(LEFT):
+        shutil.rmtree(one) if one.is_dir() else one.unlink(missing_ok=True)
 
 
 def size(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from herdbook.data import formats, records
 from herdbook.data.records import Conversation, Message
+from herdbook.data.rows import rows as rows_of
 from herdbook.errors import DataError
 
 ALPACA = {"instruction": "Add.", "input": "2 and 3", "output": "5"}
@@ -266,6 +268,25 @@ def test_wherever_the_file_is_cut_into_pieces(
     assert [parse(one) for one in files] == whole
     assert [refusal(one) for one in broken] == said
     assert [len(one.conversations) for one in whole] == [3] * 5
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_numbers_and_padding_are_not_cut(
+    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("herdbook.data.rows.PIECE", piece)
+    path = tmp_path / "a.json"
+    path.write_text("[1.5e3, 2.25, -1E-2, 7]")
+    assert [row for _, _, row in rows_of(path)] == [1500, 2.25, -0.01, 7]
+    one, two = gzip.compress(b'{"a": 1}\n'), gzip.compress(b'{"a": 2}\n')
+    path.write_bytes(one + bytes(40) + two)
+    assert [row["a"] for _, _, row in rows_of(path)] == [1, 2]
+
+
+def test_a_pipe_is_told(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="no ordinary file"):
+        formats.read(tmp_path / "pipe")
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from herdbook.model.layout import Packed
 from herdbook.progress import Progress
 from herdbook.training import fitting, memory, methods, planning, state
 from herdbook.training import optimiser as optimisers
+from herdbook.training import state as states
 from herdbook.training.activations import Load, activations
 from herdbook.training.planning import Disk
 
@@ -131,6 +132,19 @@ def test_the_nearest_settings_that_fit_are_named(tiny_folder: Path):
     found = fitting.nearest_fit(checkpoint, how, load, 0, room=freer.peak - 1)
     assert found is not None and found[1].peak < freer.peak and found[0] != {"recompute": True}
     assert fitting.nearest_fit(checkpoint, how, load, 0, room=10) is None
+    for room in range(freer.peak - 1, 10, -(freer.peak // 20)):  # what Tune refuses is not proposed
+        for processes in (1, 2):
+            found = fitting.nearest_fit(checkpoint, how, load, 0, room, processes)
+            assert processes == 1 or found is None or "offload" not in found[0]
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path):
+    (tmp_path / ".state-000000010.tmp").mkdir()
+    (tmp_path / ".state-000000010.tmp" / "part").write_bytes(b"x")
+    (tmp_path / ".state.safetensors.123.tmp").write_bytes(b"x")
+    (tmp_path / "state.safetensors").write_bytes(b"x")
+    states.clear(tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 def test_a_disk_without_room(tmp_path: Path):

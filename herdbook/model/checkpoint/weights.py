@@ -1,7 +1,8 @@
 """Where a model's tensors lie, and how each comes from there into its final place and type.
 
-A tensor is read in strips of rows: what the loader holds beside the result is a strip, not a copy of
-the model, whatever the layout. Nothing stays mapped, so what was read counts in memory once.
+A tensor is read in strips of rows: what the loader holds beside the result is some strips, at most one
+whole tensor (whose order is not the file's), and the row numbers of folded ones, not a copy of the
+model, whatever the layout. Nothing stays mapped, so what was read counts in memory once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from herdbook.model.at_once import Step
 #: of a tensor's bytes that are held besides the result, in the file's type or as dequantised
 STRIP_BYTES = 1 << 20
 #: held by the step that reads a tensor whole before it is put in its place
-WHOLE = threading.Lock()
+WHOLE = threading.RLock()
 
 DTYPES = {
     "F64": torch.float64,
