@@ -230,6 +230,8 @@ def eval_command(
     shots: int | None = None,
     seeds: str = "0",
     chat: bool = False,
+    judge: str = "",
+    judge_name: str = "",
     json: Json = False,
 ) -> None:
     """Measure a model: perplexity, identity where it was taught one, size, speed, memory; or, with
@@ -254,6 +256,11 @@ def eval_command(
         of replies that are drawn; several, such as 0,1,2, give mean and spread
     chat
         ask by the model's chat template (default: as plain text to go on with)
+    judge
+        who judges the replies, for tasks that need it: a reference to a model, or the URL of an
+        OpenAI-compatible API (key from OPENAI_API_KEY)
+    judge_name
+        the judge's name at that URL
     """
     if task:
         from herdbook import config
@@ -262,8 +269,9 @@ def eval_command(
         drawn = config.convert(seeds, tuple[int, ...], where="--seeds")
         told = [*task, *([str(text)] if text else [])]
         reports = run(
-            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat
-        )
+            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat,
+            judge=judge, judge_name=judge_name,
+        )  # fmt: skip
         if json:
             _print({report.ref: figures for report, figures in reports})
             return
