@@ -232,10 +232,14 @@ def eval_command(
     chat: bool = False,
     judge: str = "",
     judge_name: str = "",
+    suite: Literal["health"] | None = None,
+    prompts: str = "",
+    samples: int = 3,
     json: Json = False,
 ) -> None:
     """Measure a model: perplexity, identity where it was taught one, size, speed, memory; or, with
-    --task, how well it does a task. What a task gives is a report in the book.
+    --task, how well it does a task; or, with --suite health, whether it repeats itself, loops, disagrees
+    with itself or invents. What a task or a suite gives is a report in the book.
 
     Example: herd eval cria --task mmlu --limit 200
 
@@ -249,7 +253,7 @@ def eval_command(
         a task or group (see: herd tasks), a task's .yaml, a .jsonl of your own questions, or a .txt; may
         be given several times
     limit
-        so many questions of each task, spread evenly over its file (default: all)
+        so many questions of each task or suite, spread evenly over its file (default: all)
     shots
         examples before each question (default: as the task says)
     seeds
@@ -261,7 +265,28 @@ def eval_command(
         OpenAI-compatible API (key from OPENAI_API_KEY)
     judge_name
         the judge's name at that URL
+    suite
+        health: loops, repetition, self-consistency, faithfulness to passages
+    prompts
+        a file of prompts for the suite, JSON lines (default: 20 of Herdbook's own in each language)
+    samples
+        of each prompt, for self-consistency
     """
+    if suite:
+        from herdbook.errors import ConfigError
+        from herdbook.evaluation.health import lines as told_lines
+        from herdbook.evaluation.run import health
+
+        if task:
+            raise ConfigError("--task and --suite", rule="are two runs", next="give one of them")
+        report, found = health(
+            ref or _latest(), _book(), prompts=prompts, limit=limit, samples=samples
+        )
+        if json:
+            _print({report.ref: found})
+            return
+        print("\n".join(told_lines(found)) + f"\n  in the book: {report.ref}")
+        return
     if task:
         from herdbook import config
         from herdbook.evaluation.run import run

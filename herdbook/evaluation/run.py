@@ -1,4 +1,5 @@
-"""`herd eval REF --task …` and `herd compare A B`: reports, made or found in the book."""
+"""`herd eval REF --task …`, `… --suite health` and `herd compare A B`: reports, made or found in the
+book."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 from herdbook.book.book import Artifact, Book
 from herdbook.errors import UnknownName
+from herdbook.evaluation.health import Health, result_of
 from herdbook.evaluation.judging.teachers import is_url
 from herdbook.evaluation.report import Report
 from herdbook.evaluation.tasks.step import Evaluate, read, report_name
@@ -50,6 +52,18 @@ def run(
         report = step.run(book, name=name, progress=for_terminal())
         reports.append((report, read(report)))
     return reports
+
+
+def health(
+    ref: str, book: Book, *, prompts: str = "", limit: int = 0, samples: int = 3
+) -> tuple[Artifact, dict[str, Any]]:
+    """The report on a model's health with its figures; prompts: a user's file."""
+    step = Health(ref, prompts, limit, samples)
+    step.check()
+    artifact = entered(ref, book)
+    step = replace(step, model=artifact.id)
+    report = step.run(book, name=f"{artifact.name}-health", progress=for_terminal())
+    return report, result_of(report)
 
 
 def entered(ref: str, book: Book) -> Artifact:

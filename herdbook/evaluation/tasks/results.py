@@ -97,7 +97,7 @@ def _of(rows: Mapping[int, Rows], metric: str) -> dict[str, float]:
     """The figure of a metric over all questions, with its interval."""
     if metric in POOLED:
         return _pooled(rows, metric)
-    return _figure(_marks(rows, metric))
+    return figure(_marks(rows, metric))
 
 
 def _pooled(rows: Mapping[int, Rows], metric: str) -> dict[str, float]:
@@ -117,7 +117,7 @@ def _passes(rows: Mapping[int, Rows]) -> dict[str, dict[str, float]]:
     seeds = len(rows)
     right = [sum(_mark(row, "code") for row in same) for same in zip(*rows.values(), strict=True)]
     return {
-        f"pass@{k}": _figure([pass_at_k(seeds, round(count), k) for count in right])
+        f"pass@{k}": figure([pass_at_k(seeds, round(count), k) for count in right])
         for k in sorted({seeds, *(k for k in USUAL if k < seeds)} - {1})
     }
 
@@ -127,7 +127,8 @@ def _marks(rows: Mapping[int, Rows], metric: str) -> list[float]:
     return [fmean(_mark(row, metric) for row in same) for same in zip(*rows.values(), strict=True)]
 
 
-def _figure(values: Sequence[float]) -> dict[str, float]:
+def figure(values: Sequence[float]) -> dict[str, float]:
+    """The mean of marks from 0 to 1, with its interval."""
     value, error, total = fmean(values), _stderr(values), len(values)
     if not error or all(one in (0.0, 1.0) for one in values):
         return _plain(wilson(math.fsum(values), total), error)
