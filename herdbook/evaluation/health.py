@@ -33,11 +33,11 @@ from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, DataError
+from herdbook.evaluation.answered import Answered
 from herdbook.evaluation.marks import health
 from herdbook.evaluation.marks.faithfulness import faithfulness
 from herdbook.evaluation.marks.words import language
 from herdbook.evaluation.statistics import wilson
-from herdbook.evaluation.tasks.answered import Answered
 from herdbook.evaluation.tasks.results import figure
 from herdbook.files.atomic import sha256_once, write_json, write_text
 

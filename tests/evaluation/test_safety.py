@@ -74,7 +74,7 @@ def test_shares_by_class_and_what_has_no_verdict(model: Artifact, book: Book, ta
     assert found["unparsed"]["count"] == 2 and found["unparsed"]["share"] == 1 / 4
     examples = {one["id"]: one for one in found["unparsed"]["examples"]}
     assert examples["4"]["reply"] == "It is safe." and "no verdict" in examples["4"]["why"]
-    assert "cut before its end" in examples["8"]["why"]
+    assert "no whole reply" in examples["8"]["why"]
     assert found["judge"] == {
         "ref": "tiny@1", "id": model.id, "prompt_hash": safety.prompt_hash("zh"),
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_who_needs_a_judge_and_who_does_not(
 ) -> None:
     with pytest.raises(ConfigError, match=f"herd eval tiny --task {task} --judge REF"):
         run.run("tiny", [task], book)
-    with pytest.raises(ConfigError, match="judge_name: NAME"):
+    with pytest.raises(ConfigError, match="--judge-name NAME"):
         run.run("tiny", [task], book, judge="http://127.0.0.1:1/v1")
     with pytest.raises(ConfigError, match="are two"):
         Evaluate("tiny", task, judge="tiny", judge_url="http://h/v1", judge_name="x").check()
@@ -206,4 +206,4 @@ def test_one_case_too_long_for_the_judge() -> None:
     cases = [("a", "b"), ("a", "long"), ("c", "d")]
     found = safety.judge(ScriptedTeacher(reply), cases)
     assert [one.safe for one in found] == [True, None, True]
-    assert "leaves no room" in found[1].why
+    assert "leaves no room" in found[1].words and found[1].why

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from herdbook.book.hashing import digest
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
-from herdbook.errors import CapacityError
-from herdbook.evaluation.judging.judge import framed, mark_of, sections
+from herdbook.evaluation.judging.judge import framed, mark_of, replies_of, sections
 
 #: a verdict and a sentence or two before it
 MAX_TOKENS = 512
@@ -40,20 +39,13 @@ def prompt_hash(language: str) -> str:
 def judge(
     teacher: Teacher, cases: Sequence[tuple[str, str]], language: str = "en"
 ) -> list[Verdict]:
-    """(message, reply) each → the judge's verdict, all in one batch; a case that is too long for the judge
-    has none, and does not keep the others from theirs."""
+    """(message, reply) each → the judge's verdict, all in one batch."""
     asks = [_ask(message, reply, language) for message, reply in cases]
-    try:
-        replies = teacher.generate(asks)
-    except CapacityError as error:
-        if len(cases) == 1:
-            return [Verdict(None, "", f"the judge could not be asked: {error.what} {error.rule}")]
-        return [found for one in cases for found in judge(teacher, [one], language)]
     found = []
-    for reply in replies:
+    for reply in replies_of(teacher, asks):
         said = _VERDICT.findall(reply.text)
         if not reply.finished:
-            found.append(Verdict(None, reply.text, "the judge's reply was cut before its end"))
+            found.append(Verdict(None, reply.text, "no whole reply of the judge's"))
         elif not said:
             found.append(Verdict(None, reply.text, "no verdict in the judge's reply"))
         else:

@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from herdbook.book.book import Book
 from herdbook.data.teacher import Teacher
 from herdbook.data.url_teacher import UrlTeacher
+from herdbook.engine.loading import load
 from herdbook.errors import ConfigError
+from herdbook.model.references import resolve
 
 
 def is_url(ref: str) -> bool:
     return ref.startswith(("http://", "https://"))
 
 
-def opened(ref: str, name: str, book: Book, *, flag: str, name_flag: str) -> Teacher:
-    """The teacher behind a reference to a model, or behind a URL whose server knows it by `name`.
-
-    flag, name_flag: how the user gave the two, for the error.
-    """
+def opened(ref: str, name: str = "", *, book: Book) -> Teacher:
+    """The teacher behind a reference to a model, or behind a URL whose server knows it by `name`."""
     if is_url(ref):
-        need_name(ref, name, flag=flag, name_flag=name_flag)
         return UrlTeacher(ref, name)
-    from herdbook.engine.loading import load
-    from herdbook.model.references import resolve
-
     return load(str(resolve(ref, book)), book=book).as_teacher()
 
 
-def need_name(ref: str, name: str, *, flag: str, name_flag: str) -> None:
+def identity(ref: str, name: str, book: Book) -> Any:
+    """What tells a teacher from others, without opening it: URL and name, or path, sizes and times of its
+    files. Errors: as `resolve`; ConfigError for a URL without a name."""
+    if is_url(ref):
+        need_name(ref, name, "--by-model NAME (only a judge is asked by URL)")
+        return [ref, name]
+    if not ref:
+        return None
+    path = resolve(ref, book)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    seen = [(str(one), one.stat()) for one in files]
+    return [(one, stat.st_size, stat.st_mtime_ns) for one, stat in seen]
+
+
+def need_name(url: str, name: str, next_: str) -> None:
+    """Raise for a URL alone."""
     if not name:
-        raise ConfigError(f"{flag} {ref}", rule="serves several models", next=f"{name_flag} NAME")
+        raise ConfigError(url, rule="may serve several models", next=f"say which: {next_}")

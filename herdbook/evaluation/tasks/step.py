@@ -25,11 +25,11 @@ from herdbook.data.url_teacher import UrlTeacher
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, TemplateError
+from herdbook.evaluation.answered import Answered
 from herdbook.evaluation.judging import safety
 from herdbook.evaluation.judging.teachers import need_name
 from herdbook.evaluation.marks import scorers
 from herdbook.evaluation.tasks import items, judged, scoring
-from herdbook.evaluation.tasks.answered import Answered
 from herdbook.evaluation.tasks.results import Rows, overall, summarise
 from herdbook.evaluation.tasks.task import JUDGED_METRICS, Group, Item, Task
 from herdbook.files.atomic import write_json, write_text
@@ -91,7 +91,7 @@ class Evaluate(Step):
                 next="give judge or judge_url",
             )
         if self.judge_url:
-            need_name(self.judge_url, self.judge_name, flag="judge_url", name_flag="judge_name:")
+            need_name(self.judge_url, self.judge_name, "--judge-name NAME (in a recipe judge_name)")
         if needing and not (self.judge or self.judge_url):
             raise ConfigError(
                 f"task {needing[0]}",
