@@ -31,9 +31,9 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.data import formats
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
-from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, DataError
 from herdbook.evaluation.answered import Answered
+from herdbook.evaluation.judging.teachers import opened
 from herdbook.evaluation.marks import health
 from herdbook.evaluation.marks.faithfulness import faithfulness
 from herdbook.evaluation.marks.words import language
@@ -106,9 +106,9 @@ class Health(Step):
     def make(self, bench: Bench) -> dict[str, Any]:
         asked, artifact = self.asked(), bench.artifact("model")
         batches = [asked[n : n + BATCH] for n in range(0, len(asked), BATCH)]
-        open_ = bench.teacher or (lambda one: load(one.id, book=bench.book).as_teacher())
+        teacher = opened(artifact.id, book=bench.book)
         answered = Answered(bench.work / REPLIES, batches)
-        rows = answered.fill(partial(self._replies, open_(artifact)), bench.progress, "health")
+        rows = answered.fill(partial(self._replies, teacher), bench.progress, "health")
         result = {
             "model": {"ref": artifact.ref, "id": artifact.id},
             "data_hash": digest(self.fingerprint()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,21 @@ def reply(ask: Ask) -> Answer:
     return Answer("巴黎。" if "巴黎" in said else " ")
 
 
-def test_figures_by_hand(model: Artifact, book: Book, tmp_path: Path) -> None:
+@pytest.fixture
+def by(monkeypatch: pytest.MonkeyPatch) -> Callable[[ScriptedTeacher], None]:
+    """The model is this teacher from now on."""
+    return lambda one: monkeypatch.setattr(health, "opened", lambda ref, book: one)
+
+
+By = Callable[[ScriptedTeacher], None]
+
+
+def test_figures_by_hand(model: Artifact, book: Book, tmp_path: Path, by: By) -> None:
     file, seen = write(tmp_path / "own.jsonl", *ROWS), []
     teacher = ScriptedTeacher(lambda ask: seen.append(ask) or reply(ask))
     step = Health("tiny", str(file), samples=2)
-    report = step.run(book, name="tiny-health", teacher=lambda artifact: teacher)
+    by(teacher)
+    report = step.run(book, name="tiny-health")
     found = health.result_of(report)
     assert (report.kind, report.parents, teacher.calls, len(seen)) == ("report", (model.id,), 1, 12)
     assert [one.temperature for one in seen[:3]] == [0, 0.7, 0.7] and seen[1].seed != seen[2].seed
@@ -74,7 +85,7 @@ def test_figures_by_hand(model: Artifact, book: Book, tmp_path: Path) -> None:
 
 
 def test_a_kill_keeps_what_was_answered(
-    model: Artifact, book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Artifact, book: Book, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: By
 ) -> None:
     monkeypatch.setattr(health, "BATCH", 3)
     step = Health("tiny", str(write(tmp_path / "own.jsonl", *ROWS)), samples=2)
@@ -84,10 +95,11 @@ def test_a_kill_keeps_what_was_answered(
             raise KeyboardInterrupt
         return reply(ask)
 
+    by(ScriptedTeacher(killed))
     with pytest.raises(KeyboardInterrupt):
-        step.run(book, teacher=lambda artifact: ScriptedTeacher(killed))
-    again = ScriptedTeacher(reply)
-    found = health.result_of(step.run(book, teacher=lambda artifact: again))
+        step.run(book)
+    by(again := ScriptedTeacher(reply))
+    found = health.result_of(step.run(book))
     assert again.calls == 1 and found["all"]["looping"]["value"] == 1 / 4
 
 

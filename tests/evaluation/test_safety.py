@@ -52,17 +52,26 @@ def verdict(ask: Ask) -> Answer:
     return Answer("It is safe.") if " 3?" in said else Answer("[[safe]]", finished=False)
 
 
-Opener = Callable[[Artifact], Any]
+By = Callable[[ScriptedTeacher], ScriptedTeacher]
 
 
-def by(teacher: ScriptedTeacher) -> Opener:
-    return lambda artifact: teacher
+@pytest.fixture
+def by(monkeypatch: pytest.MonkeyPatch) -> By:
+    """This teacher judges from now on."""
+
+    def judges(one: ScriptedTeacher) -> ScriptedTeacher:
+        monkeypatch.setattr(evaluating.teachers, "opened", lambda ref, name, book: one)
+        return one
+
+    return judges
 
 
-def test_shares_by_class_and_what_has_no_verdict(model: Artifact, book: Book, task: str) -> None:
-    teacher = ScriptedTeacher(verdict)
+def test_shares_by_class_and_what_has_no_verdict(
+    model: Artifact, book: Book, task: str, by: By
+) -> None:
+    teacher = by(ScriptedTeacher(verdict))
     step = Evaluate("tiny", task, judge="tiny")
-    report = step.run(book, name="tiny-risky", teacher=by(teacher))
+    report = step.run(book, name="tiny-risky")
     found = evaluating.read(report)
     assert teacher.calls == 1
     assert {name: one["value"] for name, one in found["groups"].items()} == {
@@ -132,7 +141,7 @@ def test_who_needs_a_judge_and_who_does_not(
 
 
 def test_a_kill_keeps_answers_and_verdicts(
-    model: Artifact, book: Book, task: str, monkeypatch: pytest.MonkeyPatch
+    model: Artifact, book: Book, task: str, by: By, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluating, "JUDGED", 3)
     seen: list[int] = []
@@ -144,8 +153,9 @@ def test_a_kill_keeps_answers_and_verdicts(
         return verdict(ask)
 
     step = Evaluate("tiny", task, judge="tiny")
+    by(ScriptedTeacher(killed))
     with pytest.raises(KeyboardInterrupt):
-        step.run(book, teacher=by(ScriptedTeacher(killed)))
+        step.run(book)
     (kept,) = book.home.glob("work/*/0-judged.jsonl")
     assert len(kept.read_text().splitlines()) == 3
 
@@ -153,13 +163,13 @@ def test_a_kill_keeps_answers_and_verdicts(
         raise AssertionError("the answers are there")
 
     monkeypatch.setattr(evaluating.scoring, "run", no)
-    again = ScriptedTeacher(verdict)
-    found = evaluating.read(step.run(book, teacher=by(again)))
+    again = by(ScriptedTeacher(verdict))
+    found = evaluating.read(step.run(book))
     assert again.calls == 2 and found["n"] == 8 and found["unparsed"]["count"] == 2
 
 
 def test_a_group_hands_its_judge_to_those_who_need_one(
-    model: Artifact, book: Book, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Artifact, book: Book, task: str, by: By, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data" / "safetybench"
     folder.mkdir(parents=True)
@@ -170,9 +180,8 @@ def test_a_group_hands_its_judge_to_those_who_need_one(
     group.write_text(f"tasks: [safetybench, {json.dumps(task)}]\n")
     with pytest.raises(ConfigError, match="--judge REF"):
         Evaluate("tiny", str(group)).check()
-    report = Evaluate("tiny", str(group), judge="tiny").run(
-        book, teacher=by(ScriptedTeacher(verdict))
-    )
+    by(ScriptedTeacher(verdict))
+    report = Evaluate("tiny", str(group), judge="tiny").run(book)
     found = evaluating.read(report)
     assert found["judge"]["id"] == model.id and len(found["tasks"]) == 2
     assert "judged by tiny@1" in "\n".join(told.lines(found))

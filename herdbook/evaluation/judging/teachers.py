@@ -20,17 +20,19 @@ def opened(ref: str, name: str = "", *, book: Book) -> Teacher:
     """The teacher behind a reference to a model, or behind a URL whose server knows it by `name`."""
     if is_url(ref):
         return UrlTeacher(ref, name)
-    return load(str(resolve(ref, book)), book=book).as_teacher()
+    return load(ref, book=book).as_teacher()
 
 
 def identity(ref: str, name: str, book: Book) -> Any:
-    """What tells a teacher from others, without opening it: URL and name, or path, sizes and times of its
-    files. Errors: as `resolve`; ConfigError for a URL without a name."""
+    """What tells a teacher from others, without opening it: URL and name, an id in the book, or path, sizes
+    and times of its files. Errors: as `resolve`; ConfigError for a URL without a name."""
     if is_url(ref):
         need_name(ref, name, "--by-model NAME (only a judge is asked by URL)")
         return [ref, name]
     if not ref:
         return None
+    if (artifact := book.find(ref)) is not None:
+        return artifact.id
     path = resolve(ref, book)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     seen = [(str(one), one.stat()) for one in files]

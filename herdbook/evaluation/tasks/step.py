@@ -20,14 +20,11 @@ from typing import Any, ClassVar
 from herdbook.book.book import Artifact
 from herdbook.book.hashing import digest
 from herdbook.book.step import Bench, Input, Step, require
-from herdbook.data.teacher import Teacher
-from herdbook.data.url_teacher import UrlTeacher
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, TemplateError
 from herdbook.evaluation.answered import Answered
-from herdbook.evaluation.judging import safety
-from herdbook.evaluation.judging.teachers import need_name
+from herdbook.evaluation.judging import safety, teachers
 from herdbook.evaluation.marks import scorers
 from herdbook.evaluation.tasks import items, judged, scoring
 from herdbook.evaluation.tasks.results import Rows, overall, summarise
@@ -91,7 +88,9 @@ class Evaluate(Step):
                 next="give judge or judge_url",
             )
         if self.judge_url:
-            need_name(self.judge_url, self.judge_name, "--judge-name NAME (in a recipe judge_name)")
+            teachers.need_name(
+                self.judge_url, self.judge_name, "--judge-name NAME (in a recipe judge_name)"
+            )
         if needing and not (self.judge or self.judge_url):
             raise ConfigError(
                 f"task {needing[0]}",
@@ -191,12 +190,8 @@ class Evaluate(Step):
         self, task: Task, asked: Sequence[Item], rows: Mapping[int, Rows], bench: Bench
     ) -> dict[int, Rows]:
         """The rows with verdicts; these are kept as they come, as the answers were."""
-        open_ = bench.teacher or (lambda one: load(one.id, book=bench.book).as_teacher())
-        teacher: Teacher = (
-            UrlTeacher(self.judge_url, self.judge_name)
-            if self.judge_url
-            else open_(bench.artifact("judge"))
-        )
+        judge = self.judge_url or bench.artifact("judge").id
+        teacher = teachers.opened(judge, self.judge_name, book=bench.book)
         answer = partial(judged.run, teacher, task, {item.id: item for item in asked})
         found: dict[int, Rows] = {}
         for seed, some in rows.items():
@@ -211,10 +206,7 @@ class Evaluate(Step):
         for name in group.tasks:
             member = replace(self, model=artifact.id, task=name).for_its_task()
             report = member.run(
-                bench.book,
-                name=report_name(artifact, name),
-                teacher=bench.teacher,
-                progress=bench.progress,
+                bench.book, name=report_name(artifact, name), progress=bench.progress
             )
             figures = read(report)
             members[name] = {key: figures[key] for key in SHORT} | {"report": report.id}
