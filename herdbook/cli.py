@@ -272,13 +272,20 @@ def eval_command(
     samples
         of each prompt, for self-consistency
     """
+    from herdbook.errors import ConfigError
+
+    if task and suite:
+        raise ConfigError("--task and --suite", rule="are two runs", next="give one of them")
+    for flag, given, of, there in (
+        ("--judge", judge or judge_name, "--task", task),
+        ("--prompts", prompts, "--suite", suite),
+    ):
+        if given and not there:
+            raise ConfigError(f"{flag} without {of}", rule="has nothing to do", next=f"give {of}")
     if suite:
-        from herdbook.errors import ConfigError
         from herdbook.evaluation.health import lines as told_lines
         from herdbook.evaluation.run import health
 
-        if task:
-            raise ConfigError("--task and --suite", rule="are two runs", next="give one of them")
         report, found = health(
             ref or _latest(), _book(), prompts=prompts, limit=limit, samples=samples
         )

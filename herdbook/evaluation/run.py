@@ -39,8 +39,9 @@ def run(
     """
     how = {"judge_url" if is_url(judge) else "judge": judge, "judge_name": judge_name}
     asked = [Evaluate(ref, one, limit, shots, seeds, chat, **how) for one in tasks]
-    if len(asked) > 1:
-        asked = [step.for_its_task() for step in asked]
+    without = [step.for_its_task() for step in asked]
+    if any(step.judge or step.judge_url for step in without):
+        asked = without  # else a judge that is given has nothing to judge, and is refused
     for step in asked:
         step.check()
     artifact = entered(ref, book)

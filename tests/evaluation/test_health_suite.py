@@ -120,6 +120,12 @@ def test_wrong_rows_are_named(tmp_path: Path, row: Any, says: str) -> None:
 
 
 def test_what_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="are two runs"):
+        cli.eval_command("tiny", task=["mmlu"], suite="health")
+    with pytest.raises(ConfigError, match="--prompts without --suite"):
+        cli.eval_command("tiny", prompts="own.jsonl")
+    with pytest.raises(ConfigError, match="--judge without --task"):
+        cli.eval_command("tiny", judge="tiny", suite="health")
     with pytest.raises(ConfigError, match="samples 1 must be 2 or more"):
         Health("tiny", samples=1).check()
     with pytest.raises(DataError, match="is not there"):

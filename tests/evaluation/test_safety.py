@@ -132,6 +132,8 @@ def test_who_needs_a_judge_and_who_does_not(
     own = write(tmp_path / "own.jsonl", {"question": "Why?", "answer": "so"})
     with pytest.raises(ConfigError, match="nothing to judge"):
         run.run("tiny", [str(own)], book, judge="tiny")
+    with pytest.raises(ConfigError, match="nothing to judge"):
+        run.run("tiny", [str(own), str(own)], book, judge="tiny")
     monkeypatch.setattr(UrlTeacher, "generate", lambda self, asks: [Answer("[[safe]]")] * len(asks))
     both = run.run("tiny", [task, str(own)], book, judge="https://h/v1", judge_name="x")
     ((plain, _),) = run.run("tiny", [str(own)], book)
