@@ -230,10 +230,16 @@ def eval_command(
     shots: int | None = None,
     seeds: str = "0",
     chat: bool = False,
+    judge: str = "",
+    judge_name: str = "",
+    suite: Literal["health"] | None = None,
+    prompts: str = "",
+    samples: int = 3,
     json: Json = False,
 ) -> None:
     """Measure a model: perplexity, identity where it was taught one, size, speed, memory; or, with
-    --task, how well it does a task. What a task gives is a report in the book.
+    --task, how well it does a task; or, with --suite health, whether it repeats itself, loops, disagrees
+    with itself or invents. What a task or a suite gives is a report in the book.
 
     Example: herd eval cria --task mmlu --limit 200
 
@@ -247,14 +253,47 @@ def eval_command(
         a task or group (see: herd tasks), a task's .yaml, a .jsonl of your own questions, or a .txt; may
         be given several times
     limit
-        so many questions of each task, spread evenly over its file (default: all)
+        so many questions of each task or suite, spread evenly over its file (default: all)
     shots
         examples before each question (default: as the task says)
     seeds
         of replies that are drawn; several, such as 0,1,2, give mean and spread
     chat
         ask by the model's chat template (default: as plain text to go on with)
+    judge
+        who judges the replies, for tasks that need it: a reference to a model, or the URL of an
+        OpenAI-compatible API (key from OPENAI_API_KEY)
+    judge_name
+        the judge's name at that URL
+    suite
+        health: loops, repetition, self-consistency, faithfulness to passages
+    prompts
+        a file of prompts for the suite, JSON lines (default: 20 of Herdbook's own in each language)
+    samples
+        of each prompt, for self-consistency
     """
+    from herdbook.errors import ConfigError
+
+    if task and suite:
+        raise ConfigError("--task and --suite", rule="are two runs", next="give one of them")
+    for flag, given, of, there in (
+        ("--judge", judge or judge_name, "--task", task),
+        ("--prompts", prompts, "--suite", suite),
+    ):
+        if given and not there:
+            raise ConfigError(f"{flag} without {of}", rule="has nothing to do", next=f"give {of}")
+    if suite:
+        from herdbook.evaluation.health import lines as told_lines
+        from herdbook.evaluation.run import health
+
+        report, found = health(
+            ref or _latest(), _book(), prompts=prompts, limit=limit, samples=samples
+        )
+        if json:
+            _print({report.ref: found})
+            return
+        print("\n".join(told_lines(found)) + f"\n  in the book: {report.ref}")
+        return
     if task:
         from herdbook import config
         from herdbook.evaluation.run import run
@@ -262,8 +301,9 @@ def eval_command(
         drawn = config.convert(seeds, tuple[int, ...], where="--seeds")
         told = [*task, *([str(text)] if text else [])]
         reports = run(
-            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat
-        )
+            ref or _latest(), told, _book(), limit=limit, shots=shots, seeds=drawn, chat=chat,
+            judge=judge, judge_name=judge_name,
+        )  # fmt: skip
         if json:
             _print({report.ref: figures for report, figures in reports})
             return

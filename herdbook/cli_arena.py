@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from herdbook.terminal import Json, book, console, need_own_page, print_json
 
 if TYPE_CHECKING:
-    from herdbook.data.teacher import Teacher
-    from herdbook.evaluation.judging.judge import Case, Summary
+    from collections.abc import Mapping, Sequence
+
+    from herdbook.evaluation.judging.judge import Case, Duel, Score, Summary
 
 
 def arena(votes: Path, /, *, out: Path | None = None, draws: int = 300, json: Json = False) -> None:
@@ -34,6 +35,8 @@ def arena(votes: Path, /, *, out: Path | None = None, draws: int = 300, json: Js
     from herdbook.evaluation.judging import votes as log
     from herdbook.evaluation.judging.arena import leaderboard
 
+    if out:
+        need_own_page(out)
     if draws < 100:
         raise ConfigError(f"--draws {draws}", rule="gives no 95 % interval", next="100 or more")
     found = log.read(votes)
@@ -87,14 +90,17 @@ def judge(
     by_model: str = "",
     model: str = "",
     against: str = "",
+    reference: Path | None = None,
     language: Literal["en", "zh"] = "en",
+    max_tokens: int = 1024,
     out: Path | None = None,
     json: Json = False,
 ) -> None:
     """Let a model judge answers: scores from 1 to 10, or pairs in both orders.
 
     A line of the file: {"question": "…", "answer": "…"}, perhaps with reference and category; or
-    MT-Bench's {"turns": […]}. Replies without a verdict are dropped, and counted.
+    MT-Bench's {"turns": […]}. Replies without a verdict are dropped, and counted. A run that was stopped
+    goes on when the same command is given again.
 
     Example: herd judge questions.jsonl --model cria --by http://127.0.0.1:8000/v1 --by-model big
 
@@ -108,39 +114,68 @@ def judge(
     by_model
         the judge's name at that URL
     model
-        who answers the questions (default: the answers of the file)
+        who answers the questions, at MT-Bench's temperatures (default: the answers of the file)
     against
         compare with the answers of this model, or of this file
+    reference
+        a file of reference answers by question_id, such as MT-Bench's reference_answer/gpt-4.jsonl
     language
         the language that the judge is spoken to in
+    max_tokens
+        of an answer
     out
         write each judgement with the judge's own words, JSON lines
     """
-    from herdbook.errors import DataError
-    from herdbook.evaluation.judging import judge as judging
-    from herdbook.evaluation.judging.files import read_cases, write_judged
+    from functools import partial
 
-    cases = _answers(file, model) if model else read_cases(file)
-    rivals: list[Case] = []
-    if against:
-        rivals = read_cases(Path(against)) if Path(against).is_file() else _answers(file, against)
-        if [one.questions for one in rivals] != [one.questions for one in cases]:
-            raise DataError(
-                against, rule=f"does not answer the questions of {file}", next="mend it"
-            )
-    teacher = _teacher(by, by_model)
-    shown = [part for case in cases for part in judging.turns(case)]
-    if rivals:
-        others = [part for case in rivals for part in judging.turns(case)]
-        duels = judging.compare(teacher, list(zip(shown, others, strict=True)), language)
-        summary = judging.summarise(duels)
+    from herdbook.errors import ConfigError
+    from herdbook.evaluation.judging import files, session, teachers
+    from herdbook.evaluation.judging import judge as judging
+    from herdbook.files.atomic import sha256_file
+    from herdbook.progress import for_terminal
+
+    if out:
+        files.need_own_judgements(out)
+    if max_tokens < 1:
+        raise ConfigError(f"--max-tokens {max_tokens}", rule="must be 1 or more")
+    known, progress = book(), for_terminal()
+    given = [file, *([reference] if reference else [])]
+    opened = partial(teachers.opened, book=known)
+    rival = Path(against) if against and Path(against).is_file() else None
+    rows = files.read_rows(file)
+    if reference:
+        rows = files.with_references(rows, reference)
+    cases = [] if model else files.cases_of(rows, file)
+    rivals = files.cases_of(files.read_rows(rival), rival) if rival else []
+    _need_same(rivals, rows, against, file)
+    key = session.key(
+        files=[sha256_file(one) for one in [*given, *([rival] if rival else [])]],
+        models=[
+            teachers.identity(*one, known)
+            for one in ((by, by_model), (model, ""), ("" if rival else against, ""))
+        ],
+        settings=[language, max_tokens],
+    )
+    with known.desk(key) as work:
+        if model:
+            path = work / "answers.jsonl"
+            cases = session.answers(partial(opened, model), rows, path, progress, max_tokens)
+        if against and not rival:
+            path = work / "against.jsonl"
+            rivals = session.answers(partial(opened, against), rows, path, progress, max_tokens)
+        ask = partial(opened, by, by_model)
+        shown = [part for case in cases for part in judging.turns(case)]
+        path = work / "judged.jsonl"
+        judged: list[Score] | list[Duel]
+        if rivals:
+            others = [part for case in rivals for part in judging.turns(case)]
+            pairs = list(zip(shown, others, strict=True))
+            judged = session.duels(ask, pairs, language, path, progress)
+        else:
+            judged = session.scores(ask, shown, language, path, progress)
         if out:
-            write_judged(out, shown, duels)
-    else:
-        scores = judging.score(teacher, shown, language)
-        summary = judging.summarise(scores)
-        if out:
-            write_judged(out, shown, scores)
+            files.write_judged(out, shown, judged)
+    summary = judging.summarise(judged)
     if json:
         print_json(summary.to_json())
         return
@@ -154,6 +189,9 @@ def _tell(summary: Summary, what: str) -> None:
     print(f"judged {summary.judged}, without a verdict {summary.unparsed}")
     if summary.consistent is not None:
         print(f"alike in both orders: {100 * summary.consistent:.0f} %")
+    if len(summary.by_turn) > 1:
+        for turn, value in summary.by_turn.items():
+            print(f"  turn {turn:<9} {value:.2f}")
     for name, value in summary.by_category.items():
         if name:
             print(f"  {name:<14} {value:.2f}")
@@ -161,26 +199,10 @@ def _tell(summary: Summary, what: str) -> None:
         print(f"  without a verdict: … {example[-200:]!r}")
 
 
-def _answers(file: Path, ref: str) -> list[Case]:
-    from herdbook.evaluation.judging.files import read_rows
-    from herdbook.evaluation.judging.judge import answer_turns
+def _need_same(
+    rivals: Sequence[Case], rows: Sequence[Mapping[str, Any]], against: str, file: Path
+) -> None:
+    from herdbook.errors import DataError
 
-    rows = read_rows(file)
-    return answer_turns(_teacher(ref, ""), rows)
-
-
-def _teacher(ref: str, name: str) -> Teacher:
-    """A model of ours, or one behind a URL."""
-    from herdbook.errors import ConfigError
-
-    if ref.startswith(("http://", "https://")):
-        from herdbook.data.url_teacher import UrlTeacher
-
-        if not name:
-            raise ConfigError(f"--by {ref}", rule="serves several models", next="--by-model NAME")
-        return UrlTeacher(ref, name)
-    from herdbook.engine.loading import load
-    from herdbook.model.references import resolve
-
-    known = book()
-    return load(str(resolve(ref, known)), book=known).as_teacher()
+    if rivals and [one.questions for one in rivals] != [tuple(row["turns"]) for row in rows]:
+        raise DataError(against, rule=f"does not answer the questions of {file}", next="mend it")

@@ -52,6 +52,7 @@ STEPS = {
     "Report": "herdbook.evaluation.report",
     "Scaling": "herdbook.evaluation.scaling",
     "Evaluate": "herdbook.evaluation.tasks.step",
+    "Health": "herdbook.evaluation.health",
 }
 DEFAULT_PROFILE = "cpu"
 

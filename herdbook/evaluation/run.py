@@ -1,4 +1,5 @@
-"""`herd eval REF --task …` and `herd compare A B`: reports, made or found in the book."""
+"""`herd eval REF --task …`, `… --suite health` and `herd compare A B`: reports, made or found in the
+book."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from typing import Any
 
 from herdbook.book.book import Artifact, Book
 from herdbook.errors import UnknownName
+from herdbook.evaluation.health import Health, result_of
+from herdbook.evaluation.judging.teachers import is_url
 from herdbook.evaluation.report import Report
 from herdbook.evaluation.tasks.step import Evaluate, read, report_name
 from herdbook.model.fetch import Fetch
@@ -25,22 +28,43 @@ def run(
     shots: int | None = None,
     seeds: tuple[int, ...] = (0,),
     chat: bool = False,
+    judge: str = "",
+    judge_name: str = "",
 ) -> list[tuple[Artifact, dict[str, Any]]]:
     """The report of each task with its figures.
 
     ref: any reference to a model; one from outside is entered into the book first, so that the report
-    has its parent. All tasks are checked before the first is asked.
+    has its parent. judge: a reference or a URL, judge_name the model's name there; for the tasks that need
+    one. All tasks are checked before the first is asked.
     """
-    asked = [Evaluate(ref, one, limit, shots, seeds, chat) for one in tasks]
+    how = {"judge_url" if is_url(judge) else "judge": judge, "judge_name": judge_name}
+    asked = [Evaluate(ref, one, limit, shots, seeds, chat, **how) for one in tasks]
+    without = [step.for_its_task() for step in asked]
+    if any(step.judge or step.judge_url for step in without):
+        asked = without  # else a judge that is given has nothing to judge, and is refused
     for step in asked:
         step.check()
     artifact = entered(ref, book)
+    judging = entered(judge, book).id if any(step.judge for step in asked) else ""
     reports = []
-    for task in tasks:
-        step = Evaluate(artifact.id, task, limit, shots, seeds, chat)
-        report = step.run(book, name=report_name(artifact, task), progress=for_terminal())
+    for step in asked:
+        step = replace(step, model=artifact.id, judge=judging if step.judge else "")
+        name = report_name(artifact, step.task)
+        report = step.run(book, name=name, progress=for_terminal())
         reports.append((report, read(report)))
     return reports
+
+
+def health(
+    ref: str, book: Book, *, prompts: str = "", limit: int = 0, samples: int = 3
+) -> tuple[Artifact, dict[str, Any]]:
+    """The report on a model's health with its figures; prompts: a user's file."""
+    step = Health(ref, prompts, limit, samples)
+    step.check()
+    artifact = entered(ref, book)
+    step = replace(step, model=artifact.id)
+    report = step.run(book, name=f"{artifact.name}-health", progress=for_terminal())
+    return report, result_of(report)
 
 
 def entered(ref: str, book: Book) -> Artifact:

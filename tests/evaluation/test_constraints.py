@@ -8,7 +8,7 @@ import pytest
 
 from herdbook.errors import DataError
 from herdbook.evaluation.marks import constraints
-from herdbook.evaluation.marks.constraints import KINDS, Followed, accuracy, follows, read
+from herdbook.evaluation.marks.constraints import KINDS, Followed, follows, read
 
 CASES: list[tuple[dict[str, Any], str, str]] = [  # constraint, a reply that follows, one that does not
     ({"kind": "words", "at_least": 3, "at_most": 4}, "One two, three.", "One two."),
@@ -93,16 +93,6 @@ def test_strict_and_loose() -> None:
     assert follows(ones, " \n") == Followed((False, False), (False, False))
     few = read({"constraints": [{"kind": "words", "at_most": 3}]})
     assert follows(few, "") == Followed((False,), (False,))
-
-
-def test_accuracy() -> None:
-    marks = [Followed((True, False), (True, True)), Followed((True,), (True,))]
-    assert accuracy(marks) == {
-        "prompt_strict": 0.5,
-        "instruction_strict": pytest.approx(2 / 3),
-        "prompt_loose": 1.0,
-        "instruction_loose": 1.0,
-    }
 
 
 def test_loose_never_refuses_what_strict_accepts() -> None:

@@ -143,7 +143,9 @@ def test_a_group_is_the_mean_of_its_tasks(
     ]
     write(folder / "zh_subset.jsonl.gz", *safe)
     monkeypatch.setenv("HERDBOOK_DATA", str(tmp_path / "data"))
-    report = Evaluate("tiny", "safety").run(book, name="tiny-safety")
+    safety = str(tmp_path / "safety.yaml")
+    Path(safety).write_text("tasks: [safetybench]\n")
+    report = Evaluate("tiny", safety).run(book, name="tiny-safety")
     result = evaluating.read(report)
     one = evaluating.read(book.get("tiny-safetybench"))
     assert result["tasks"]["safetybench"]["report"] == book.get("tiny-safetybench").id
@@ -151,7 +153,7 @@ def test_a_group_is_the_mean_of_its_tasks(
     assert report.metrics["mean_share"] == one["value"]
     assert "averages" in one and set(one["groups"]) == {"x", "y"}
     with pytest.raises(ConfigError, match="takes no shots"):
-        Evaluate("tiny", "safety", shots=1).run(book)
+        Evaluate("tiny", safety, shots=1).run(book)
     with pytest.raises(DataError, match="mmlu"):
         Evaluate("tiny", "flageval").run(book)
     (tmp_path / "mixed.yaml").write_text("tasks: [safetybench, wikitext2]\n")

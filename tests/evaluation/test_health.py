@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from herdbook.data.teacher import Answer, Ask, ScriptedTeacher
-from herdbook.evaluation.marks import health
 from herdbook.evaluation.marks.faithfulness import faithfulness, judged
 from herdbook.evaluation.marks.health import Loop, distinct, loop, repeated, self_consistency
 
 
 def test_distinct_and_repeated() -> None:
-    assert distinct(["The cat sat.", "the cat ran!"], 1) == 4 / 6
-    assert distinct(["The cat sat.", "the cat ran!"], 2) == 3 / 4
-    assert distinct(["我爱你，我爱他"], 1) == 4 / 6 and distinct(["好"], 2) == 1.0
+    assert distinct(["The cat sat.", "the cat ran!"], 1).value == 4 / 6
+    assert distinct(["The cat sat.", "the cat ran!"], 2).value == 3 / 4
+    assert distinct(["我爱你，我爱他"], 1).value == 4 / 6
+    assert distinct(["好"], 2).value == 1.0
     assert repeated("one two three four five", 4) == 0
     assert repeated("天天向上天天向上", 2) == pytest.approx(3 / 7)
     assert repeated("hi") == 0
+
+
+def test_interval_of_distinct_by_leaving_one_out() -> None:
+    """Against computing it anew without each reply."""
+    replies = ["the cat sat", "the cat ran off", "a dog sat", "好好学习"]
+    found = distinct(replies, 1)
+    left = [distinct(replies[:n] + replies[n + 1 :], 1).value for n in range(4)]
+    mean = sum(left) / 4
+    error = math.sqrt(3 / 4 * sum((one - mean) ** 2 for one in left))
+    assert found.low == pytest.approx(max(0, found.value - 1.959964 * error))
+    assert found.high == pytest.approx(min(1, found.value + 1.959964 * error))
+    assert (distinct(["a a"], 1).low, distinct(["a a"], 1).high) == (0, 1)
 
 
 SENTENCE = "I am a language model. "
@@ -132,41 +143,3 @@ def test_faithfulness_judged(language: str) -> None:
     user = seen[0].messages[1].content
     mark = seen[0].messages[0].content.split("<</")[1].split(">>")[0].split()[-1]
     assert user.count(mark) == 6 and user.index("P one") < user.index("P two") < user.index("Paris")
-
-
-def test_suite_by_script() -> None:
-    def reply(ask: Ask) -> Answer:
-        if "loop" in ask.messages[0].content:
-            return Answer("and so on, " * 20, finished=False)
-        return Answer("Paris." if ask.temperature == 0 or ask.seed % 2 else "It is Rome.")
-
-    teacher = ScriptedTeacher(reply)
-    found = health.suite(teacher, ["capital?", "loop!"], samples=2)
-    assert teacher.calls == 1 and found["prompts"] == 2
-    assert found["looping"]["value"] == 0.5 and found["unfinished"] == 1 and found["empty"] == 0
-    assert found["loops"] == [
-        {"prompt": "loop!", "cycle": "and so on, ", "times": pytest.approx(19.9, abs=0.1)}
-    ]
-    assert found["self_consistency_f1"] == 0.5
-    assert found["distinct_1"] == pytest.approx(4 / 61)
-
-
-def test_real_replies(smollm2_path: Path) -> None:
-    """The embedded model, greedy and as it is: figures are finite, and a loop that is told is there.
-    (Asked for the capital of France it ended in «la Tradition, la Culture, la Tradition …».)"""
-    from herdbook.engine.loading import load
-
-    teacher = load(str(smollm2_path)).as_teacher()
-    prompts = [
-        "What is the capital of France?",
-        "Name three colours.",
-        "Write one line about rain.",
-    ]
-    found = health.suite(teacher, prompts, samples=2, max_tokens=64)
-    assert found["empty"] == 0 and 0 < found["self_consistency_f1"] <= 1
-    assert 0 < found["distinct_1"] < found["distinct_3"] <= 1
-    assert all(math.isfinite(found[name]) for name in ("repeated_4grams", "distinct_2"))
-    assert len(found["loops"]) == round(3 * found["looping"]["value"])
-    for one in found["loops"]:
-        (again,) = teacher.generate([Ask((health.Message("user", one["prompt"]),), 64)])
-        assert again.text.count(one["cycle"]) >= 3

@@ -44,7 +44,7 @@ def test_every_shipped_task_s_items_build(
     shared_data(task.data)
     monkeypatch.setenv("HERDBOOK_DATA", str(folder))
     asked = items.questions(task, limit=60)
-    assert len(asked.items) == (1 if task.kind == "text" else 60)
+    assert len(asked.items) == (1 if task.kind == "text" else min(60, asked.total))
     assert len({item.id for item in asked.items}) == len(asked.items)
     assert items.questions(task, limit=60) == asked
     assert items.questions(task, limit=3).prompt_hash == asked.prompt_hash
@@ -54,7 +54,7 @@ def test_every_shipped_task_s_items_build(
             assert item.right and all(0 <= place < len(item.choices) for place in item.right)
             assert not task.pool or len(set(item.choices)) == len(item.choices) == task.pool
         elif task.kind == "generate":
-            assert item.answer
+            assert item.answer or task.judged
 
 
 def test_mmlu_reads_as_lm_evaluation_harness_s(
@@ -295,7 +295,7 @@ def test_what_is_not_here_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="parquet"):
         fetched("hf:org/name/x.parquet")
     assert told.tasks()["mmlu"]["state"] == "no data"
-    assert told.task("safety")["tasks"] == ["safetybench"]
+    assert told.task("safety")["tasks"][0] == "safetybench"
 
 
 def test_settings_that_cannot_be(tmp_path: Path) -> None:

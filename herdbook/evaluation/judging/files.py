@@ -2,19 +2,25 @@
 
 A line to judge is {"turns": ["question", "next one"], "answers": ["…", "…"], "reference": […],
 "category": "math"}, as MT-Bench's; with one turn, question, answer and reference may be plain texts. Where
-a model is to answer first, answers are not needed.
+a model is to answer first, answers are not needed. References may lie in a file of their own, as MT-Bench's
+do: {"question_id": 101, "choices": [{"turns": ["…", "…"]}]}, told apart by the questions' question_id.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from herdbook.errors import DataError
+from herdbook.data import formats
+from herdbook.errors import DataError, FileError
 from herdbook.evaluation.judging.judge import Case, Duel, Score
 from herdbook.files.atomic import write_text
+
+#: what every row of judgements has; the longest that is looked at
+_KEYS, _LONGEST = {"turns", "answers", "value"}, 10_000_000
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -32,10 +38,41 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_cases(path: Path) -> list[Case]:
+def with_references(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows with the references of a file; those it does not name keep what they have."""
+    known: dict[str, list[str]] = {}
+    expected = "where rows of question_id and choices (or reference) were expected"
+    for _, place, row in formats.rows(path, expected):
+        try:
+            turns = row["choices"][0]["turns"] if "choices" in row else row["reference"]
+            texts = [turns] if isinstance(turns, str) else turns
+            known[str(row["question_id"])] = texts
+            right = isinstance(texts, list) and all(isinstance(one, str) for one in texts)
+        except (TypeError, KeyError, IndexError):
+            right = False
+        if not right:
+            raise DataError(f"{path}, {place}: {row!r:.60}", rule=expected, next="mend the row")
+    found = []
+    for row in rows:
+        reference = known.get(row.get("id", ""))
+        if reference and len(reference) != len(row["turns"]):
+            raise DataError(
+                f"{path}: question {row['id']}",
+                rule=f"has {len(reference)} references, but {len(row['turns'])} turns",
+                next="give one for each turn",
+            )
+        found.append(row | ({"reference": reference} if reference else {}))
+    if not any(row.get("id", "") in known for row in rows):
+        raise DataError(
+            f"{path}", rule="has no reference for any question", next="compare their question_id"
+        )
+    return found
+
+
+def cases_of(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Case]:
     """Rows that have answers."""
     found = []
-    for number, row in enumerate(read_rows(path), 1):
+    for number, row in enumerate(rows, 1):
         if "answers" not in row:
             raise DataError(
                 f"{path}, row {number},",
@@ -49,11 +86,32 @@ def read_cases(path: Path) -> list[Case]:
     return found
 
 
+def need_own_judgements(path: Path) -> None:
+    """Raise where another's file lies: only judgements (and an empty file) may be written over."""
+    if not os.path.lexists(path):
+        return
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            first = file.readline(_LONGEST)
+        try:
+            row = json.loads(first) if first else dict.fromkeys(_KEYS)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and row.keys() >= _KEYS:
+            return
+    raise FileError(
+        f"{path} is there already",
+        rule="and holds no judgements, so it is not overwritten",
+        next="give another --out",
+    )
+
+
 def write_judged(path: Path, cases: Sequence[Case], judged: Sequence[Score | Duel]) -> None:
     """One line for each judgement: the case, the value, the judge's own words."""
     lines = []
     for case, one in zip(cases, judged, strict=True):
-        row: dict[str, Any] = {"turns": case.questions, "answers": case.answers, "value": one.value}
+        row: dict[str, Any] = {"turns": case.questions, "answers": case.answers}
+        row |= {"category": case.category, "value": one.value}
         if isinstance(one, Duel):
             row |= {"verdicts": one.verdicts, "replies": one.replies}
         else:
@@ -70,6 +128,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise DataError(where, rule="is no JSON object", next="mend the line")
     row: dict[str, Any] = {"category": str(given.get("category") or "")}
+    if "question_id" in given:
+        row["id"] = str(given["question_id"])
     for name, other in (("turns", "question"), ("answers", "answer"), ("reference", "reference")):
         value = given.get(name, given.get(other))
         if value is None or value == []:

@@ -17,6 +17,7 @@ from typing import Any
 
 from herdbook.data.records import Message
 from herdbook.data.teacher import Answer, Ask, Teacher
+from herdbook.errors import CapacityError
 from herdbook.evaluation.paired import mean_difference
 from herdbook.evaluation.statistics import Interval
 
@@ -56,6 +57,7 @@ class Score:
     value: float | None
     reply: str
     category: str = ""
+    turn: int = 1  # of how many questions the last was judged
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Duel:
     verdicts: tuple[str | None, str | None]
     replies: tuple[str, str]
     category: str = ""
+    turn: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Summary:
     judged: int
     unparsed: int
     by_category: Mapping[str, float] = field(default_factory=dict)
+    by_turn: Mapping[int, float] = field(default_factory=dict)
     examples: Sequence[str] = ()
     consistent: float | None = None  # share of the pairs judged alike in both orders
     first: float | None = None  # where the orders disagree: share that preferred what stood first
@@ -115,11 +119,26 @@ def choice_of(reply: str) -> str | None:
 def score(teacher: Teacher, cases: Sequence[Case], language: str = "en") -> list[Score]:
     """Judge single answers, all in one batch."""
     asks = [_ask("single", (case,), language) for case in cases]
-    replies = teacher.generate(asks)
     return [
-        Score(score_of(reply.text) if reply.finished else None, reply.text, case.category)
-        for case, reply in zip(cases, replies, strict=True)
+        Score(
+            score_of(reply.text) if reply.finished else None,
+            reply.text,
+            case.category,
+            len(case.questions),
+        )
+        for case, reply in zip(cases, replies_of(teacher, asks), strict=True)
     ]
+
+
+def replies_of(teacher: Teacher, asks: Sequence[Ask]) -> list[Answer]:
+    """The judge's replies. One that is too long for it gets an unfinished reply that says so, and does
+    not keep the others from theirs."""
+    try:
+        return teacher.generate(asks)
+    except CapacityError as error:
+        if len(asks) == 1:
+            return [Answer(f"(the judge was not asked: {error.what} {error.rule})", finished=False)]
+        return [reply for ask in asks for reply in replies_of(teacher, [ask])]
 
 
 def compare(
@@ -128,30 +147,33 @@ def compare(
     """Judge pairs in both orders, all in one batch. A pair's cases share their questions."""
     assert all(a.questions == b.questions for a, b in pairs)
     orders = [order for a, b in pairs for order in ((a, b), (b, a))]
-    replies = teacher.generate([_ask("pair", order, language) for order in orders])
+    replies = replies_of(teacher, [_ask("pair", order, language) for order in orders])
     return [
-        _duel(pair[0].category, replies[2 * number], replies[2 * number + 1])
+        _duel(pair[0], replies[2 * number], replies[2 * number + 1])
         for number, pair in enumerate(pairs)
     ]
 
 
-def _duel(category: str, straight: Answer, swapped: Answer) -> Duel:
+def _duel(case: Case, straight: Answer, swapped: Answer) -> Duel:
     one = choice_of(straight.text) if straight.finished else None
     two = choice_of(swapped.text) if swapped.finished else None
     back = {"A": "B", "B": "A", "C": "C", None: None}[two]
     value: float | None = None
     if one is not None and back is not None:
         value = {"A": 1.0, "B": 0.0, "C": 0.5}[one] if one == back else 0.5
-    return Duel(value, (one, back), (straight.text, swapped.text), category)
+    told = straight.text, swapped.text
+    return Duel(value, (one, back), told, case.category, len(case.questions))
 
 
 def summarise(judged: Sequence[Score] | Sequence[Duel]) -> Summary:
     """The mean of scores, or the share of wins with ties as half."""
     values = [one.value for one in judged if one.value is not None]
     groups: dict[str, list[float]] = {}
+    rounds: dict[int, list[float]] = {}
     for one in judged:
         if one.value is not None:
             groups.setdefault(one.category, []).append(one.value)
+            rounds.setdefault(one.turn, []).append(one.value)
     broken = [one for one in judged if one.value is None]
     duels = [one for one in judged if isinstance(one, Duel) and one.value is not None]
     torn = [one.verdicts for one in duels if one.verdicts[0] != one.verdicts[1]]
@@ -161,6 +183,7 @@ def summarise(judged: Sequence[Score] | Sequence[Duel]) -> Summary:
         len(values),
         len(broken),
         {name: sum(ones) / len(ones) for name, ones in groups.items()},
+        {turn: sum(ones) / len(ones) for turn, ones in sorted(rounds.items())},
         [_text(one)[-500:] for one in broken[:EXAMPLES]],
         1 - len(torn) / len(duels) if duels else None,
         sum(pair[0] == "A" for pair in flips) / len(flips) if flips else None,

@@ -235,14 +235,3 @@ def _versions(reply: str) -> list[str]:
     parts = [lines, lines[1:], lines[:-1], lines[1:-1]]
     texts = [reply, *("\n".join(part).strip() for part in parts)]
     return [text for one in texts for text in (one, one.replace("*", "")) if text.strip()]
-
-
-def accuracy(followed: Sequence[Followed]) -> dict[str, float]:
-    """Shares by prompt (all of its constraints) and by instruction, strict and loose."""
-    assert followed
-    found = {}
-    for name in ("strict", "loose"):
-        marks: list[tuple[bool, ...]] = [getattr(one, name) for one in followed]
-        found[f"prompt_{name}"] = sum(map(all, marks)) / len(marks)
-        found[f"instruction_{name}"] = sum(map(sum, marks)) / sum(map(len, marks))
-    return found

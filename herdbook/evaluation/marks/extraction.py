@@ -55,11 +55,17 @@ def read_fields(reply: str) -> Fields | None:
 
 def extraction_f1(reply: str, reference: Any) -> float | None:
     """One reply: F1 over all its values; 1 where nothing was to be found and nothing was."""
-    mine, theirs = read_fields(reply), _reference(reference)
-    if mine is None:
+    if read_fields(reply) is None:
         return None
-    common, said, wanted = map(sum, zip(*_counts(mine, theirs).values(), strict=True))
+    common, said, wanted = counts(reply, reference)
     return Overlap.of(common, said, wanted).f1 if said or wanted else 1.0
+
+
+def counts(reply: str, reference: Any) -> tuple[int, int, int]:
+    """One reply's values: in common, said, wanted. One that cannot be read says nothing."""
+    found = _counts(read_fields(reply) or {}, _reference(reference)).values()
+    common, said, wanted = map(sum, zip(*found, strict=True))
+    return common, said, wanted
 
 
 def score_extraction(replies: Sequence[str], references: Sequence[Any]) -> Extracted:

@@ -21,7 +21,13 @@ from dataclasses import dataclass
 
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
-from herdbook.evaluation.judging.judge import MAX_TOKENS, framed, mark_of, sections
+from herdbook.evaluation.judging.judge import (
+    MAX_TOKENS,
+    framed,
+    mark_of,
+    replies_of,
+    sections,
+)
 from herdbook.evaluation.marks.words import HAN, sentences, words
 
 _VERDICT = re.compile(r"\[\[\s*(yes|partly|no)\s*\]\]", re.IGNORECASE)
@@ -81,7 +87,7 @@ def judged(
     """(answer, passages) each → 1, ½ or 0 by a judge; None: its reply holds no verdict."""
     asks = [_ask(answer, passages, language) for answer, passages in cases]
     found: list[float | None] = []
-    for reply in teacher.generate(asks):
+    for reply in replies_of(teacher, asks):
         said = _VERDICT.findall(reply.text) if reply.finished else []
         found.append(_VALUES[said[-1].lower()] if said else None)
     return found

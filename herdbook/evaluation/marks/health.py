@@ -10,18 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import stdev
 
-from herdbook.data.records import Message
-from herdbook.data.teacher import Ask, Teacher
 from herdbook.evaluation.marks.overlap import answer_tokens, token_f1
 from herdbook.evaluation.marks.words import words
-from herdbook.evaluation.statistics import wilson
+from herdbook.evaluation.statistics import Z95, Interval
 
 #: a loop is that many cycles at least, and so many words; «ha ha ha» is none
 CYCLES, LOOPED_WORDS = 3, 12
-#: looping replies kept to be looked at
-EXAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -42,13 +38,27 @@ class Consistency:
     f1: float  # mean token F1 of pairs: alike though not the same
 
 
-def distinct(replies: Sequence[str], n: int) -> float:
+def distinct(replies: Sequence[str], n: int) -> Interval:
     """Distinct n-grams over all n-grams of a set of replies (Li 2016). 1 where there are none.
 
-    It falls with the amount of text: compare equally many replies of one length.
+    It falls with the amount of text: compare equally many replies of one length. The interval is ± 1.96
+    standard errors of the jackknife over replies (a bootstrap would draw the same reply twice, which is
+    no new text); of one reply nothing is known.
     """
-    grams = Counter(gram for reply in replies for gram in _grams(words(reply.lower()), n))
-    return len(grams) / grams.total() if grams else 1.0
+    each = [Counter(_grams(words(reply.lower()), n)) for reply in replies]
+    whole: Counter[tuple[str, ...]] = sum(each, Counter())
+    if not whole:
+        return Interval(1.0, 0.0, 1.0)
+    value, total = len(whole) / whole.total(), whole.total()
+    if len(replies) < 2:
+        return Interval(value, 0.0, 1.0)
+    without = []
+    for one in each:
+        own = sum(whole[gram] == count for gram, count in one.items())
+        rest = total - one.total()
+        without.append((len(whole) - own) / rest if rest else 1.0)
+    error = math.sqrt((len(each) - 1) ** 2 / len(each)) * stdev(without)
+    return Interval(value, max(0.0, value - Z95 * error), min(1.0, value + Z95 * error))
 
 
 def repeated(reply: str, n: int = 4) -> float:
@@ -105,41 +115,6 @@ def self_consistency(samples: Sequence[str]) -> Consistency:
     pairs = list(itertools.combinations(samples, 2))
     f1 = sum(token_f1(a, [b]) for a, b in pairs) / len(pairs)
     return Consistency(max(counts.values()) / len(samples), same / len(pairs), f1)
-
-
-def suite(
-    teacher: Teacher, prompts: Sequence[str], samples: int = 3, max_tokens: int = 256, seed: int = 0
-) -> dict[str, Any]:
-    """Measures of a model over prompts: its greedy replies, and `samples` at temperature 0.7.
-
-    All asks go out in one batch. `looping` is a share with its Wilson interval.
-    """
-    assert prompts and samples > 1
-    greedy = [Ask((Message("user", prompt),), max_tokens) for prompt in prompts]
-    drawn = [
-        Ask((Message("user", prompt),), max_tokens, 0.7, seed + number)
-        for prompt in prompts
-        for number in range(samples)
-    ]
-    answers = teacher.generate([*greedy, *drawn])
-    replies = [answer.text for answer in answers[: len(prompts)]]
-    rest = [answer.text for answer in answers[len(prompts) :]]
-    loops = [loop(reply) for reply in replies]
-    own = [self_consistency(rest[n : n + samples]) for n in range(0, len(rest), samples)]
-    return {
-        "prompts": len(prompts),
-        **{f"distinct_{n}": distinct(replies, n) for n in (1, 2, 3)},
-        "repeated_4grams": sum(map(repeated, replies)) / len(replies),
-        "looping": wilson(sum(one is not None for one in loops), len(replies)).to_json(),
-        "empty": sum(not reply.strip() for reply in replies),
-        "unfinished": sum(not answer.finished for answer in answers[: len(prompts)]),
-        "self_consistency_f1": sum(one.f1 for one in own) / len(own),
-        "loops": [
-            {"prompt": prompt, "cycle": one.cycle, "times": one.times}
-            for prompt, one in zip(prompts, loops, strict=True)
-            if one is not None
-        ][:EXAMPLES],
-    }
 
 
 def _grams(tokens: Sequence[str], n: int) -> list[tuple[str, ...]]:

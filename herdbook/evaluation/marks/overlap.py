@@ -156,41 +156,45 @@ def bleu(
     `references[i]` are all references of `replies[i]`; each reply is measured against the length
     nearest its own.
     """
-    return _bleu(replies, references, TOKENIZERS[tokenize], whole=True)
+    assert len(replies) == len(references) > 0
+    each = [
+        bleu_counts(reply, ones, tokenize) for reply, ones in zip(replies, references, strict=True)
+    ]
+    return 100 * bleu_of([sum(column) for column in zip(*each, strict=True)])
 
 
 def sentence_bleu(reply: str, references: Sequence[str], tokenize: str = "13a") -> float:
     """BLEU of one reply, over no more orders than the reply has."""
-    return _bleu([reply], [references], TOKENIZERS[tokenize], whole=False)
+    return 100 * bleu_of(bleu_counts(reply, references, tokenize), whole=False)
 
 
-def _bleu(
-    replies: Sequence[str],
-    references: Sequence[Sequence[str]],
-    cut: Callable[[str], list[str]],
-    whole: bool,
-) -> float:
-    assert len(replies) == len(references) > 0 and all(references)
-    right, total = [0] * 4, [0] * 4
-    length = wanted = 0
-    for reply, ones in zip(replies, references, strict=True):
-        mine, theirs = cut(reply), [cut(one) for one in ones]
-        length += len(mine)
-        wanted += min((abs(len(one) - len(mine)), len(one)) for one in theirs)[1]
-        for n in range(4):
-            most: Counter[tuple[str, ...]] = Counter()
-            for one in theirs:
-                most |= Counter(_grams(one, n + 1))
-            grams = Counter(_grams(mine, n + 1))
-            right[n] += (grams & most).total()
-            total[n] += grams.total()
+def bleu_counts(reply: str, references: Sequence[str], tokenize: str = "13a") -> tuple[int, ...]:
+    """What BLEU knows of a reply, to be summed over several: for each order the n-grams that match and
+    all n-grams; the reply's length, and that of the nearest reference."""
+    assert references
+    mine, theirs = TOKENIZERS[tokenize](reply), [TOKENIZERS[tokenize](one) for one in references]
+    right, total = [], []
+    for n in range(1, 5):
+        most: Counter[tuple[str, ...]] = Counter()
+        for one in theirs:
+            most |= Counter(_grams(one, n))
+        grams = Counter(_grams(mine, n))
+        right.append((grams & most).total())
+        total.append(grams.total())
+    wanted = min((abs(len(one) - len(mine)), len(one)) for one in theirs)[1]
+    return *right, *total, len(mine), wanted
+
+
+def bleu_of(sums: Sequence[float], whole: bool = True) -> float:
+    """BLEU from 0 to 1 of summed counts. whole: an order that no reply has makes it 0."""
+    right, total, (length, wanted) = sums[:4], sums[4:8], sums[8:]
     if not any(right):
         return 0.0
     logs, halvings = [], 0
     for hit, count in zip(right, total, strict=True):
         if count:
             halvings += not hit
-            logs.append(math.log(100 * (hit or 0.5**halvings) / count))
+            logs.append(math.log((hit or 0.5**halvings) / count))
         elif whole:
             return 0.0
     brevity = min(1.0, math.exp(1 - wanted / length))

@@ -43,7 +43,7 @@ def rouge_l(item: Item, reply: str) -> Mark:
 
 
 def sentence_bleu(item: Item, reply: str) -> Mark:
-    """Over 100, so that a mark is a share. A corpus's BLEU is `overlap.bleu` over all replies."""
+    """Over 100, so that a mark is a share."""
     return Mark(overlap.sentence_bleu(reply, references(item), "13a") / 100)
 
 
@@ -51,17 +51,37 @@ def sentence_bleu_zh(item: Item, reply: str) -> Mark:
     return Mark(overlap.sentence_bleu(reply, references(item), "zh") / 100)
 
 
+def corpus_bleu(item: Item, reply: str) -> Mark:
+    """BLEU of all replies together, over 100."""
+    counts = overlap.bleu_counts(reply, references(item), "13a")
+    return Mark(sentence_bleu(item, reply).value, counts=counts)
+
+
+def corpus_bleu_zh(item: Item, reply: str) -> Mark:
+    counts = overlap.bleu_counts(reply, references(item), "zh")
+    return Mark(sentence_bleu_zh(item, reply).value, counts=counts)
+
+
 def fields(item: Item, reply: str) -> Mark:
     """F1 of extracted fields; the row's `fields`, or its answer, is the reference."""
-    found = extraction.extraction_f1(reply, item.extra.get("fields", item.answer))
-    return Mark(found, "" if found is not None else "no JSON object or list of values")
+    wanted = item.extra.get("fields", item.answer)
+    found, counts = extraction.extraction_f1(reply, wanted), extraction.counts(reply, wanted)
+    return Mark(found, "" if found is not None else "no JSON object or list of values", counts)
 
 
-def code(item: Item, reply: str) -> Mark:
+def micro_f1(sums: Sequence[float]) -> float:
+    """Of values in common, said and wanted; 1 where none was either."""
+    common, said, wanted = sums
+    return 2 * common / (said + wanted) if said + wanted else 1.0
+
+
+def code(items: Sequence[Item], replies: Sequence[str]) -> list[Mark]:
     """HumanEval's rows have `test`, MBPP's `test_list`. What runs and fails is wrong, not unparsed."""
-    shape = running.human_eval if "test" in item.extra else running.mbpp
-    found = running.check(shape(item.extra, reply))
-    return Mark(float(found.passed), found.why)
+    tasks = [
+        (running.human_eval if "test" in item.extra else running.mbpp)(item.extra, reply)
+        for item, reply in zip(items, replies, strict=True)
+    ]
+    return [Mark(float(one.passed), one.why) for one in running.check_all(tasks)]
 
 
 def _followed(item: Item, reply: str) -> constraints.Followed:
@@ -79,12 +99,19 @@ def followed_loose(item: Item, reply: str) -> Mark:
 
 
 def instructions(item: Item, reply: str) -> Mark:
-    """The share of a prompt's constraints, strictly; IFEval's own figure weighs every constraint
-    alike: `constraints.accuracy`."""
-    found = _followed(item, reply).strict
-    return Mark(sum(found) / len(found))
+    """A prompt's constraints, strictly. IFEval's figure weighs every constraint alike."""
+    return _each(_followed(item, reply).strict)
 
 
 def instructions_loose(item: Item, reply: str) -> Mark:
-    found = _followed(item, reply).loose
-    return Mark(sum(found) / len(found))
+    return _each(_followed(item, reply).loose)
+
+
+def _each(followed: Sequence[bool]) -> Mark:
+    counts = float(sum(followed)), float(len(followed))
+    return Mark(share(counts), counts=counts)
+
+
+def share(sums: Sequence[float]) -> float:
+    """The first of the second."""
+    return sums[0] / sums[1]

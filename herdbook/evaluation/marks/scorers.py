@@ -4,7 +4,11 @@
 
 `Mark(None, why)` says that the reply could not be read: it counts as wrong, is reported as a share of
 its own, and some are kept as examples. Scorers are named in `SCORERS`, and imported when a task asks
-for one.
+for one. What takes long is marked all `TOGETHER`, in parallel.
+
+Some figures are no mean of marks: a corpus's BLEU, a micro F1. Their marks have `counts`, which are summed
+over all replies, and `POOLED` says what the sums are worth (results.py); the mark's own value is that of
+the one reply, for pairs.
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ from __future__ import annotations
 import importlib
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from herdbook.errors import UnknownName, nearest
 from herdbook.evaluation.tasks.task import LETTERS, Item
@@ -27,6 +31,7 @@ class Mark:
 
     value: float | None
     why: str = ""
+    counts: tuple[float, ...] = ()
 
 
 Scorer: TypeAlias = Callable[[Item, str], Mark]
@@ -38,7 +43,6 @@ SCORERS = {
     "number": "herdbook.evaluation.marks.scorers:number",
     "last_number": "herdbook.evaluation.marks.scorers:last_number",
     "letter": "herdbook.evaluation.marks.scorers:letter",
-    "code": "herdbook.evaluation.marks.scored:code",
     "constraints": "herdbook.evaluation.marks.scored:followed",
     "constraints_loose": "herdbook.evaluation.marks.scored:followed_loose",
     "instructions": "herdbook.evaluation.marks.scored:instructions",
@@ -50,17 +54,56 @@ SCORERS = {
     "rouge_l": "herdbook.evaluation.marks.scored:rouge_l",
     "bleu": "herdbook.evaluation.marks.scored:sentence_bleu",
     "bleu_zh": "herdbook.evaluation.marks.scored:sentence_bleu_zh",
+    "corpus_bleu": "herdbook.evaluation.marks.scored:corpus_bleu",
+    "corpus_bleu_zh": "herdbook.evaluation.marks.scored:corpus_bleu_zh",
     "extraction_f1": "herdbook.evaluation.marks.scored:fields",
+    "extraction_micro_f1": "herdbook.evaluation.marks.scored:fields",
 }
+#: of items and their replies, the marks
+TOGETHER = {"code": "herdbook.evaluation.marks.scored:code"}
+#: what summed counts are worth, 0 to 1
+POOLED = {
+    "instructions": "herdbook.evaluation.marks.scored:share",
+    "instructions_loose": "herdbook.evaluation.marks.scored:share",
+    "corpus_bleu": "herdbook.evaluation.marks.overlap:bleu_of",
+    "corpus_bleu_zh": "herdbook.evaluation.marks.overlap:bleu_of",
+    "extraction_micro_f1": "herdbook.evaluation.marks.scored:micro_f1",
+}
+
+
+def check(name: str) -> None:
+    """Raise where there is no metric of generated replies of that name."""
+    known = [*SCORERS, *TOGETHER]
+    if name not in known:
+        raise UnknownName(f"metric {name!r}", rule="is not known", next=nearest(name, known))
 
 
 def scorer(name: str) -> Scorer:
     """The scorer of that name; its module is imported only now."""
-    if name not in SCORERS:
-        raise UnknownName(f"metric {name!r}", rule="is not known", next=nearest(name, [*SCORERS]))
-    module, _, function = SCORERS[name].partition(":")
-    found: Scorer = getattr(importlib.import_module(module), function)
+    check(name)
+    found: Scorer = _function(SCORERS[name])
     return found
+
+
+def marked(name: str, items: Sequence[Item], replies: Sequence[str]) -> list[Mark]:
+    """The marks of replies by one metric, in their order."""
+    check(name)
+    if name in TOGETHER:
+        found: list[Mark] = _function(TOGETHER[name])(items, replies)
+        return found
+    one = scorer(name)
+    return [one(item, reply) for item, reply in zip(items, replies, strict=True)]
+
+
+def pooled(name: str) -> Callable[[Sequence[float]], float]:
+    """From summed counts to the figure."""
+    found: Callable[[Sequence[float]], float] = _function(POOLED[name])
+    return found
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 # ------------------------------------------------------------------------------------ short answers

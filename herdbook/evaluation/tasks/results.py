@@ -10,7 +10,9 @@ Shares have Wilson's interval; means of other marks ± 1.96 standard errors. A m
 over tasks) takes the distances of each one's limits together, as the square root of their squares' sum
 (MOVER; Zou and Donner, Statistics in Medicine 27, 2008): groups of one question, or all right, still have
 their width.
-With several seeds a question's mark is its mean over them: they are no further questions.
+With several seeds a question's mark is its mean over them: they are no further questions; of code,
+pass@k (overlap.py) is there for k up to their number. What is no mean of marks but a figure of summed counts
+(`POOLED`: a corpus's BLEU, a micro F1) has a bootstrap interval over questions.
 """
 
 from __future__ import annotations
@@ -20,12 +22,20 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
+
+from herdbook.evaluation.marks.overlap import pass_at_k
+from herdbook.evaluation.marks.scorers import POOLED, pooled
 from herdbook.evaluation.statistics import Z95, Interval, wilson
 from herdbook.evaluation.tasks import choices
 from herdbook.evaluation.tasks.task import Item, Task
 
 #: replies that could not be read and are shown
 EXAMPLES, EXAMPLE_CHARACTERS = 5, 400
+#: of a bootstrap
+DRAWS = 1000
+#: the k of pass@k that are told; pass@1 is the mean
+USUAL = (2, 5, 10, 20, 50, 100)
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,27 +47,29 @@ def summarise(task: Task, items: Sequence[Item], rows: Mapping[int, Rows]) -> di
         (some,) = rows.values()
         metrics = _of_text(some)
         return {"metric": metric, **metrics[metric], "n": len(some), "metrics": metrics}
-    marks = {name: _marks(rows, name) for name in task.metrics}
-    metrics = {name: _figure(values) for name, values in marks.items()}
+    metrics = {name: _of(rows, name) for name in task.metrics}
+    if "code" in metrics:
+        metrics |= _passes(rows)
     found: dict[str, Any] = {"metric": metric, **metrics[metric], "n": len(items)}
     if task.kind == "choice":
         found["chance"] = fmean(
             choices.chance(metric, len(one.choices), len(one.right)) for one in items
         )
     found["metrics"] = metrics
-    groups = _groups(items, marks[metric])
+    groups = _groups(items)
     if groups:
-        macro = _together([_figure(values) for values in groups.values()])
+        found["groups"] = {
+            name: {"n": len(places), **_of(_some(rows, places), metric)}
+            for name, places in groups.items()
+        }
+        macro = _together([*found["groups"].values()])
         found["averages"] = {"by question": found["value"], "by group": macro["value"]}
         if task.average == "group":
             found |= macro
-        found["groups"] = {
-            name: {"n": len(values), "value": fmean(values)} for name, values in groups.items()
-        }
     found["average"] = f"by {task.average}" if groups else "by question"
     found["unparsed"] = _unparsed(rows, metric)
     if len(rows) > 1:
-        each = {str(seed): fmean(_mark(row, metric) for row in some) for seed, some in rows.items()}
+        each = {str(seed): _of({seed: some}, metric)["value"] for seed, some in rows.items()}
         found |= {"seeds": each, "spread": stdev(each.values())}
     return found
 
@@ -81,12 +93,42 @@ def _mark(row: Mapping[str, Any], metric: str) -> float:
     return 0.0 if value is None else float(value)
 
 
+def _of(rows: Mapping[int, Rows], metric: str) -> dict[str, float]:
+    """The figure of a metric over all questions, with its interval."""
+    if metric in POOLED:
+        return _pooled(rows, metric)
+    return figure(_marks(rows, metric))
+
+
+def _pooled(rows: Mapping[int, Rows], metric: str) -> dict[str, float]:
+    """Of summed counts; a bootstrap draws questions, each with all its seeds."""
+    counts = np.array([[row["counts"][metric] for row in some] for some in rows.values()])
+    counts, worth = counts.sum(0), pooled(metric)
+    size = len(counts)
+    picked = np.random.default_rng(0).multinomial(size, [1 / size] * size, DRAWS)
+    drawn = [worth(sums) for sums in (picked @ counts).tolist()]
+    value, (low, high) = worth(counts.sum(0).tolist()), np.quantile(drawn, [0.025, 0.975])
+    interval = Interval(value, min(float(low), value), max(float(high), value))
+    return _plain(interval, float(np.std(drawn)))
+
+
+def _passes(rows: Mapping[int, Rows]) -> dict[str, dict[str, float]]:
+    """pass@k of code, for the usual k up to the number of seeds and for that number."""
+    seeds = len(rows)
+    right = [sum(_mark(row, "code") for row in same) for same in zip(*rows.values(), strict=True)]
+    return {
+        f"pass@{k}": figure([pass_at_k(seeds, round(count), k) for count in right])
+        for k in sorted({seeds, *(k for k in USUAL if k < seeds)} - {1})
+    }
+
+
 def _marks(rows: Mapping[int, Rows], metric: str) -> list[float]:
     """Of each item, its mean over the seeds."""
     return [fmean(_mark(row, metric) for row in same) for same in zip(*rows.values(), strict=True)]
 
 
-def _figure(values: Sequence[float]) -> dict[str, float]:
+def figure(values: Sequence[float]) -> dict[str, float]:
+    """The mean of marks from 0 to 1, with its interval."""
     value, error, total = fmean(values), _stderr(values), len(values)
     if not error or all(one in (0.0, 1.0) for one in values):
         return _plain(wilson(math.fsum(values), total), error)
@@ -102,12 +144,17 @@ def _plain(interval: Interval, error: float) -> dict[str, float]:
     return interval.to_json() | {"stderr": error}
 
 
-def _groups(items: Sequence[Item], marks: Sequence[float]) -> dict[str, list[float]]:
-    groups: dict[str, list[float]] = {}
-    for item, value in zip(items, marks, strict=True):
+def _groups(items: Sequence[Item]) -> dict[str, list[int]]:
+    """The places of each group's items."""
+    groups: dict[str, list[int]] = {}
+    for place, item in enumerate(items):
         if item.group:
-            groups.setdefault(item.group, []).append(value)
+            groups.setdefault(item.group, []).append(place)
     return dict(sorted(groups.items()))
+
+
+def _some(rows: Mapping[int, Rows], places: Sequence[int]) -> dict[int, Rows]:
+    return {seed: [same[place] for place in places] for seed, same in rows.items()}
 
 
 def _unparsed(rows: Mapping[int, Rows], metric: str) -> dict[str, Any]:
@@ -116,7 +163,7 @@ def _unparsed(rows: Mapping[int, Rows], metric: str) -> dict[str, Any]:
     examples = [
         {
             "id": row["id"],
-            "reply": row.get("reply", "")[:EXAMPLE_CHARACTERS],
+            "reply": row.get("judgement", row.get("reply", ""))[:EXAMPLE_CHARACTERS],
             "why": row["why"][metric],
         }
         for row in lost[:EXAMPLES]

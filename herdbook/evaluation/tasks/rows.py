@@ -67,7 +67,7 @@ class Reader:
             group=self.word(row, task.group) if task.group else "",
             options=options,
             right=right,
-            answer="" if right else self.word(row, task.answer),
+            answer="" if right or not task.answer else self.word(row, task.answer),
             plain=row,
         )
 

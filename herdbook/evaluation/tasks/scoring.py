@@ -30,9 +30,10 @@ from typing import Any
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.request import Request, Sampling
 from herdbook.errors import DataError
-from herdbook.evaluation.marks.scorers import scorer
+from herdbook.evaluation.marks import scorers
+from herdbook.evaluation.marks.scorers import POOLED
 from herdbook.evaluation.tasks import choices
-from herdbook.evaluation.tasks.task import Item, Task
+from herdbook.evaluation.tasks.task import JUDGED_METRICS, Item, Task
 
 #: items asked at once: choices and windows, replies
 SCORED, GENERATED = 256, 64
@@ -190,20 +191,29 @@ def _said(
                 rows[place] |= {"shots": shots} if shots < len(item.shots) else {}
                 break
         else:
-            rows[place] |= _too_long(task, len(ids), most)
+            rows[place] |= marked(task, [item], [""])[0] | _too_long(task, len(ids), most)
     replies = ask.model.engine.generate(list(requests.values()))
-    for place, reply in zip(requests, replies, strict=True):
-        rows[place] |= {"reply": reply.text, "tokens": reply.completion_tokens}
-        rows[place] |= mark(task, batch[place], reply.text)
+    texts = [reply.text for reply in replies]
+    marks = marked(task, [batch[place] for place in requests], texts)
+    for place, reply, found in zip(requests, replies, marks, strict=True):
+        rows[place] |= {"reply": reply.text, "tokens": reply.completion_tokens} | found
     return rows
 
 
-def mark(task: Task, item: Item, reply: str) -> dict[str, Any]:
-    """What each of the task's scorers gives for a reply."""
-    marks = {metric: scorer(metric)(item, reply) for metric in task.metrics}
-    found: dict[str, Any] = {"values": {name: one.value for name, one in marks.items()}}
-    why = {name: one.why for name, one in marks.items() if one.why}
-    return found | ({"why": why} if why else {})
+def marked(task: Task, items: Sequence[Item], replies: Sequence[str]) -> list[dict[str, Any]]:
+    """What the task's scorers give for each reply; a judge's metrics are added later (judged.py)."""
+    metrics = [metric for metric in task.metrics if metric not in JUDGED_METRICS]
+    columns = {metric: scorers.marked(metric, items, replies) for metric in metrics}
+    rows: list[dict[str, Any]] = []
+    for place in range(len(items)):
+        marks = {metric: column[place] for metric, column in columns.items()}
+        row: dict[str, Any] = {"values": {name: one.value for name, one in marks.items()}}
+        if why := {name: one.why for name, one in marks.items() if one.why}:
+            row["why"] = why
+        if counts := {name: one.counts for name, one in marks.items() if name in POOLED}:
+            row["counts"] = counts
+        rows.append(row)
+    return rows
 
 
 def _row(item: Item) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     evaluation.json   {"task", "version", "prompt_hash", "data_hash", "model": {"ref", "id"}, "chat",
                        "metric", "value", "low", "high", …}     the figures: results.py
+                      with a judge: "judge": {"ref", "id"} or {"url", "model"}, and "prompt_hash"
     items.jsonl       a row for each question and seed           scoring.py
 
 A killed run goes on: batches that are done lie in `bench.work`.
@@ -10,9 +11,9 @@ A killed run goes on: batches that are done lie in `bench.work`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,14 +23,18 @@ from herdbook.book.step import Bench, Input, Step, require
 from herdbook.engine.loaded import LoadedModel
 from herdbook.engine.loading import load
 from herdbook.errors import ConfigError, TemplateError
-from herdbook.evaluation.marks.scorers import scorer
-from herdbook.evaluation.tasks import items, scoring
-from herdbook.evaluation.tasks.results import overall, summarise
-from herdbook.evaluation.tasks.task import Group, Task
+from herdbook.evaluation.answered import Answered
+from herdbook.evaluation.judging import safety, teachers
+from herdbook.evaluation.marks import scorers
+from herdbook.evaluation.tasks import items, judged, scoring
+from herdbook.evaluation.tasks.results import Rows, overall, summarise
+from herdbook.evaluation.tasks.task import JUDGED_METRICS, Group, Item, Task
 from herdbook.files.atomic import write_json, write_text
 from herdbook.tokens import templates
 
 RESULT, ITEMS = "evaluation.json", "items.jsonl"
+#: replies judged at once
+JUDGED = 64
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Evaluate(Step):
     shots: int | None = None  # examples before each question; none: as the task says
     seeds: tuple[int, ...] = (0,)  # of replies that are drawn (temperature above 0)
     chat: bool = False  # ask by the model's chat template, not as plain text
+    judge: Input = ""  # a model that judges the replies, where the task needs one
+    judge_url: str = ""  # or the base of an OpenAI-compatible API
+    judge_name: str = ""  # the judge's name there
 
     def check(self) -> None:
         require(self, "model", "task")
@@ -52,10 +60,13 @@ class Evaluate(Step):
             raise ConfigError(
                 f"seeds {list(self.seeds)}", rule="must be different whole numbers from 0"
             )
-        for task in self.tasks():
+        tasks = self.tasks()
+        self._check_judge(tasks)
+        for task in tasks:
             if task.kind == "generate":
                 for metric in task.metrics:
-                    scorer(metric)
+                    if metric not in JUDGED_METRICS:
+                        scorers.check(metric)
             if len(self.seeds) > 1 and not (task.kind == "generate" and task.temperature):
                 raise ConfigError(
                     f"{len(self.seeds)} seeds for task {task.name}",
@@ -67,6 +78,38 @@ class Evaluate(Step):
                     f"task {task.name} as a chat", rule="is none: a text is scored as it stands"
                 )
             items.hashes(task)  # its files are here
+
+    def _check_judge(self, tasks: Sequence[Task]) -> None:
+        needing = [task.name for task in tasks if task.judged]
+        if self.judge and self.judge_url:
+            raise ConfigError(
+                f"the judges {self.judge} and {self.judge_url}",
+                rule="are two, where one judges",
+                next="give judge or judge_url",
+            )
+        if self.judge_url:
+            teachers.need_name(
+                self.judge_url, self.judge_name, "--judge-name NAME (in a recipe judge_name)"
+            )
+        if needing and not (self.judge or self.judge_url):
+            raise ConfigError(
+                f"task {needing[0]}",
+                rule="is told by a judge, and none is given",
+                next=f"herd eval {self.model} --task {self.task} --judge REF, a model; or --judge "
+                "https://HOST/v1 --judge-name NAME",
+            )
+        if not needing and (self.judge or self.judge_url or self.judge_name):
+            raise ConfigError(
+                f"a judge for task {self.task}",
+                rule="has nothing to judge: the task has its own scorers",
+                next="leave the judge out",
+            )
+
+    def for_its_task(self) -> Evaluate:
+        """The same, without a judge where the task needs none: its report does not depend on one."""
+        if any(task.judged for task in self.tasks()):
+            return self
+        return replace(self, judge="", judge_url="", judge_name="")
 
     def tasks(self) -> list[Task]:
         """The one that is asked, or the members of a group."""
@@ -87,6 +130,8 @@ class Evaluate(Step):
         told: dict[str, str] = {}
         for task in self.tasks():
             told |= {task.name: digest(task.asked()), **items.hashes(task)}
+            if task.judged:
+                told[f"judge, {task.language}"] = safety.prompt_hash(task.language)
         return told
 
     def make(self, bench: Bench) -> dict[str, Any]:
@@ -95,8 +140,8 @@ class Evaluate(Step):
             return self._group(found, bench)
         (task,), artifact = self.tasks(), bench.artifact("model")
         asked = items.questions(task, self.limit)
-        model = load(artifact.id, book=bench.book)
-        head = {
+        model, chat = load(artifact.id, book=bench.book), self.chat or task.chat
+        head: dict[str, Any] = {
             "task": task.name,
             "version": task.version,
             "about": task.about,
@@ -106,25 +151,23 @@ class Evaluate(Step):
             "prompt_hash": asked.prompt_hash,
             "data_hash": asked.data_hash,
             "model": {"ref": artifact.ref, "id": artifact.id},
-            "chat": _template(model) if self.chat else "",
+            "chat": _template(model) if chat else "",
         }
-        rows = {}
+        rows: dict[int, Rows] = {}
         for seed in self.seeds:
             batches = scoring.batches(model, task, asked.items, self.limit)
-            answered = _Answered(bench.work / f"{seed}.jsonl", batches)
-            total = sum(map(len, batches))
-            with bench.progress.task(
-                task.name, total=total, unit="questions", done=len(answered.rows)
-            ) as bar:
-                for batch in answered.missing():
-                    new = scoring.run(model, task, batch, seed=seed, chat=self.chat)
-                    answered.add(new)
-                    bar.advance(len(batch))
-            rows[seed] = answered.rows
+            answer = partial(scoring.run, model, task, seed=seed, chat=chat)
+            answered = Answered(bench.work / f"{seed}.jsonl", batches)
+            rows[seed] = answered.fill(answer, bench.progress, task.name)
+        if task.judged:
+            del model, answer  # its memory is the judge's now
+            head["judge"] = self._judge(bench) | {"prompt_hash": safety.prompt_hash(task.language)}
+            rows = self._judged(task, asked.items, rows, bench)
         if task.kind != "text":
             order = {item.id: place for place, item in enumerate(asked.items)}
-            for some in rows.values():
-                some.sort(key=lambda row: order[row["id"]])
+            rows = {
+                seed: sorted(some, key=lambda row: order[row["id"]]) for seed, some in rows.items()
+            }
         result = head | summarise(task, asked.items, rows)
         several = len(rows) > 1
         lines = [
@@ -136,11 +179,33 @@ class Evaluate(Step):
         write_text(bench.out / ITEMS, "".join(lines))
         return metrics(result)
 
+    def _judge(self, bench: Bench) -> dict[str, Any]:
+        """Who judges, for the result."""
+        if self.judge_url:
+            return {"url": self.judge_url, "model": self.judge_name}
+        artifact = bench.artifact("judge")
+        return {"ref": artifact.ref, "id": artifact.id}
+
+    def _judged(
+        self, task: Task, asked: Sequence[Item], rows: Mapping[int, Rows], bench: Bench
+    ) -> dict[int, Rows]:
+        """The rows with verdicts; these are kept as they come, as the answers were."""
+        judge = self.judge_url or bench.artifact("judge").id
+        teacher = teachers.opened(judge, self.judge_name, book=bench.book)
+        answer = partial(judged.run, teacher, task, {item.id: item for item in asked})
+        found: dict[int, Rows] = {}
+        for seed, some in rows.items():
+            batches = [some[n : n + JUDGED] for n in range(0, len(some), JUDGED)]
+            verdicts = Answered(bench.work / f"{seed}-judged.jsonl", batches)
+            found[seed] = verdicts.fill(answer, bench.progress, f"{task.name}, judged")
+        return found
+
     def _group(self, group: Group, bench: Bench) -> dict[str, Any]:
         """Each task is a report of its own; the group's has their figures, and their mean."""
         artifact, members = bench.artifact("model"), {}
         for name in group.tasks:
-            report = replace(self, model=artifact.id, task=name).run(
+            member = replace(self, model=artifact.id, task=name).for_its_task()
+            report = member.run(
                 bench.book, name=report_name(artifact, name), progress=bench.progress
             )
             figures = read(report)
@@ -154,39 +219,14 @@ class Evaluate(Step):
             **overall(members),
             "tasks": members,
         }
+        if self.judge or self.judge_url:
+            result["judge"] = self._judge(bench)
         write_json(bench.out / RESULT, result)
         return metrics(result)
 
 
 #: what a group tells of each of its tasks
 SHORT = ("version", "prompt_hash", "data_hash", "n", "metric", "value", "low", "high", "stderr")
-
-
-class _Answered:
-    """The rows of the batches that are done, in a file that grows by a batch at a time."""
-
-    def __init__(self, path: Path, batches: Sequence[Sequence[Any]]) -> None:
-        self.path, self.batches = path, batches
-        self.rows: list[dict[str, Any]] = []
-        lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
-        self.done, kept = 0, 0
-        for batch in batches:  # a kill may have cut the last one
-            if kept + len(batch) > len(lines):
-                break
-            self.done, kept = self.done + 1, kept + len(batch)
-        self.rows = [json.loads(line) for line in lines[:kept]]
-        with path.open("ab") as file:
-            file.truncate(sum(len(line) + 1 for line in lines[:kept]))
-
-    def missing(self) -> Sequence[Sequence[Any]]:
-        return self.batches[self.done :]
-
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows += rows
 
 
 def _template(model: LoadedModel) -> str:
@@ -196,7 +236,7 @@ def _template(model: LoadedModel) -> str:
         raise TemplateError(
             f"{model.path}",
             rule="has no chat template, so it cannot be asked as a chat",
-            next="leave --chat out",
+            next="tune it to chat first; a task that need not be a chat is asked without --chat",
         )
     known = (name for name in templates.shipped() if templates.read(name) == source)
     return next(known, digest(source))

@@ -47,6 +47,8 @@ GIVEN = frozenset({"group", "options", "letters"})
 #: what can be told from the likelihoods of choices (choices.py)
 CHOICE_METRICS = ("acc", "acc_norm", "acc_bytes", "mrr", "mrr_bytes", "mass")
 TEXT_METRICS = ("bits_per_byte", "perplexity")
+#: what a judge says of a reply (judged.py)
+JUDGED_METRICS = ("safe",)
 #: how a score over questions becomes one: each question, or each group, counts the same
 Average = Literal["question", "group"]
 
@@ -76,7 +78,7 @@ class Task:
     options: Any = ()
     scored: Literal["letter", "text"] = "letter"  # what of an option is scored
     pool: int = 0  # options are filled up to so many, drawn from the other rows'
-    answer: str = "answer"
+    answer: str = "answer"  # empty: replies are told by a judge, and need none
     #: how the answer names an option; labels: each option has its own mark, 1 or 0
     answer_is: Literal["any", "letter", "number", "text", "labels"] = "any"
     average: Average = "question"
@@ -84,6 +86,8 @@ class Task:
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     window: int = 1024  # text: tokens seen at once
+    chat: bool = False  # asked by the model's chat template, always
+    language: Literal["en", "zh"] = "en"  # that a judge is spoken to in
     folder: Path | None = None  # of a user's own YAML
 
     def __post_init__(self) -> None:
@@ -105,6 +109,13 @@ class Task:
                 )
         if self.shots and not self.shots_data:
             raise self.wrong("has shots, so it needs shots_data")
+        if not self.answer and not self.judged:
+            raise self.wrong("has no judge to tell a reply's worth, so it needs an answer")
+
+    @property
+    def judged(self) -> bool:
+        """Whether a judge must look at the replies."""
+        return self.kind == "generate" and any(one in JUDGED_METRICS for one in self.metrics)
 
     def wrong(self, rule: str) -> ConfigError:
         return ConfigError(f"task {self.name}", rule=rule, next="herd tasks mmlu shows one")

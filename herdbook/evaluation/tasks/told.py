@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from herdbook import config
-from herdbook.evaluation.marks.scorers import SCORERS
+from herdbook.evaluation.marks.scorers import SCORERS, TOGETHER
 from herdbook.evaluation.tasks import items
-from herdbook.evaluation.tasks.task import Group, Task, read, shipped
+from herdbook.evaluation.tasks.task import JUDGED_METRICS, Group, Task, read, shipped
 
 
 def tasks() -> dict[str, dict[str, Any]]:
@@ -28,7 +28,8 @@ def task(name: str) -> dict[str, Any]:
 def _row(one: Task | Group) -> dict[str, Any]:
     if isinstance(one, Group):
         return {"about": one.about, "state": "group", "tasks": list(one.tasks)}
-    unscored = one.kind == "generate" and any(name not in SCORERS for name in one.metrics)
+    known = {*SCORERS, *TOGETHER, *JUDGED_METRICS}
+    unscored = one.kind == "generate" and not known.issuperset(one.metrics)
     state = "no scorer" if unscored else "here" if one.present else "no data"
     return {
         "about": one.about,
@@ -55,7 +56,7 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
             rows.append(
                 f"  {name}: {one['metric']} {_shown(one, share=True)}, {one['n']:,} questions"
             )
-        return rows
+        return rows + ([_judge(figures)] if "judge" in figures else [])
     share = figures["kind"] != "text"
     head = f"{figures['task']}: {_name(figures['metric'])} {_shown(figures, share)}"
     if "chance" in figures:
@@ -84,7 +85,27 @@ def lines(figures: Mapping[str, Any]) -> list[str]:
         )
     if figures["chat"]:
         notes.append("as a chat")
-    return [head, f"  {'; '.join(notes)}; version {figures['version']}"]
+    rows = [head, f"  {'; '.join(notes)}; version {figures['version']}"]
+    if "judge" in figures:
+        rows += _judged(figures)
+    return rows
+
+
+def _judged(figures: Mapping[str, Any]) -> list[str]:
+    """By class, who judged, and where the judge gave no verdict."""
+    rows = [
+        f"  {_name(name)}: {_shown(one, share=True)}, {one['n']:,} questions"
+        for name, one in figures.get("groups", {}).items()
+    ]
+    rows.append(_judge(figures))
+    for one in figures["unparsed"]["examples"]:
+        rows.append(f"  no verdict on {one['id']}: {one['why']}: … {one['reply'][-120:]!r}")
+    return rows
+
+
+def _judge(figures: Mapping[str, Any]) -> str:
+    judge = figures["judge"]
+    return f"  judged by {judge.get('ref') or judge['model'] + ' at ' + judge['url']}"
 
 
 def _name(metric: str) -> str:
