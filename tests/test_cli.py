@@ -134,7 +134,7 @@ def test_help_imports_nothing_heavy() -> None:
         (("raise", "cria", "--tune.rank", "four"), "must be a whole number"),
         (("raise", "cria", "Luna"), "write settings as --key value"),
         (("raise", "cria", "--name"), "name is True but must be text"),
-        (("raise", "alpaca"), "import.data is empty but the step needs it\n  next: set data"),
+        (("raise", "alpaca"), "rows.data is empty but the step needs it\n  next: set data"),
         (("raise", "alpaca", "--data", "none.json"), "none.json is not there"),
         (("chat", "--temperature", "hot", "x"), "temperature"),
         (("chat", "no.gguf"), "'no.gguf' is no model in the book, no folder"),

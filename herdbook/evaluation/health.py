@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 from herdbook.book.book import Artifact
 from herdbook.book.hashing import digest
 from herdbook.book.step import Bench, Input, Step, require
-from herdbook.data import formats
+from herdbook.data import rows as data
 from herdbook.data.records import Message
 from herdbook.data.teacher import Ask, Teacher
 from herdbook.errors import ConfigError, DataError
@@ -157,7 +157,7 @@ def read(path: Path) -> list[Prompt]:
     """The prompts of a file. Errors: DataError names the row that is none."""
     expected = "where rows of prompt (or question), and perhaps passages, were expected"
     found: dict[str, Prompt] = {}
-    for number, (_, place, row) in enumerate(formats.rows(path, expected), start=1):
+    for number, (_, place, row) in enumerate(data.rows(path, expected), start=1):
         where = f"{path}, {place}:"
         if not isinstance(row, Mapping):
             raise DataError(f"{where} {row!r:.60}", rule=expected, next="mend that row")

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from herdbook.data import formats
+from herdbook.data import rows as data
 from herdbook.errors import DataError, FileError
 from herdbook.evaluation.judging.judge import Case, Duel, Score
 from herdbook.files.atomic import write_text
@@ -42,7 +42,7 @@ def with_references(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str
     """The rows with the references of a file; those it does not name keep what they have."""
     known: dict[str, list[str]] = {}
     expected = "where rows of question_id and choices (or reference) were expected"
-    for _, place, row in formats.rows(path, expected):
+    for _, place, row in data.rows(path, expected):
         try:
             turns = row["choices"][0]["turns"] if "choices" in row else row["reference"]
             texts = [turns] if isinstance(turns, str) else turns
