@@ -48,7 +48,7 @@ class Ours:
         self.model = load(path, dtype=dtype or None, device="cpu")
 
     def about(self) -> dict[str, str]:
-        return {"kind": str(getattr(self.model.model, "kind", "PyTorch"))}
+        return {"computed by": type(self.model.model).__name__}
 
     def ask(self, ids: Sequence[str]) -> dict[str, Any]:
         """{"seconds", "rows": {id: {"prompt", "logprobs"}}}"""
@@ -199,7 +199,9 @@ class Bench:
         self.harness = Side(__file__, "Harness")
         self.ours["float32"].ask("open", path=str(dense), dtype="float32")
         self.ours["int4"].ask("open", path=str(packaged), dtype="")
-        self.recorder.conditions["Herdbook's int4"] = self.ours["int4"].ask("about")["kind"]
+        for way, side in self.ours.items():
+            (by,) = side.ask("about").values()
+            self.recorder.conditions[f"Herdbook's {way} is computed by"] = by
         self.harness.ask("open", path=str(dense), desk=str(folder))
 
     def fastest(self, rows: list[dict[str, Any]]) -> int:

@@ -83,5 +83,8 @@ def _shown(gain: Mapping[str, Any]) -> str:
     text = f"{gain['what']} {100 * gain['value']:+.1f}{unit}"
     text += f" ({100 * gain['low']:+.1f} … {100 * gain['high']:+.1f}"
     if "detectable" in gain and gain["low"] <= 0 <= gain["high"]:
-        text += f"; {100 * gain['detectable']:.1f} would have been seen four times of five"
+        if gain["detectable"]:
+            text += f"; {100 * gain['detectable']:.1f} would have been seen four times of five"
+        else:  # one question, or none on which the two differ
+            text += "; no questions that tell the two apart"
     return (text + ")").replace("-", "−")

@@ -111,8 +111,11 @@ def _tasks(report: Mapping[str, Any]) -> str:
         if counts:
             won, lost = counts["won"], counts["lost"]
             notes.append(both(f"won {won}, lost {lost}", f"新对 {won}，新错 {lost}"))
-        seen = f"{100 * one['detectable']:.1f}"
-        notes.append(both(f"from {seen} points on it would be seen", f"差 {seen} 分以上才看得出"))
+        if one["detectable"]:
+            seen = f"{100 * one['detectable']:.1f}"
+            notes.append(
+                both(f"from {seen} points on it would be seen", f"差 {seen} 分以上才看得出")
+            )
         rows.append(
             f"<tr><th>{escape(name)}<br><small>{escape(one['metric'])} · {' · '.join(notes)}</small></th>"
             f'<td class="n">{100 * one["before"]["value"]:.1f}</td>'

@@ -129,8 +129,17 @@ def test_the_answer(made_up: dict[str, Any]) -> None:
     assert "cmmlu +0.0 points (−3.0 … +3.0; 4.0 would have been seen four times of five)" in told
     assert "mmlu: acc 30.0 → 40.0 %, 200 questions; won 30, lost 10" in told
     assert "on disk: 98.4 MB → 84.1 MB" in told
+    for untold in (0.0, None):  # none differs, or there is one question
+        alike = report | {"tasks": {"cmmlu": ZERO | {"detectable": untold}}}
+        assert "+3.0; no questions that tell the two apart)" in "\n".join(lines(alike))
+        assert "would be seen" not in report_page(alike)
     page = report_page(report)
-    assert "won 30, lost 10" in page and "shown to be better" in page and "确有下降" in page
+    assert (
+        "won 30, lost 10" in page
+        and "from 4.0 points on it would be seen" in page
+        and "shown to be better" in page
+        and "确有下降" in page
+    )
 
 
 def test_asked_questions_are_paired(made_up: dict[str, Any]) -> None:
@@ -158,3 +167,5 @@ def test_the_command(
     with pytest.raises(FileError, match="is there already"):
         cli.compare("base", "turned", out=tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "my own page"
+    with pytest.raises(ConfigError, match="'turned' and 'turned@1' are one and the same model"):
+        cli.compare("turned", "turned@1")
