@@ -92,6 +92,7 @@ $(BENCH)/.installed: pyproject.toml
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/engine.py
 	$(BENCH)/bin/python benchmarks/tuning.py
+	$(BENCH)/bin/python benchmarks/evaluation.py
 
 # What `herd plan` says of ten configurations, and what they then take; writes the tables of docs/planning.
 plan-bench: $(VENV)/.tested

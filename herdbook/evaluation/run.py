@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from herdbook.book.book import Artifact, Book
-from herdbook.errors import UnknownName
+from herdbook.errors import ConfigError, UnknownName
 from herdbook.evaluation.health import Health, result_of
 from herdbook.evaluation.judging.teachers import is_url
 from herdbook.evaluation.report import Report
@@ -92,6 +92,12 @@ def compare(
     )  # fmt: skip
     step.check()
     sides = [entered(one, book) for one in (before, after)]
+    if sides[0].id == sides[1].id:
+        raise ConfigError(
+            f"{before!r} and {after!r}",
+            rule="are one and the same model",
+            next="name another (see: herd list)",
+        )
     family = {one.id: one for side in sides for one in [side, *book.ancestors(side)]}
     data = tuple(one.id for one in family.values() if one.kind == "dataset")
     step = replace(step, before=sides[0].id, after=sides[1].id, data=data)

@@ -51,12 +51,22 @@ CHARACTERS = 2**27
 #: containers that are looked through to know how long their text would be
 _LOOKED_THROUGH = 1_000_000
 _CONTAINERS = (list, tuple, dict, range, KeysView, ValuesView, ItemsView)
+#: what is most often put out and is no container: these very types need no closer look
+_SINGLE = frozenset({int, float, bool, type(None)})
 
 #: what can write much from little: the product of its two largest arguments, at worst
 _WIDE = {"batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust"}
 _WIDE |= {"replace", "rjust", "slice", "translate", "wordwrap", "zfill"}
 
-_meter = threading.local()  # .until: CPU time of this thread; .left: characters
+
+class _Meter(threading.local):
+    """What is left of a rendering, in each thread its own."""
+
+    until = math.inf  # CPU time of this thread
+    left = CHARACTERS
+
+
+_meter = _Meter()
 
 
 #: the day that a template is told where nobody says which: LLaMA 3.1's own, for want of a better
@@ -98,7 +108,7 @@ def variables(source: str) -> set[str]:
 
 
 def _step() -> None:
-    if time.thread_time() > getattr(_meter, "until", math.inf):
+    if time.thread_time() > _meter.until:
         raise SecurityError(f"it runs for more than {SECONDS:g} s")
 
 
@@ -108,10 +118,15 @@ def _too_much() -> SecurityError:
 
 def _paid(value: Any) -> Any:
     """The value, once its characters are paid for."""
-    _meter.left = getattr(_meter, "left", CHARACTERS) - _size(value)
+    kind = type(value)
+    _spend(len(value) if kind is str else 1 if kind in _SINGLE else _size(value))
+    return value
+
+
+def _spend(characters: int) -> None:
+    _meter.left -= characters
     if _meter.left < 0:
         raise _too_much()
-    return value
 
 
 def _size(value: Any) -> int:
@@ -182,8 +197,19 @@ def _shown(value: Any) -> Any:
 
 
 def _joined(parts: Iterable[str]) -> str:
-    """Output, also of macros: "".join that ends in time."""
-    return "".join(_paid(part) for part in parts)
+    """Output, also of macros: "".join that ends in time. All is paid for at once before it is made."""
+    kept, size = [], 0
+    for part in parts:
+        size += len(part)
+        if size > CHARACTERS:
+            raise _too_much()
+        kept.append(part)
+    _spend(size)
+    return "".join(kept)
+
+
+#: plain numbers and truths, each told from its place
+_OF_A_TURN = frozenset({"index", "index0", "first", "last"})
 
 
 class _Generation(jinja2.ext.Extension):
@@ -257,6 +283,12 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             if isinstance(item.arg, nodes.Slice):
                 item.node = within(item.node, " paid")
         return tree
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """What a loop says of its turn is harmless, and asked for most often: given at once."""
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _OF_A_TURN:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         _step()

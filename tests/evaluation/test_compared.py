@@ -130,7 +130,12 @@ def test_the_answer(made_up: dict[str, Any]) -> None:
     assert "mmlu: acc 30.0 → 40.0 %, 200 questions; won 30, lost 10" in told
     assert "on disk: 98.4 MB → 84.1 MB" in told
     page = report_page(report)
-    assert "won 30, lost 10" in page and "shown to be better" in page and "确有下降" in page
+    assert (
+        "won 30, lost 10" in page
+        and "from 4.0 points on it would be seen" in page
+        and "shown to be better" in page
+        and "确有下降" in page
+    )
 
 
 def test_asked_questions_are_paired(made_up: dict[str, Any]) -> None:
@@ -158,3 +163,5 @@ def test_the_command(
     with pytest.raises(FileError, match="is there already"):
         cli.compare("base", "turned", out=tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "my own page"
+    with pytest.raises(ConfigError, match="'turned' and 'turned@1' are one and the same model"):
+        cli.compare("turned", "turned@1")

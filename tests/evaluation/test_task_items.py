@@ -119,6 +119,10 @@ def test_a_task_of_the_users_own(tmp_path: Path) -> None:
             {"metric": "exact"},
             "key 'metric' is no setting of task own\n  next: did you mean 'metrics'",
         ),
+        (
+            {"metrics": None, "metric": ["exact"]},
+            "key 'metric' is no setting of task own\n  next: did you mean 'metrics'",
+        ),
         ({"kind": "chioce"}, "one of choice, generate, text"),
         ({"kind": "choice"}, "needs options"),
         ({"kind": "choice", "options": ["q", "a"], "metrics": ["ac"]}, "did you mean 'acc'"),

@@ -64,6 +64,8 @@ WRITING = [
     growing("[1]", "[n.s, n.s]", "{{ n.s | tojson }}"),
     growing("[1]", "[n.s, n.s]", "{{ n.s | string }}"),
     growing("[1]", "{'a': n.s, 'b': n.s}", "{{ n.s }}"),
+    "{% set a = 'a' * 100000000 %}{% for i in range(99999) %}{{ a }}{% endfor %}",
+    "{% macro f() %}{% for i in range(9) %}{{ 'a' * 9999999 }}{% endfor %}{% endmacro %}{{ f() ~ f() }}",
 ]
 LEAVING = [
     "{{ ''.__class__.__mro__ }}",

@@ -211,7 +211,8 @@ def read(ref: str) -> Task | Group:
     path = Path(ref).expanduser() if ref.endswith((".yaml", ".yml")) else FOLDER / f"{ref}.yaml"
     own = path.parent != FOLDER
     if (not own and ref not in shipped()) or not path.is_file():
-        raise UnknownName(f"task {ref!r}", rule="is not known", next=nearest(ref, shipped()))
+        rule = "is not there" if own else "is not known"
+        raise UnknownName(f"task {ref!r}", rule=rule, next=nearest(ref, shipped()))
     return _parsed(path, own)
 
 
@@ -219,14 +220,17 @@ def _parsed(path: Path, own: bool) -> Task | Group:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}", rule=f"is not YAML: {error}") from error
+        told = " ".join(str(error).split())  # PyYAML's own takes several lines
+        raise ConfigError(f"{path}", rule=f"is not YAML: {told}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}", rule="must be a mapping", next="herd tasks mmlu shows one")
     if foreign.is_theirs(content):
         content = foreign.translated(content, path)
     kind: type[Task | Group] = Group if "tasks" in content else Task
     given = {"name": path.stem, "about": "", "version": 1} | content
-    if missing := [one.name for one in fields(kind) if one.name not in given and _needed(one)]:
+    known = {one.name: _needed(one) for one in fields(kind)}
+    missing = [name for name, needed in known.items() if needed and name not in given]
+    if missing and known.keys() >= given.keys():  # else an unknown key is told first: it may be it
         raise ConfigError(
             f"{path}", rule=f"lacks {', '.join(missing)}", next="herd tasks mmlu shows one"
         )
