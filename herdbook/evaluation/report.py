@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from herdbook.book.book import Artifact
+from herdbook.book.hashing import digest
 from herdbook.book.step import Bench, Input, Inputs, Step, require
 from herdbook.data import records
 from herdbook.data.records import Conversation, Document
@@ -106,8 +107,8 @@ class Report(Step):
 
     def fingerprint(self) -> dict[str, str]:
         found = {"text": sha256_once(Path(self.text))} if Path(self.text).is_file() else {}
-        for ref in compared.members(self.tasks).values():
-            found |= Evaluate(self.before, ref, self.limit).fingerprint()
+        for name, ref in compared.members(self.tasks).items():
+            found[f"task {name}"] = digest(Evaluate(self.before, ref, self.limit).fingerprint())
         return found
 
     def make(self, bench: Bench) -> dict[str, Any]:

@@ -9,6 +9,7 @@ in both orders: where the two verdicts disagree it is a tie, and a tie is half a
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,12 +175,18 @@ def summarise(judged: Sequence[Score] | Sequence[Duel]) -> Summary:
         if one.value is not None:
             groups.setdefault(one.category, []).append(one.value)
             rounds.setdefault(one.turn, []).append(one.value)
+    dialogues: list[int] = []  # of each value: turns of one dialogue are no independent evidence
+    number, before = -1, math.inf
+    for one in judged:
+        number, before = number + (one.turn <= before), one.turn
+        if one.value is not None:
+            dialogues.append(number)
     broken = [one for one in judged if one.value is None]
     duels = [one for one in judged if isinstance(one, Duel) and one.value is not None]
     torn = [one.verdicts for one in duels if one.verdicts[0] != one.verdicts[1]]
     flips = [pair for pair in torn if "C" not in pair]
     return Summary(
-        mean_difference([0.0] * len(values), values) if values else None,
+        mean_difference([0.0] * len(values), values, dialogues) if values else None,
         len(values),
         len(broken),
         {name: sum(ones) / len(ones) for name, ones in groups.items()},

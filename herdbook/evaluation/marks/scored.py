@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 from herdbook.evaluation.code import running
 from herdbook.evaluation.marks import constraints, extraction, ifeval, overlap
-from herdbook.evaluation.marks.scorers import Mark
+from herdbook.evaluation.marks.scorers import Mark, references
 from herdbook.evaluation.tasks.task import Item
-
-
-def references(item: Item) -> Sequence[str]:
-    """The row's `answers` (or SQuAD's answers.text), else its one answer."""
-    more = item.extra.get("answers")
-    if isinstance(more, dict):
-        more = more.get("text")
-    return [str(one) for one in more] if isinstance(more, list) and more else [item.answer]
 
 
 def exact_match(item: Item, reply: str) -> Mark:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeAlias
@@ -111,17 +111,32 @@ def _function(path: str) -> Any:
 
 def exact(item: Item, reply: str) -> Mark:
     """Equal, but for full-width forms, case, white space, and punctuation at both ends."""
-    return Mark(float(plain(reply) == plain(item.answer)))
+    return Mark(float(plain(reply) in map(plain, references(item))))
 
 
 def contains(item: Item, reply: str) -> Mark:
     """The answer stands in the reply, in Latin letters and digits as words of their own."""
-    wanted = plain(item.answer)
+    said = plain(reply)
+    return Mark(float(any(_stands(plain(one), said) for one in references(item))))
+
+
+def references(item: Item) -> Sequence[str]:
+    """The row's `answers` (or SQuAD's answers.text), or its `answer` if that is a list; else its one
+    answer."""
+    more = item.extra.get("answers")
+    if isinstance(more, Mapping):
+        more = more.get("text")
+    if not more and isinstance(item.extra.get("answer"), list):
+        more = item.extra["answer"]
+    return [str(one) for one in more] if isinstance(more, list) and more else [item.answer]
+
+
+def _stands(wanted: str, said: str) -> bool:
     if not wanted:
-        return Mark(float(not plain(reply)))
+        return not said
     before = r"(?<![a-z0-9])" if wanted[0].isascii() and wanted[0].isalnum() else ""
     behind = r"(?![a-z0-9])" if wanted[-1].isascii() and wanted[-1].isalnum() else ""
-    return Mark(float(bool(re.search(before + re.escape(wanted) + behind, plain(reply)))))
+    return bool(re.search(before + re.escape(wanted) + behind, said))
 
 
 def plain(text: str) -> str:

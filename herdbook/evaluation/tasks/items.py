@@ -91,6 +91,12 @@ class _Shots:
         self.rows: list[Row] = []
         if task.shots:
             self.path = task.file(task.shots_data)
+            if self.path.samefile(task.file(task.data)):
+                raise ConfigError(
+                    f"task {task.name}: shots_data {task.shots_data}",
+                    rule="is the file of the questions, so a question would be its own example",
+                    next="take the examples from another file",
+                )
             plain = dataclasses.replace(task, id="", group=task.group if self.grouped else "")
             self.rows = read_rows(plain, self.path, columns(task.target, task.name) - GIVEN)
         self._of: dict[str, tuple[tuple[str, str], ...]] = {}
@@ -172,7 +178,7 @@ def _filled(task: Task, row: Row, pool: Sequence[str]) -> Row:
     dice = random.Random(f"{task.version}:{row.id}:{'|'.join(own)}")
     drawn = [one for one in dice.sample(pool, task.pool) if one not in own]
     options = [*own, *drawn[: task.pool - len(own)]]
-    right = {options[place] for place in row.right}
+    right = {row.options[place] for place in row.right}
     dice.shuffle(options)
     places = tuple(place for place, one in enumerate(options) if one in right)
     return dataclasses.replace(row, options=tuple(options), right=places)

@@ -11,7 +11,7 @@ from typing import Any
 
 from herdbook.data import rows as data
 from herdbook.errors import DataError
-from herdbook.evaluation.tasks.task import LETTERS, Task
+from herdbook.evaluation.tasks.task import GIVEN, LETTERS, Task, columns
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,11 @@ class Reader:
             raise self.wrong(
                 f"a row with the keys {{{', '.join(map(str, row))}}}", f"lacks {missing[0]!r}"
             )
+        for name in columns(task.prompt, task.name) - GIVEN:
+            value = row[name]
+            deeper = f"{name}." in task.prompt or f"{name}[" in task.prompt
+            if value is None or value == "" or (isinstance(value, Mapping) and not deeper):
+                raise self.wrong(f"{name} is {value!r:.60}", "where a text was expected")
         options, right = self.options(row) if task.options else ((), ())
         return Row(
             id=self.word(row, task.id) if task.id else str(number),

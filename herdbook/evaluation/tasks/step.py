@@ -118,6 +118,10 @@ class Evaluate(Step):
             return [found.with_shots(self.shots)]
         members = [items.find(one) for one in found.tasks]
         tasks = [one for one in members if isinstance(one, Task) and one.kind != "text"]
+        if len({task.name for task in tasks}) < len(tasks):
+            raise ConfigError(
+                f"group {found.name}", rule="has two tasks of one name", next="rename one"
+            )
         if self.shots is not None or len(tasks) < len(members):
             raise ConfigError(
                 f"group {found.name}",
@@ -128,10 +132,13 @@ class Evaluate(Step):
 
     def fingerprint(self) -> dict[str, str]:
         told: dict[str, str] = {}
-        for task in self.tasks():
-            told |= {task.name: digest(task.asked()), **items.hashes(task)}
+        for place, task in enumerate(self.tasks()):
+            about: dict[str, Any] = {"asked": task.asked(), "files": items.hashes(task)}
             if task.judged:
-                told[f"judge, {task.language}"] = safety.prompt_hash(task.language)
+                about["judge"] = safety.prompt_hash(task.language)
+            told[f"task {place}: {task.name}"] = digest(about)
+        if isinstance(found := items.find(self.task), Group):
+            told["group"] = digest({"version": found.version, "average": found.average})
         return told
 
     def make(self, bench: Bench) -> dict[str, Any]:
