@@ -95,7 +95,9 @@ class Report(Step):
             Evaluate(self.before, ref, self.limit).check()
         if not isinstance(self.max_drop, Mapping):
             raise ConfigError(
-                f"max_drop is {self.max_drop!r}", rule="but must be a mapping: {mmlu: 0.01}"
+                f"max_drop is {self.max_drop!r}",
+                rule="but must be a mapping: {mmlu: 0.01}",
+                next="write it into the recipe's YAML: a flag gives text",
             )
         for name, limit in self.max_drop.items():
             if name not in names or not isinstance(limit, int | float) or not 0 <= limit < 1:
