@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from herdbook.errors import ConfigError, DataError, HerdbookError, UnknownName
+from herdbook.evaluation.marks.scorers import contains, exact
+from herdbook.evaluation.report import Report
 from herdbook.evaluation.tasks import items, told
 from herdbook.evaluation.tasks.step import Evaluate
 from herdbook.evaluation.tasks.task import Group, Task, fetched, read, shipped
@@ -315,3 +317,85 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             Evaluate(**({"model": "smollm2", "task": path} | changes)).check()  # type: ignore[arg-type]
+
+
+def task_file(folder: Path, **keys: Any) -> str:
+    """A task's YAML with its rows beside it."""
+    folder.mkdir(exist_ok=True)
+    given = {
+        "about": "own", "version": 1, "kind": "generate", "data": "rows.jsonl",
+        "prompt": "{{ question }}", "metrics": ["exact"],
+    } | keys  # fmt: skip
+    path = folder / f"{folder.name}.yaml"
+    path.write_text(json.dumps(given))
+    return str(path)
+
+
+def test_keys_cover_each_tasks_own_files(tmp_path: Path) -> None:
+    """Tasks whose files have one name, and a text beside a task called text."""
+    for name in ("a", "text"):
+        one = task_file(tmp_path / name)
+        write(tmp_path / name / "rows.jsonl", {"question": "q", "answer": name})
+    refs = tuple(str(tmp_path / name / f"{name}.yaml") for name in ("a", "text"))
+    own = tmp_path / "own.txt"
+    own.write_text("a text of mine")
+
+    def prints() -> tuple[str, str]:
+        report = Report(before="a", after="b", tasks=refs, text=str(own))
+        (tmp_path / "both.yaml").write_text(
+            json.dumps({"about": "both", "version": 1, "tasks": list(refs)})
+        )
+        group = Evaluate(model="a", task=str(tmp_path / "both.yaml"))
+        return json.dumps(report.fingerprint()), json.dumps(group.fingerprint())
+
+    before = prints()
+    assert one.endswith("text.yaml")
+    write(tmp_path / "a" / "rows.jsonl", {"question": "q", "answer": "changed"})
+    changed = prints()
+    assert changed[0] != before[0] and changed[1] != before[1]
+    own.write_text("another text")
+    assert prints()[0] != changed[0]
+
+
+def test_a_question_is_not_its_own_example(tmp_path: Path) -> None:
+    ref = task_file(tmp_path / "own", shots=1, shots_data="rows.jsonl")
+    write(tmp_path / "own" / "rows.jsonl", {"question": "q", "answer": "a"})
+    task = items.find(ref)
+    assert isinstance(task, Task)
+    with pytest.raises(ConfigError, match="its own example"):
+        items.questions(task)
+
+
+@pytest.mark.parametrize("question", [None, "", {"a": 1}])
+def test_an_empty_question_is_refused(question: Any, tmp_path: Path) -> None:
+    write(
+        tmp_path / "own.jsonl",
+        {"question": "q", "answer": "a"},
+        {"question": question, "answer": "a"},
+    )
+    task = items.find(str(tmp_path / "own.jsonl"))
+    assert isinstance(task, Task)
+    with pytest.raises(DataError, match="line 2: question is"):
+        items.questions(task)
+
+
+def test_any_of_several_answers_is_right(tmp_path: Path) -> None:
+    write(tmp_path / "own.jsonl", {"question": "q", "answer": ["Paris", "巴黎"]})
+    task = items.find(str(tmp_path / "own.jsonl"))
+    assert isinstance(task, Task)
+    (item,) = items.questions(task).items
+    assert [exact(item, one).value for one in ("paris.", "巴黎", "Rome")] == [1, 1, 0]
+    assert contains(item, "It is 巴黎.").value == 1
+
+
+def test_an_option_that_comes_twice_moves_no_answer(tmp_path: Path) -> None:
+    ref = task_file(
+        tmp_path / "own", kind="choice", metrics=["mrr"], options="options", scored="text", pool=4
+    )
+    rows = [{"question": "q", "options": ["a", "a", "b", "c"], "answer": "b"}]
+    rows.append({"question": "r", "options": ["d", "e", "f", "g"], "answer": "d"})
+    write(tmp_path / "own" / "rows.jsonl", *rows)
+    task = items.find(ref)
+    assert isinstance(task, Task)
+    first = items.questions(task).items[0]
+    assert [first.choices[place] for place in first.right] == ["b"]
