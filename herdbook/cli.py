@@ -356,7 +356,7 @@ def compare(
         a file for the page, with plots
     """
     from herdbook.evaluation import run
-    from herdbook.evaluation.answer import answer, lines
+    from herdbook.evaluation.answer import answer, lines, read_report
     from herdbook.files.atomic import write_text
 
     if out is not None:
@@ -364,7 +364,7 @@ def compare(
     report = run.compare(
         before, after, _book(), tasks=task or (), limit=limit, text=str(text) if text else ""
     )
-    found = run.read_report(report)
+    found = read_report(report)
     if out is not None:
         write_text(out, (report.path / "report.html").read_text(encoding="utf-8"))
     if json:

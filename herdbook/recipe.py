@@ -283,8 +283,7 @@ def _compared(
     report = step_class("Report")(before=before, after=made.id, **settings)  # type: ignore[call-arg]
     if book.by_key(report.resolved(book).key(), called) is not None:
         return []
-    from herdbook.evaluation.answer import line
-    from herdbook.evaluation.run import read_report
+    from herdbook.evaluation.answer import line, read_report
 
     found = report.run(book, name=called, progress=progress)
     progress.say(f"  {line(read_report(found))}")

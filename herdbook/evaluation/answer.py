@@ -6,10 +6,18 @@ would have been is told.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+from herdbook.book.book import Artifact
 from herdbook.book.tree import human_bytes
+
+
+def read_report(artifact: Artifact) -> dict[str, Any]:
+    """What the step Report wrote."""
+    found: dict[str, Any] = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
+    return found
 
 
 def answer(report: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from herdbook.book.book import Artifact, Book
 from herdbook.book.tree import human_bytes, human_metric, reports
+from herdbook.evaluation.answer import read_report
 from herdbook.evaluation.html import badge, both, document, kind, plain, section
 from herdbook.evaluation.report_page import losses_section, sections
 
@@ -105,5 +106,4 @@ def _losses_of(artifact: Artifact, book: Book) -> list[dict[str, Any]]:
 def _report_of(artifact: Artifact | None) -> dict[str, Any] | None:
     if artifact is None or not (artifact.path / "report.json").is_file():
         return None
-    found: dict[str, Any] = json.loads((artifact.path / "report.json").read_text(encoding="utf-8"))
-    return found
+    return read_report(artifact)

@@ -3,7 +3,6 @@ book."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -102,8 +101,3 @@ def compare(
     data = tuple(one.id for one in family.values() if one.kind == "dataset")
     step = replace(step, before=sides[0].id, after=sides[1].id, data=data)
     return step.run(book, name=f"{sides[1].name}-compare", progress=for_terminal())
-
-
-def read_report(report: Artifact) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((report.path / "report.json").read_text(encoding="utf-8"))
-    return found
